@@ -1,0 +1,68 @@
+// Text in, token ids out, and back. Vocabulary and rules come from the GGUF file through libllama.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "narrows/status.h"
+
+namespace narrows {
+
+using Token = int32_t;
+
+struct ChatMessage {
+  std::string role;     ///< "system", "user" or "assistant"
+  std::string content;  ///< UTF-8
+};
+
+class Tokenizer {
+ public:
+  /// Reads only the vocabulary of the GGUF file. invalid_file if libllama refuses it.
+  static Result<std::unique_ptr<Tokenizer>> load(const std::string& gguf_path);
+  ~Tokenizer();
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
+
+  /// add_special: put the BOS/EOS tokens that the file asks for; parse_special: read "<|im_start|>" as one token.
+  /// invalid_argument on invalid UTF-8 (names the byte offset).
+  Result<std::vector<Token>> encode(std::string_view text, bool add_special, bool parse_special) const;
+
+  /// Bytes of one token; may be a part of a UTF-8 sequence. Control tokens give "" unless special is set.
+  std::string piece(Token token, bool special = false) const;
+  std::string decode(std::span<const Token> tokens, bool special = false) const;
+
+  /// True for every end-of-generation token (EOS, EOT, <|im_end|>, ...).
+  bool is_end(Token token) const;
+  int64_t n_vocab() const;
+
+  /// True if the file carries a chat template.
+  bool has_chat_template() const;
+  /// The conversation as the model wants to read it (Jinja template of the file, through llama.cpp's common library).
+  /// Falls back to ChatML if the file has none. invalid_argument if the template refuses the messages.
+  Result<std::string> apply_chat_template(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  explicit Tokenizer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Collects pieces and releases only whole UTF-8 sequences, for streaming.
+class Utf8Stream {
+ public:
+  /// Returns the longest complete part; an invalid byte is passed on as U+FFFD so that output is always UTF-8.
+  std::string push(std::string_view bytes);
+  /// What is left at the end, incomplete sequences as U+FFFD.
+  std::string flush();
+
+ private:
+  std::string pending_;
+};
+
+}  // namespace narrows

@@ -1,0 +1,15 @@
+// How much memory the machine can still give, so that too large a request is refused with figures before any work.
+#pragma once
+
+#include <cstdint>
+
+namespace narrows {
+
+/// Bytes: the lesser of MemAvailable and what the process's control group still allows; 0 if unknown.
+int64_t available_memory_bytes();
+
+/// Resident set now and its peak, bytes; 0 if unknown.
+int64_t resident_bytes();
+int64_t peak_resident_bytes();
+
+}  // namespace narrows
