@@ -1,0 +1,120 @@
+// Which table of kernels runs: one list of all compiled targets, best first, filtered by what the CPU has; an
+// environment variable may force one. A forced name that does not run is an error, never a silent default.
+#include "kernels/prefill_block.h"
+#include "kernels/ref/ref.h"
+#include "kernels/select_scratch.h"
+#include "kernels/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/dispatch.cpp"
+#include <hwy/foreach_target.h>
+
+#include "kernels/kernels-inl.h"
+
+#if NARROWS_SIMD
+HWY_BEFORE_NAMESPACE();
+namespace narrows::kernels::HWY_NAMESPACE {
+
+extern const Ops kTable;
+constinit const Ops kTable = {
+    .name = &HWY_STR(HWY_NAMESPACE)[2],  // "N_AVX3" -> "AVX3"; hwy::TargetName is not constexpr
+    .f32_to_f16 = f32_to_f16,
+    .f16_to_f32 = f16_to_f32,
+    .gemm = gemm,
+    .gemm_f16 = gemm_f16,
+    .rope_rows = rope_rows,
+    .rope_tile = rope_tile,
+    .attend_f32 = attend_f32,
+    .attend_f16 = attend_f16,
+    .prefill_attend = prefill_attend,
+    .dequant_groups = dequant_groups,
+    .quant_groups = quant_groups,
+    .select_top = select_top,
+};
+
+}  // namespace narrows::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif  // NARROWS_SIMD
+
+#if HWY_ONCE
+
+#include <cstdlib>
+#include <string_view>
+
+namespace narrows::kernels {
+namespace {
+
+struct Target {
+  int64_t cpu;  ///< Highway's bit for the CPU features it needs
+  const Ops* table;
+};
+
+/// Best first. "ref" is not here: it needs nothing.
+constexpr Target kTargets[] = {
+#if HWY_TARGETS & HWY_AVX3_DL
+    {HWY_AVX3_DL, &N_AVX3_DL::kTable},
+#endif
+#if HWY_TARGETS & HWY_AVX3
+    {HWY_AVX3, &N_AVX3::kTable},
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    {HWY_AVX2, &N_AVX2::kTable},
+#endif
+#if HWY_TARGETS & HWY_SSE4
+    {HWY_SSE4, &N_SSE4::kTable},
+#endif
+#if HWY_TARGETS & HWY_NEON
+    {HWY_NEON, &N_NEON::kTable},
+#endif
+    {0, nullptr},  // so that the array is never empty
+};
+
+struct Choice {
+  const Ops* table;
+  Status status;
+};
+
+Choice choose() {
+  const std::vector<const Ops*> runnable = available_targets();
+  const char* forced = std::getenv("NARROWS_FORCE_TARGET");
+  if (forced == nullptr || *forced == '\0') return {runnable.front(), Status()};
+  std::string names;
+  for (const Ops* table : runnable) {
+    if (std::string_view(table->name) == forced) return {table, Status()};
+    names += names.empty() ? "" : ", ";
+    names += table->name;
+  }
+  return {&ref::kTable, Status(StatusCode::invalid_argument, std::string("NARROWS_FORCE_TARGET is \"") + forced +
+                                                                 "\", but this CPU runs only " + names)};
+}
+
+const Choice& chosen() {
+  static const Choice choice = choose();  // C++ makes this safe from several threads
+  return choice;
+}
+
+}  // namespace
+
+std::vector<const Ops*> available_targets() {
+  const int64_t cpu = hwy::SupportedTargets();
+  std::vector<const Ops*> tables;
+  for (const Target& target : kTargets) {
+    if ((target.cpu & cpu) != 0) tables.push_back(target.table);
+  }
+  tables.push_back(&ref::kTable);
+  return tables;
+}
+
+const Ops& ops() { return *chosen().table; }
+
+Status check_forced_target() { return chosen().status; }
+
+int64_t prefill_scratch_floats(int64_t /*n_row*/, int64_t head_dim) { return PrefillScratch(head_dim).size; }
+
+int64_t select_scratch_bytes(int64_t n) {
+  return static_cast<int64_t>(sizeof(uint32_t)) * (kSelectTables * kSelectBins + 2 * select_padded(n));
+}
+
+}  // namespace narrows::kernels
+
+#endif  // HWY_ONCE

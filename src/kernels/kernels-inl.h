@@ -1,0 +1,46 @@
+// Declares the kernels of one target in its namespace (N_AVX2, N_AVX3, ..), by the types in ops.h, so that a
+// signature is written once and a definition that differs from it does not compile or link. Re-included once a target.
+// NARROWS_SIMD is 0 for Highway's one-lane fallback targets: they would be slower than "ref" is exact.
+
+// clang-format off
+#if defined(NARROWS_KERNELS_KERNELS_INL_H) == defined(HWY_TARGET_TOGGLE)
+#ifdef NARROWS_KERNELS_KERNELS_INL_H
+#undef NARROWS_KERNELS_KERNELS_INL_H
+#else
+#define NARROWS_KERNELS_KERNELS_INL_H
+#endif
+// clang-format on
+
+#include <hwy/highway.h>
+
+#include <type_traits>
+
+#include "kernels/ops.h"
+
+#undef NARROWS_SIMD
+#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+#define NARROWS_SIMD 0
+#else
+#define NARROWS_SIMD 1
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace narrows::kernels::HWY_NAMESPACE {
+
+std::remove_pointer_t<decltype(Ops::f32_to_f16)> f32_to_f16;
+std::remove_pointer_t<decltype(Ops::f16_to_f32)> f16_to_f32;
+std::remove_pointer_t<decltype(Ops::gemm)> gemm;
+std::remove_pointer_t<decltype(Ops::gemm_f16)> gemm_f16;
+std::remove_pointer_t<decltype(Ops::rope_rows)> rope_rows;
+std::remove_pointer_t<decltype(Ops::rope_tile)> rope_tile;
+std::remove_pointer_t<decltype(Ops::attend_f32)> attend_f32;
+std::remove_pointer_t<decltype(Ops::attend_f16)> attend_f16;
+std::remove_pointer_t<decltype(Ops::prefill_attend)> prefill_attend;
+std::remove_pointer_t<decltype(Ops::dequant_groups)> dequant_groups;
+std::remove_pointer_t<decltype(Ops::quant_groups)> quant_groups;
+std::remove_pointer_t<decltype(Ops::select_top)> select_top;
+
+}  // namespace narrows::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // re-inclusion guard

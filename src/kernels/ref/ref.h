@@ -1,0 +1,28 @@
+// The oracle: every kernel of ops.h as plain scalar loops with double arithmetic inside. Other targets are tested
+// against it; it is also what runs where no SIMD target does. Declared by the types in ops.h, so that a signature
+// is written once.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/ops.h"
+
+namespace narrows::kernels::ref {
+
+std::remove_pointer_t<decltype(Ops::f32_to_f16)> f32_to_f16;
+std::remove_pointer_t<decltype(Ops::f16_to_f32)> f16_to_f32;
+std::remove_pointer_t<decltype(Ops::gemm)> gemm;
+std::remove_pointer_t<decltype(Ops::gemm_f16)> gemm_f16;
+std::remove_pointer_t<decltype(Ops::rope_rows)> rope_rows;
+std::remove_pointer_t<decltype(Ops::rope_tile)> rope_tile;
+std::remove_pointer_t<decltype(Ops::attend_f32)> attend_f32;
+std::remove_pointer_t<decltype(Ops::attend_f16)> attend_f16;
+std::remove_pointer_t<decltype(Ops::prefill_attend)> prefill_attend;
+std::remove_pointer_t<decltype(Ops::dequant_groups)> dequant_groups;
+std::remove_pointer_t<decltype(Ops::quant_groups)> quant_groups;
+std::remove_pointer_t<decltype(Ops::select_top)> select_top;
+
+/// The table named "ref".
+extern const Ops kTable;
+
+}  // namespace narrows::kernels::ref

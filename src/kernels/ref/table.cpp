@@ -1,0 +1,22 @@
+// The table "ref": names every oracle kernel once.
+#include "kernels/ref/ref.h"
+
+namespace narrows::kernels::ref {
+
+const Ops kTable = {
+    .name = "ref",
+    .f32_to_f16 = f32_to_f16,
+    .f16_to_f32 = f16_to_f32,
+    .gemm = gemm,
+    .gemm_f16 = gemm_f16,
+    .rope_rows = rope_rows,
+    .rope_tile = rope_tile,
+    .attend_f32 = attend_f32,
+    .attend_f16 = attend_f16,
+    .prefill_attend = prefill_attend,
+    .dequant_groups = dequant_groups,
+    .quant_groups = quant_groups,
+    .select_top = select_top,
+};
+
+}  // namespace narrows::kernels::ref

@@ -1,0 +1,106 @@
+// Which table runs. The forced cases are run by CTest in processes of their own with NARROWS_FORCE_TARGET and
+// NARROWS_TEST_EXPECT set (CMakeLists.txt): the choice is made once a process.
+#include <hwy/targets.h>
+
+#include <cstdlib>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/kernel_test.h"
+
+namespace narrows::kernels {
+namespace {
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+std::set<std::string> available_names() {
+  std::set<std::string> names;
+  for (const Ops* table : available_targets()) names.insert(table->name);
+  return names;
+}
+
+TEST(Dispatch, RefIsLastAndNamesAreDistinct) {
+  const std::vector<const Ops*> tables = available_targets();
+  ASSERT_FALSE(tables.empty());
+  EXPECT_STREQ(tables.back()->name, "ref");
+  EXPECT_EQ(available_names().size(), tables.size());
+}
+
+// A target that this CPU supports but that is missing from the tables would otherwise go unnoticed: every test
+// loops over what is available.
+TEST(Dispatch, EveryTargetOfThisCpuIsThereBestFirst) {
+#if HWY_ARCH_X86
+  std::vector<std::string> expected;
+  for (const int64_t target : {HWY_AVX3_DL, HWY_AVX3, HWY_AVX2, HWY_SSE4}) {
+    if ((hwy::SupportedTargets() & target) != 0) expected.emplace_back(hwy::TargetName(target));
+  }
+  expected.emplace_back("ref");
+  std::vector<std::string> got;
+  for (const Ops* table : available_targets()) got.emplace_back(table->name);
+  EXPECT_EQ(got, expected);
+#else
+  EXPECT_GE(available_targets().size(), 1U);
+#endif
+}
+
+TEST(Dispatch, TablesAreCompleteAndDiffer) {
+  std::set<const void*> gemms;
+  for (const Ops* t : available_targets()) {
+    EXPECT_TRUE(t->f32_to_f16 && t->f16_to_f32 && t->gemm && t->gemm_f16 && t->rope_rows && t->rope_tile &&
+                t->attend_f32 && t->attend_f16 && t->prefill_attend && t->dequant_groups && t->quant_groups &&
+                t->select_top)
+        << t->name;
+    gemms.insert(reinterpret_cast<const void*>(t->gemm));
+  }
+  EXPECT_EQ(gemms.size(), available_targets().size());
+}
+
+TEST(Dispatch, SameTableFromEveryThread) {
+  std::vector<const Ops*> got(8);
+  std::vector<std::thread> threads;
+  for (const Ops*& slot : got) threads.emplace_back([&slot] { slot = &ops(); });
+  for (std::thread& thread : threads) thread.join();
+  for (const Ops* table : got) EXPECT_EQ(table, &ops());
+}
+
+// NARROWS_TEST_EXPECT: empty (nothing forced: the best), "ran" (the forced table, or the error if this CPU lacks it),
+// "must_run" (the forced table on every CPU), "error".
+TEST(Dispatch, ForcedTargetRanOrIsAnError) {
+  const std::string forced = environment("NARROWS_FORCE_TARGET");
+  const std::string expect = environment("NARROWS_TEST_EXPECT");
+  const Status status = check_forced_target();
+  if (forced.empty()) {
+    ASSERT_NE(expect, "error");
+    ASSERT_NE(expect, "ran");
+    EXPECT_TRUE(status.ok());
+    EXPECT_EQ(&ops(), available_targets().front());
+    return;
+  }
+  const bool runs = available_names().contains(forced);
+  if (expect == "must_run") {
+    ASSERT_TRUE(runs);
+  }
+  if (expect == "error") {
+    ASSERT_FALSE(runs);
+  }
+  if (runs) {
+    EXPECT_TRUE(status.ok());
+    EXPECT_EQ(ops().name, forced);
+  } else {
+    ASSERT_FALSE(status.ok());
+    EXPECT_EQ(status.code(), StatusCode::invalid_argument);
+    EXPECT_STREQ(ops().name, "ref");
+    EXPECT_NE(status.message().find(forced), std::string::npos);
+    for (const std::string& name : available_names()) {
+      EXPECT_NE(status.message().find(name), std::string::npos) << name << " not in: " << status.message();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace narrows::kernels
