@@ -1,0 +1,216 @@
+// Opens and checks a GGUF file with ggml's reader. ggml's typed getters abort on a wrong type, so every access here
+// looks at the type first; ggml does not compare tensor offsets with the file's size, so that is done here as well.
+#include "gguf/gguf_file.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <limits>
+#include <set>
+
+namespace narrows {
+
+namespace {
+
+/// Metadata of a 405B model with its vocabulary is about 20 MB; the tensor table of the largest known model has a few
+/// thousand rows. Beyond this a file is taken for garbage before ggml allocates for it.
+constexpr int64_t kMaxTensors = 1 << 20;
+
+Status bad(const std::string& path, const std::string& what) {
+  return {StatusCode::invalid_file, fmt::format("{}: {}", path, what)};
+}
+
+/// FNV-1a, 64 bit.
+class Fnv {
+ public:
+  void add(const void* data, size_t n) {
+    const auto* p = static_cast<const unsigned char*>(data);
+    for (size_t i = 0; i < n; ++i) hash_ = (hash_ ^ p[i]) * 0x100000001b3ULL;
+  }
+  uint64_t value() const { return hash_; }
+
+ private:
+  uint64_t hash_ = 0xcbf29ce484222325ULL;
+};
+
+}  // namespace
+
+GgufFile::~GgufFile() {
+  if (gguf_ != nullptr) gguf_free(gguf_);
+  if (fd_ >= 0) close(fd_);
+}
+
+GgufFile::GgufFile(GgufFile&& other) noexcept { *this = std::move(other); }
+
+GgufFile& GgufFile::operator=(GgufFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(size_, other.size_);
+  std::swap(fd_, other.fd_);
+  std::swap(gguf_, other.gguf_);
+  std::swap(tensors_, other.tensors_);
+  return *this;
+}
+
+Result<GgufFile> GgufFile::open(const std::string& path) {
+  GgufFile file;
+  file.path_ = path;
+  file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file.fd_ < 0) return bad(path, fmt::format("cannot be opened: {}", std::strerror(errno)));
+  struct stat info {};
+  if (fstat(file.fd_, &info) != 0) return bad(path, fmt::format("cannot be read: {}", std::strerror(errno)));
+  if (S_ISDIR(info.st_mode)) return bad(path, "is a directory, give a GGUF file");
+  if (!S_ISREG(info.st_mode)) return bad(path, "is not a regular file, give a GGUF file");
+  file.size_ = info.st_size;
+  if (file.size_ == 0) return bad(path, "is empty, give a GGUF file");
+
+  char magic[4] = {};
+  if (file.size_ < 24 || !file.read(0, 4, magic).ok() || std::memcmp(magic, GGUF_MAGIC, 4) != 0) {
+    return bad(path, "is not a GGUF file (it does not begin with \"GGUF\")");
+  }
+  const gguf_init_params params = {/*no_alloc=*/true, /*ctx=*/nullptr};
+  file.gguf_ = gguf_init_from_file(path.c_str(), params);
+  if (file.gguf_ == nullptr) {
+    return bad(path, "is cut off or corrupt in its header (metadata or tensor table), get the file again");
+  }
+  if (Status s = file.check_tensors(); !s.ok()) return s;
+  return file;
+}
+
+Status GgufFile::check_tensors() {
+  const int64_t n = gguf_get_n_tensors(gguf_);
+  if (n > kMaxTensors) return bad(path_, fmt::format("claims {} tensors, which no model has", n));
+  const auto data_offset = static_cast<int64_t>(gguf_get_data_offset(gguf_));
+  std::set<std::string_view> names;
+  tensors_.reserve(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    TensorEntry t;
+    t.name = gguf_get_tensor_name(gguf_, i);
+    t.type = gguf_get_tensor_type(gguf_, i);
+    std::copy_n(gguf_get_tensor_ne(gguf_, i), 4, t.ne);
+    const size_t offset = gguf_get_tensor_offset(gguf_, i);
+    const size_t bytes = gguf_get_tensor_size(gguf_, i);
+    constexpr auto kMax = static_cast<size_t>(std::numeric_limits<int64_t>::max() / 4);
+    if (offset > kMax || bytes > kMax) return bad(path_, fmt::format("tensor {} lies beyond any file", t.name));
+    t.offset = data_offset + static_cast<int64_t>(offset);
+    t.bytes = static_cast<int64_t>(bytes);
+    if (t.offset > size_ || t.bytes > size_ - t.offset) {
+      return bad(path_, fmt::format("is cut off: tensor {} ends at byte {}, the file has {}; get the file again", t.name,
+                                    t.offset + t.bytes, size_));
+    }
+    tensors_.push_back(std::move(t));
+  }
+  for (const TensorEntry& t : tensors_) {
+    if (!names.insert(t.name).second) return bad(path_, fmt::format("holds two tensors named {}", t.name));
+  }
+  return {};
+}
+
+Result<std::optional<int64_t>> GgufFile::integer(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0) return std::optional<int64_t>();
+  switch (gguf_get_kv_type(gguf_, id)) {
+    case GGUF_TYPE_UINT8: return std::optional<int64_t>(gguf_get_val_u8(gguf_, id));
+    case GGUF_TYPE_INT8: return std::optional<int64_t>(gguf_get_val_i8(gguf_, id));
+    case GGUF_TYPE_UINT16: return std::optional<int64_t>(gguf_get_val_u16(gguf_, id));
+    case GGUF_TYPE_INT16: return std::optional<int64_t>(gguf_get_val_i16(gguf_, id));
+    case GGUF_TYPE_UINT32: return std::optional<int64_t>(gguf_get_val_u32(gguf_, id));
+    case GGUF_TYPE_INT32: return std::optional<int64_t>(gguf_get_val_i32(gguf_, id));
+    case GGUF_TYPE_INT64: return std::optional<int64_t>(gguf_get_val_i64(gguf_, id));
+    case GGUF_TYPE_UINT64: {
+      const uint64_t v = gguf_get_val_u64(gguf_, id);
+      if (v > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+        return bad(path_, fmt::format("metadata {} = {} is out of range", key, v));
+      }
+      return std::optional<int64_t>(static_cast<int64_t>(v));
+    }
+    default:
+      return bad(path_, fmt::format("metadata {} should be a whole number but is of type {}", key,
+                                    gguf_type_name(gguf_get_kv_type(gguf_, id))));
+  }
+}
+
+Result<std::optional<double>> GgufFile::real(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0) return std::optional<double>();
+  switch (gguf_get_kv_type(gguf_, id)) {
+    case GGUF_TYPE_FLOAT32: return std::optional<double>(gguf_get_val_f32(gguf_, id));
+    case GGUF_TYPE_FLOAT64: return std::optional<double>(gguf_get_val_f64(gguf_, id));
+    default:
+      return bad(path_, fmt::format("metadata {} should be a real number but is of type {}", key,
+                                    gguf_type_name(gguf_get_kv_type(gguf_, id))));
+  }
+}
+
+Result<std::optional<std::string>> GgufFile::text(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0) return std::optional<std::string>();
+  if (gguf_get_kv_type(gguf_, id) != GGUF_TYPE_STRING) {
+    return bad(path_, fmt::format("metadata {} should be text but is of type {}", key,
+                                  gguf_type_name(gguf_get_kv_type(gguf_, id))));
+  }
+  return std::optional<std::string>(gguf_get_val_str(gguf_, id));
+}
+
+std::optional<int64_t> GgufFile::array_size(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0 || gguf_get_kv_type(gguf_, id) != GGUF_TYPE_ARRAY) return std::nullopt;
+  return static_cast<int64_t>(gguf_get_arr_n(gguf_, id));
+}
+
+const TensorEntry* GgufFile::find(std::string_view name) const {
+  const auto it = std::find_if(tensors_.begin(), tensors_.end(), [&](const TensorEntry& t) { return t.name == name; });
+  return it == tensors_.end() ? nullptr : &*it;
+}
+
+Status GgufFile::read(int64_t offset, int64_t n, void* into) const {
+  auto* to = static_cast<char*>(into);
+  while (n > 0) {
+    const ssize_t got = pread(fd_, to, static_cast<size_t>(n), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      return {StatusCode::io_error,
+              fmt::format("{}: cannot be read at byte {}: {}", path_, offset,
+                          got == 0 ? "the file has become shorter" : std::strerror(errno))};
+    }
+    to += got;
+    offset += got;
+    n -= got;
+  }
+  return {};
+}
+
+Result<std::string> GgufFile::fingerprint() const {
+  constexpr int64_t kSample = 4096;
+  Fnv fnv;
+  std::vector<char> buffer(1 << 20);
+  const auto header = std::min(static_cast<int64_t>(gguf_get_data_offset(gguf_)), size_);
+  for (int64_t at = 0; at < header;) {
+    const int64_t n = std::min<int64_t>(header - at, static_cast<int64_t>(buffer.size()));
+    if (Status s = read(at, n, buffer.data()); !s.ok()) return s;
+    fnv.add(buffer.data(), static_cast<size_t>(n));
+    at += n;
+  }
+  for (const TensorEntry& t : tensors_) {
+    const int64_t n = std::min(t.bytes, kSample);
+    for (const int64_t at : {t.offset, t.offset + t.bytes - n}) {
+      if (Status s = read(at, n, buffer.data()); !s.ok()) return s;
+      fnv.add(buffer.data(), static_cast<size_t>(n));
+    }
+  }
+  return fmt::format("{:016x}", fnv.value());
+}
+
+std::string describe_shape(const TensorEntry& t) {
+  int n_dim = 4;
+  while (n_dim > 1 && t.ne[n_dim - 1] == 1) --n_dim;
+  std::string dims;
+  for (int i = 0; i < n_dim; ++i) dims += fmt::format("{}{}", i > 0 ? ", " : "", t.ne[i]);
+  return fmt::format("[{}] {}", dims, ggml_type_name(t.type));
+}
+
+}  // namespace narrows

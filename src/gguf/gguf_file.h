@@ -1,0 +1,72 @@
+// A GGUF file, opened and checked: metadata by key, tensors by name. Pipeline step 1. The file is hostile until
+// checked: counts, types, shapes and offsets are verified against the file's real size before anything is read.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ggml.h"
+#include "gguf.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// One tensor of the file. ggml's ne order: ne[0] is the fastest dimension.
+struct TensorEntry {
+  std::string name;
+  ggml_type type = GGML_TYPE_F32;
+  int64_t ne[4] = {1, 1, 1, 1};
+  int64_t offset = 0;   ///< from the start of the file
+  int64_t bytes = 0;
+
+  int64_t n_row() const { return ne[1] * ne[2] * ne[3]; }
+  int64_t row_bytes() const { return n_row() > 0 ? bytes / n_row() : 0; }
+};
+
+class GgufFile {
+ public:
+  /// invalid_file: missing, a directory, empty, not GGUF, cut off, tensors beyond the end of the file.
+  static Result<GgufFile> open(const std::string& path);
+  ~GgufFile();
+  GgufFile(GgufFile&&) noexcept;
+  GgufFile& operator=(GgufFile&&) noexcept;
+
+  const std::string& path() const { return path_; }
+  int64_t size() const { return size_; }
+
+  /// nullopt if there is no such key; invalid_file if it has another type or does not fit.
+  Result<std::optional<int64_t>> integer(const std::string& key) const;
+  Result<std::optional<double>> real(const std::string& key) const;
+  Result<std::optional<std::string>> text(const std::string& key) const;
+  /// Number of elements if key is an array (of any type).
+  std::optional<int64_t> array_size(const std::string& key) const;
+
+  const std::vector<TensorEntry>& tensors() const { return tensors_; }
+  const TensorEntry* find(std::string_view name) const;
+
+  /// Reads bytes [offset, offset + n) of the file. io_error if they cannot be read any more. Thread-safe.
+  Status read(int64_t offset, int64_t n, void* into) const;
+
+  /// 16 hex digits: FNV-1a over the metadata, the tensor table and the first and last bytes of every tensor. Tells
+  /// models apart cheaply; no protection against somebody who wants a collision.
+  Result<std::string> fingerprint() const;
+
+ private:
+  GgufFile() = default;
+  Status check_tensors();
+
+  std::string path_;
+  int64_t size_ = 0;
+  int fd_ = -1;
+  gguf_context* gguf_ = nullptr;
+  std::vector<TensorEntry> tensors_;
+};
+
+/// "[576, 1536] Q4_1", fastest dimension first as GGUF tools print it; for error sentences.
+std::string describe_shape(const TensorEntry& tensor);
+
+}  // namespace narrows

@@ -1,0 +1,46 @@
+// ggml graphs of one transformer layer, for any number of tokens, with attention left open: build_qkv() gives what
+// attention needs, build_rest() takes what it gave. Decode builds all layers into one graph with attention as custom ops
+// (engine/decode_graph.h); prefill builds one layer at a time (prefill/prefill.h). The architectures differ only in which
+// weights exist: llama (no bias), qwen2 (q, k, v bias), qwen3 (q/k norms).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+#include "model/weights.h"
+
+namespace narrows {
+
+/// Before RoPE. Shape [head_dim, heads, n] each; a view may have gaps between tokens (nb[2]), never inside one.
+struct Qkv {
+  ggml_tensor* q;
+  ggml_tensor* k;
+  ggml_tensor* v;
+};
+
+/// x [n_embd, n]: the residual stream before the layer.
+Qkv build_qkv(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x);
+
+/// attention [n_head * head_dim, n]; the residual stream after the layer, [n_embd, n].
+ggml_tensor* build_rest(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x,
+                        ggml_tensor* attention);
+
+/// Logits [n_vocab, n] of the final residual stream.
+ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x);
+
+/// Runs graphs whose tensors are allocated, on n_threads, keeping ggml's work buffer from run to run.
+class GraphRunner {
+ public:
+  explicit GraphRunner(int n_threads) : n_threads_(n_threads) {}
+  /// internal if ggml reports a failure.
+  Status run(ggml_cgraph* graph);
+  int n_threads() const { return n_threads_; }
+
+ private:
+  int n_threads_;
+  std::vector<uint8_t> work_;
+};
+
+}  // namespace narrows

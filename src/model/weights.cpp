@@ -1,0 +1,354 @@
+// Loads weights: every tensor is asked for by name with its expected shape, joined and reordered as weights.h says, and
+// given to the buffer that suits it. A tensor that nobody asked for is an error too: the model would do something
+// that this build does not compute.
+#include "model/weights.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+
+#include "base/memory.h"
+#include "ggml-cpu.h"
+
+namespace narrows {
+
+namespace {
+
+/// Room for graph buffers, logits and the program itself beside the weights.
+constexpr int64_t kMemoryMargin = int64_t{256} << 20;
+
+/// One tensor to be made out of rows of one or more tensors of the file.
+struct Plan {
+  ggml_tensor** target;
+  std::vector<const TensorEntry*> parts;   ///< rows one after another
+  std::vector<bool> reorder;               ///< a part whose rows go from neighbour to halves order
+  bool flat = false;                       ///< one dimension: norms and biases, always float32
+};
+
+/// Row `r` in halves order comes from row rope_source(r) of the file (neighbour order).
+int64_t rope_source(int64_t r, int64_t head_dim, int64_t n_rot) {
+  const int64_t i = r % head_dim;
+  const int64_t half = n_rot / 2;
+  if (i >= n_rot) return r;
+  return r - i + (i < half ? 2 * i : 2 * (i - half) + 1);
+}
+
+/// ggml's buffer types that interleave weights for this CPU, best first.
+std::vector<ggml_backend_buffer_type_t> repack_buffer_types() {
+  std::vector<ggml_backend_buffer_type_t> types;
+  ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+  if (device == nullptr) return types;
+  ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(device);
+  auto get = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+      ggml_backend_reg_get_proc_address(registry, "ggml_backend_dev_get_extra_bufts"));
+  if (get == nullptr) return types;
+  for (ggml_backend_buffer_type_t* t = get(device); t != nullptr && *t != nullptr; ++t) types.push_back(*t);
+  return types;
+}
+
+/// True if the CPU backend multiplies a weight of this type and shape out of a buffer of this type.
+bool can_multiply_from(ggml_backend_buffer_type_t type, ggml_type weight_type, int64_t n_in, int64_t n_out) {
+  const ggml_init_params params = {ggml_tensor_overhead() * 4, nullptr, true};
+  ggml_context* ctx = ggml_init(params);
+  ggml_tensor* w = ggml_new_tensor_2d(ctx, weight_type, n_in, n_out);
+  ggml_tensor* x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_in, 512);
+  ggml_tensor* op = ggml_mul_mat(ctx, w, x);
+  w->buffer = ggml_backend_buft_alloc_buffer(type, 0);
+  const bool ok = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
+  ggml_backend_buffer_free(w->buffer);
+  ggml_free(ctx);
+  return ok;
+}
+
+bool can_convert(ggml_type type) {
+  return type == GGML_TYPE_F32 || (type < GGML_TYPE_COUNT && ggml_get_type_traits(type)->to_float != nullptr);
+}
+
+void to_float(ggml_type type, const void* from, float* to, int64_t n) {
+  if (type == GGML_TYPE_F32) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+  } else {
+    ggml_get_type_traits(type)->to_float(from, to, n);
+  }
+}
+
+}  // namespace
+
+class WeightLoader {
+ public:
+  WeightLoader(ModelWeights& model, const LoadOptions& options) : m_(model), hp_(model.hparams_), options_(options) {}
+
+  Status run() {
+    declare();
+    if (!status_.ok()) return status_;
+    if (Status s = check_leftovers(); !s.ok()) return s;
+    if (Status s = check_memory(); !s.ok()) return s;
+    if (Status s = allocate(); !s.ok()) return s;
+    return fill();
+  }
+
+ private:
+  Status bad(const std::string& what) const {
+    return {StatusCode::invalid_file, fmt::format("{}: {}", m_.file_.path(), what)};
+  }
+  void fail(Status s) {
+    if (status_.ok()) status_ = std::move(s);
+  }
+
+  /// The tensor of this name, checked; null if it is missing (an error unless optional).
+  const TensorEntry* take(const std::string& name, int64_t n_in, int64_t n_out, bool optional = false) {
+    const TensorEntry* t = m_.file_.find(name);
+    if (t == nullptr) {
+      if (!optional) fail(bad(fmt::format("tensor {} is missing, get the file again", name)));
+      return nullptr;
+    }
+    used_.insert(t->name);
+    if (t->ne[0] != n_in || t->ne[1] != n_out || t->ne[2] != 1 || t->ne[3] != 1) {
+      fail(bad(fmt::format("tensor {} is {} but should be [{}, {}]", name, describe_shape(*t), n_in, n_out)));
+      return nullptr;
+    }
+    if (!can_convert(t->type)) {
+      fail({StatusCode::unsupported,
+            fmt::format("{}: tensor {} is of type {}, which this build cannot compute with", m_.file_.path(), name,
+                        ggml_type_name(t->type))});
+      return nullptr;
+    }
+    return t;
+  }
+
+  void vector(ggml_tensor** target, const std::string& name, int64_t n, bool optional = false, bool reorder = false) {
+    if (const TensorEntry* t = take(name, n, 1, optional)) plans_.push_back({target, {t}, {reorder}, true});
+  }
+
+  void matrix(ggml_tensor** target, const TensorEntry* t, bool reorder = false) {
+    if (t != nullptr) plans_.push_back({target, {t}, {reorder}, false});
+  }
+
+  void declare_attention(int64_t i, LayerWeights& l) {
+    const std::string p = fmt::format("blk.{}.", i);
+    const int64_t d_q = hp_.n_head * hp_.head_dim, d_kv = hp_.n_head_kv * hp_.head_dim;
+    const bool turn = hp_.rope_neighbours;
+    vector(&l.attn_norm, p + "attn_norm.weight", hp_.n_embd);
+    const TensorEntry* q = take(p + "attn_q.weight", hp_.n_embd, d_q);
+    const TensorEntry* k = take(p + "attn_k.weight", hp_.n_embd, d_kv);
+    const TensorEntry* v = take(p + "attn_v.weight", hp_.n_embd, d_kv);
+    if (q == nullptr || k == nullptr || v == nullptr) return;
+    const TensorEntry* bq = take(p + "attn_q.bias", d_q, 1, true);
+    const TensorEntry* bk = take(p + "attn_k.bias", d_kv, 1, true);
+    const TensorEntry* bv = take(p + "attn_v.bias", d_kv, 1, true);
+    const bool all_biases = bq != nullptr && bk != nullptr && bv != nullptr;
+    const bool no_bias = bq == nullptr && bk == nullptr && bv == nullptr;
+    if (q->type == k->type && q->type == v->type && (all_biases || no_bias)) {
+      plans_.push_back({&l.wqkv, {q, k, v}, {turn, turn, false}, false});
+      if (all_biases) plans_.push_back({&l.bqkv, {bq, bk, bv}, {turn, turn, false}, true});
+    } else {
+      matrix(&l.wq, q, turn);
+      matrix(&l.wk, k, turn);
+      matrix(&l.wv, v);
+      if (bq != nullptr) plans_.push_back({&l.bq, {bq}, {turn}, true});
+      if (bk != nullptr) plans_.push_back({&l.bk, {bk}, {turn}, true});
+      if (bv != nullptr) plans_.push_back({&l.bv, {bv}, {false}, true});
+    }
+    if (hp_.qk_norm) {
+      vector(&l.q_norm, p + "attn_q_norm.weight", hp_.head_dim);
+      vector(&l.k_norm, p + "attn_k_norm.weight", hp_.head_dim);
+    }
+    matrix(&l.wo, take(p + "attn_output.weight", d_q, hp_.n_embd));
+    vector(&l.bo, p + "attn_output.bias", hp_.n_embd, true);
+  }
+
+  void declare_ffn(int64_t i, LayerWeights& l) {
+    const std::string p = fmt::format("blk.{}.", i);
+    vector(&l.ffn_norm, p + "ffn_norm.weight", hp_.n_embd);
+    const TensorEntry* gate = take(p + "ffn_gate.weight", hp_.n_embd, hp_.n_ff);
+    const TensorEntry* up = take(p + "ffn_up.weight", hp_.n_embd, hp_.n_ff);
+    if (gate == nullptr || up == nullptr) return;
+    vector(&l.b_gate, p + "ffn_gate.bias", hp_.n_ff, true);
+    vector(&l.b_up, p + "ffn_up.bias", hp_.n_ff, true);
+    const bool biases = m_.file_.find(p + "ffn_gate.bias") != nullptr || m_.file_.find(p + "ffn_up.bias") != nullptr;
+    if (gate->type == up->type && !biases) {
+      plans_.push_back({&l.gate_up, {gate, up}, {false, false}, false});
+    } else {
+      matrix(&l.gate, gate);
+      matrix(&l.up, up);
+    }
+    matrix(&l.down, take(p + "ffn_down.weight", hp_.n_ff, hp_.n_embd));
+    vector(&l.b_down, p + "ffn_down.bias", hp_.n_embd, true);
+  }
+
+  void declare() {
+    const TensorEntry* embedding = take("token_embd.weight", hp_.n_embd, hp_.n_vocab);
+    if (embedding == nullptr) return;
+    m_.embedding_ = *embedding;
+    vector(&m_.output_norm_, "output_norm.weight", hp_.n_embd);
+    const TensorEntry* output = take("output.weight", hp_.n_embd, hp_.n_vocab, true);
+    matrix(&m_.output_, output != nullptr ? output : embedding);
+    vector(&m_.output_bias_, "output.bias", hp_.n_vocab, true);
+    if (const TensorEntry* t = take("rope_freqs.weight", hp_.rope.n_rot / 2, 1, true)) read_rope_factors(*t);
+    m_.layers_.resize(static_cast<size_t>(hp_.n_layer));
+    for (int64_t i = 0; i < hp_.n_layer && status_.ok(); ++i) {
+      declare_attention(i, m_.layers_[static_cast<size_t>(i)]);
+      declare_ffn(i, m_.layers_[static_cast<size_t>(i)]);
+    }
+  }
+
+  void read_rope_factors(const TensorEntry& t) {
+    if (t.type != GGML_TYPE_F32) return fail(bad("tensor rope_freqs.weight should be F32"));
+    std::vector<float>& factors = m_.hparams_.rope.freq_factors;
+    factors.resize(static_cast<size_t>(t.ne[0]));
+    if (Status s = m_.file_.read(t.offset, t.bytes, factors.data()); !s.ok()) return fail(std::move(s));
+    if (!std::all_of(factors.begin(), factors.end(), [](float f) { return f > 0 && f < 1e9F; })) {
+      fail(bad("tensor rope_freqs.weight has a factor that is not positive"));
+    }
+  }
+
+  Status check_leftovers() const {
+    for (const TensorEntry& t : m_.file_.tensors()) {
+      if (!used_.contains(t.name)) {
+        return {StatusCode::unsupported,
+                fmt::format("{}: tensor {} is not part of the {} architecture as this build knows it",
+                            m_.file_.path(), t.name, hp_.architecture)};
+      }
+    }
+    return {};
+  }
+
+  /// Norms and biases are always float32, matrices only when that is asked for.
+  bool to_f32(const Plan& p) const { return p.flat || options_.float_weights; }
+
+  int64_t plan_bytes(const Plan& p) const {
+    int64_t bytes = 0;
+    for (const TensorEntry* t : p.parts) bytes += to_f32(p) ? t->ne[0] * t->n_row() * 4 : t->bytes;
+    return bytes;
+  }
+
+  Status check_memory() const {
+    int64_t need = kMemoryMargin;
+    for (const Plan& p : plans_) need += plan_bytes(p);
+    const int64_t have = available_memory_bytes();
+    if (have > 0 && need > have) {
+      return {StatusCode::out_of_memory,
+              fmt::format("{}: the weights need {:.1f} GB of memory and {:.1f} GB are free, use a smaller model or a "
+                          "stronger quantisation of it",
+                          m_.file_.path(), static_cast<double>(need) / 1e9, static_cast<double>(have) / 1e9)};
+    }
+    return {};
+  }
+
+  Status allocate() {
+    std::vector<ggml_backend_buffer_type_t> types;
+    if (options_.repack) types = repack_buffer_types();
+    types.push_back(ggml_backend_cpu_buffer_type());
+    for (size_t i = 0; i < types.size(); ++i) {
+      const ggml_init_params params = {ggml_tensor_overhead() * (plans_.size() + 1), nullptr, true};
+      m_.contexts_.push_back(ggml_init(params));
+      if (m_.contexts_.back() == nullptr) return {StatusCode::out_of_memory, "no memory for the tensor table"};
+    }
+    for (const Plan& p : plans_) {
+      const TensorEntry& first = *p.parts.front();
+      int64_t n_out = 0;
+      for (const TensorEntry* t : p.parts) n_out += p.flat ? t->ne[0] : t->ne[1];
+      const ggml_type type = to_f32(p) ? GGML_TYPE_F32 : first.type;
+      size_t where = types.size() - 1;
+      if (!p.flat) {
+        for (size_t i = 0; i + 1 < types.size() && where == types.size() - 1; ++i) {
+          if (can_multiply_from(types[i], type, first.ne[0], n_out)) where = i;
+        }
+      }
+      *p.target = p.flat ? ggml_new_tensor_1d(m_.contexts_[where], type, n_out)
+                         : ggml_new_tensor_2d(m_.contexts_[where], type, first.ne[0], n_out);
+      ggml_set_name(*p.target, first.name.c_str());
+    }
+    for (size_t i = 0; i < types.size(); ++i) {
+      if (ggml_get_first_tensor(m_.contexts_[i]) == nullptr) continue;
+      ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(m_.contexts_[i], types[i]);
+      if (buffer == nullptr) return {StatusCode::out_of_memory, "the system gave no memory for the weights"};
+      ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+      m_.buffers_.push_back(buffer);
+    }
+    return {};
+  }
+
+  Status fill() {
+    std::vector<char> raw, whole;
+    for (const Plan& p : plans_) {
+      whole.resize(static_cast<size_t>(plan_bytes(p)));
+      char* to = whole.data();
+      for (size_t i = 0; i < p.parts.size(); ++i) {
+        const TensorEntry& t = *p.parts[i];
+        raw.resize(static_cast<size_t>(t.bytes));
+        if (Status s = m_.file_.read(t.offset, t.bytes, raw.data()); !s.ok()) return s;
+        to += put(p, t, p.reorder[i], raw.data(), to);
+      }
+      ggml_backend_tensor_set(*p.target, whole.data(), 0, whole.size());
+    }
+    return {};
+  }
+
+  /// Copies one part, converted and reordered; returns the bytes written. What moves is a row of a matrix, or one
+  /// number of a vector.
+  int64_t put(const Plan& p, const TensorEntry& t, bool reorder, const char* raw, char* to) const {
+    std::vector<float> numbers;
+    int64_t bytes = t.bytes;
+    if (to_f32(p)) {
+      numbers.resize(static_cast<size_t>(t.ne[0] * t.n_row()));
+      to_float(t.type, raw, numbers.data(), static_cast<int64_t>(numbers.size()));
+      raw = reinterpret_cast<const char*>(numbers.data());
+      bytes = static_cast<int64_t>(numbers.size() * sizeof(float));
+    }
+    if (!reorder) {
+      std::memcpy(to, raw, static_cast<size_t>(bytes));
+      return bytes;
+    }
+    const int64_t n_item = p.flat ? t.ne[0] : t.ne[1], item = bytes / n_item;
+    for (int64_t r = 0; r < n_item; ++r) {
+      std::memcpy(to + r * item, raw + rope_source(r, hp_.head_dim, hp_.rope.n_rot) * item, static_cast<size_t>(item));
+    }
+    return bytes;
+  }
+
+  ModelWeights& m_;
+  const Hparams& hp_;
+  const LoadOptions& options_;
+  std::vector<Plan> plans_;
+  std::set<std::string> used_;
+  Status status_;
+};
+
+ModelWeights::ModelWeights(GgufFile file, const Hparams& hparams) : file_(std::move(file)), hparams_(hparams) {}
+
+ModelWeights::~ModelWeights() {
+  for (ggml_backend_buffer_t b : buffers_) ggml_backend_buffer_free(b);
+  for (ggml_context* c : contexts_) ggml_free(c);
+}
+
+Result<std::unique_ptr<ModelWeights>> ModelWeights::load(GgufFile file, const Hparams& hparams,
+                                                         const LoadOptions& options) {
+  std::unique_ptr<ModelWeights> m(new ModelWeights(std::move(file), hparams));
+  if (Status s = WeightLoader(*m, options).run(); !s.ok()) return s;
+  return m;
+}
+
+Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
+  const int64_t row_bytes = embedding_.row_bytes();
+  std::vector<char> row(static_cast<size_t>(row_bytes));
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= hparams_.n_vocab) {
+      return {StatusCode::invalid_argument,
+              fmt::format("token {} is outside the vocabulary of {}", tokens[i], hparams_.n_vocab)};
+    }
+    if (Status s = file_.read(embedding_.offset + tokens[i] * row_bytes, row_bytes, row.data()); !s.ok()) return s;
+    to_float(embedding_.type, row.data(), out + static_cast<int64_t>(i) * hparams_.n_embd, hparams_.n_embd);
+  }
+  return {};
+}
+
+int64_t ModelWeights::allocated_bytes() const {
+  int64_t n = 0;
+  for (ggml_backend_buffer_t b : buffers_) n += static_cast<int64_t>(ggml_backend_buffer_get_size(b));
+  return n;
+}
+
+}  // namespace narrows

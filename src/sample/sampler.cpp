@@ -1,0 +1,151 @@
+// Sampler: a chain of libllama's samplers over plain logits, without a llama_context. The order is that of
+// llama.cpp's default: penalties, top-k, top-p, min-p, temperature, then the draw.
+#include <fmt/format.h>
+#include <llama.h>
+
+#include <cmath>
+#include <exception>
+#include <limits>
+#include <new>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "narrows/sampling.h"
+
+namespace narrows {
+namespace {
+
+constexpr int32_t kMaxLastN = 1 << 20;  ///< the penalties keep a ring of this many tokens
+/// Below, logits of 1e5 divided by the temperature would leave float's range, and the draw would be from NaN.
+constexpr double kMinTemperature = 0.001;
+constexpr double kMaxTemperature = 100;
+constexpr double kMinPenalty = 0.01;
+constexpr double kMaxPenalty = 100;
+constexpr int32_t kNoIndex = -1;
+
+struct ChainFree {
+  void operator()(llama_sampler* chain) const { llama_sampler_free(chain); }
+};
+using Chain = std::unique_ptr<llama_sampler, ChainFree>;
+
+/// NaN is out of every range.
+Status check_range(std::string_view name, double value, double low, double high) {
+  if (value >= low && value <= high) return {};
+  return {StatusCode::invalid_argument,
+          fmt::format("{} is {}, which is not from {} to {}", name, value, low, high)};
+}
+
+Status check(const SamplerOptions& o) {
+  if (o.temperature != 0.0F) {
+    if (Status status = check_range("temperature", o.temperature, kMinTemperature, kMaxTemperature);
+        !status.ok()) {
+      return {status.code(), status.message() + "; 0 is greedy"};
+    }
+  }
+  // libllama takes the largest seed for "choose one yourself", and a chosen seed would not be the printed
+  // one.
+  const Status checks[] = {
+      check_range("top-k", o.top_k, 0, std::numeric_limits<int32_t>::max()),
+      check_range("top-p", o.top_p, 0, 1),
+      check_range("min-p", o.min_p, 0, 1),
+      check_range("repeat penalty", o.repeat_penalty, kMinPenalty, kMaxPenalty),
+      check_range("repeat last n", o.repeat_last_n, 0, kMaxLastN),
+      check_range("seed", o.seed, 0, LLAMA_DEFAULT_SEED - 1),
+  };
+  for (const Status& status : checks) {
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+void add(const Chain& chain, llama_sampler* sampler) { llama_sampler_chain_add(chain.get(), sampler); }
+
+/// Index of the largest logit, the first of equals; nothing if a logit is NaN or +infinity, or all are
+/// -infinity.
+std::optional<size_t> largest(std::span<const float> logits) {
+  float best = -std::numeric_limits<float>::infinity();
+  std::optional<size_t> at;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (std::isnan(logits[i])) return std::nullopt;
+    if (logits[i] > best) {
+      best = logits[i];
+      at = i;
+    }
+  }
+  return std::isfinite(best) ? at : std::nullopt;
+}
+
+}  // namespace
+
+struct Sampler::Impl {
+  Chain chain;
+  bool plain_greedy = false;  ///< neither penalty nor temperature: the largest logit is the answer
+  std::vector<llama_token_data> candidates;
+};
+
+Sampler::Sampler(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Sampler::~Sampler() = default;
+
+Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options) {
+  if (Status status = check(options); !status.ok()) return status;
+  auto impl = std::make_unique<Impl>();
+  llama_sampler_chain_params params = llama_sampler_chain_default_params();
+  params.no_perf = true;
+  impl->chain.reset(llama_sampler_chain_init(params));
+  const bool penalties = options.repeat_penalty != 1.0F && options.repeat_last_n > 0;
+  impl->plain_greedy = options.temperature == 0.0F && !penalties;
+
+  if (penalties) {
+    // The vocabulary's size is asked for the sake of samplers that run in the graph; this chain runs on plain
+    // logits.
+    constexpr int32_t kVocabNotUsed = 0;
+    add(impl->chain, llama_sampler_init_penalties(kVocabNotUsed, options.repeat_last_n,
+                                                  options.repeat_penalty, 0.0F, 0.0F));
+  }
+  if (options.temperature == 0.0F) {
+    add(impl->chain, llama_sampler_init_greedy());
+  } else {
+    constexpr size_t kMinKeep = 1;  // a filter never leaves nothing
+    if (options.top_k > 0) add(impl->chain, llama_sampler_init_top_k(options.top_k));
+    add(impl->chain, llama_sampler_init_top_p(options.top_p, kMinKeep));
+    add(impl->chain, llama_sampler_init_min_p(options.min_p, kMinKeep));
+    add(impl->chain, llama_sampler_init_temp(options.temperature));
+    add(impl->chain, llama_sampler_init_dist(options.seed));
+  }
+  return std::unique_ptr<Sampler>(new Sampler(std::move(impl)));
+}
+
+Result<Token> Sampler::sample(std::span<const float> logits) {
+  const std::optional<size_t> best = largest(logits);
+  if (!best) {
+    return {StatusCode::non_finite,
+            fmt::format(
+                "none of the {} logits can be chosen: there is NaN or +infinity among them, or nothing but "
+                "-infinity",
+                logits.size())};
+  }
+  if (impl_->plain_greedy) return static_cast<Token>(*best);
+  try {
+    impl_->candidates.resize(logits.size());
+    for (size_t i = 0; i < logits.size(); ++i) {
+      impl_->candidates[i] = {static_cast<llama_token>(i), logits[i], 0.0F};
+    }
+    llama_token_data_array array = {impl_->candidates.data(), impl_->candidates.size(), kNoIndex, false};
+    llama_sampler_apply(impl_->chain.get(), &array);
+    if (array.selected < 0 || static_cast<size_t>(array.selected) >= array.size) {
+      return {StatusCode::internal, "the sampler chain chose no token (sample/sampler.cpp)"};
+    }
+    return static_cast<Token>(array.data[array.selected].id);
+  } catch (const std::bad_alloc&) {
+    return {StatusCode::out_of_memory, fmt::format("no memory to sample from {} logits", logits.size())};
+  } catch (const std::exception& error) {
+    return {StatusCode::internal,
+            fmt::format("the sampler chain failed (sample/sampler.cpp): {}", error.what())};
+  }
+}
+
+void Sampler::accept(Token token) { llama_sampler_accept(impl_->chain.get(), token); }
+
+}  // namespace narrows
