@@ -1,0 +1,60 @@
+// The latent basis of a model: per layer the leading eigenvectors of K^T K over pre-RoPE keys (SALS section
+// 3, uncentred, joint over KV heads). Made from the prompt or read from a file that `narrows calibrate`
+// wrote.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "narrows/engine.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// Leading eigenvectors of one layer.
+struct LayerBasis {
+  int64_t width = 0;          ///< D
+  int64_t rank = 0;           ///< vectors held, most important first
+  std::vector<float> u;       ///< [D, rank]: column c is eigenvector c; z = k u, k^ = z u^T
+  std::vector<float> energy;  ///< [D] eigenvalues, descending, as shares of their sum
+};
+
+/// Streaming second moments of keys: C += x^T x, products of a few tokens in float32, sums in double.
+class KeyMoments {
+ public:
+  explicit KeyMoments(int64_t width);
+  /// keys [n, D]; must be finite.
+  void add(const float* keys, int64_t n);
+  int64_t n_tokens() const { return n_; }
+  /// non_finite if a moment is not finite; invalid_argument if no token was added.
+  Result<LayerBasis> leading(int64_t rank) const;
+  /// Mean [D] and second moments [D, D] for other users (spectra, centred transforms).
+  const std::vector<double>& sum() const { return sum_; }
+  const std::vector<double>& moments() const { return moments_; }
+
+ private:
+  int64_t width_;
+  int64_t n_ = 0;
+  std::vector<double> sum_;      ///< [D]
+  std::vector<double> moments_;  ///< [D, D], both sides of the diagonal
+};
+
+/// A basis file: GGUF, architecture "narrows-basis", version 1, the model's fingerprint and shapes, how it
+/// was made (tokens, source), tensors `blk.N.key_basis` F32 [D, D] and `blk.N.key_energy` F32 [D].
+struct BasisFile {
+  std::string fingerprint;
+  std::string made_from;  ///< free text: files and number of tokens
+  int64_t n_tokens = 0;
+  std::vector<LayerBasis> layers;
+};
+
+/// Written aside and renamed. io_error if there is no room.
+Status write_basis_file(const std::string& path, const BasisFile& basis, const ModelInfo& model);
+
+/// Treats the file as hostile. invalid_file if it is missing, cut off, not a basis, has a wrong shape or
+/// non-finite numbers, or was made for another model (names both fingerprints).
+Result<std::shared_ptr<const BasisFile>> read_basis_file(const std::string& path, const ModelInfo& model);
+
+}  // namespace narrows

@@ -1,0 +1,25 @@
+// F16Layer over one ExactStore: only what can fail is here.
+#include "cache/f16_layer.h"
+
+namespace narrows {
+
+Status F16Layer::append(const float* k, const float* v, int64_t n) {
+  if (Status s = check_tokens(shape(), rope(), n_tokens(), k, v, n); !s.ok()) return s;
+  store_.expect_nothing();
+  if (!store_.reserve(n)) return no_memory_for_tokens(n_tokens() + n);
+  store_.push(n_tokens(), k, v, n);
+  return {};
+}
+
+Status F16Layer::prepare_step() {
+  if (!step_is_finite_) return non_finite_token(n_tokens() - 1);
+  if (!store_.expect_step()) return no_memory_for_tokens(n_tokens() + 1);
+  return {};
+}
+
+void F16Layer::clear() {
+  store_.clear();
+  step_is_finite_ = true;
+}
+
+}  // namespace narrows

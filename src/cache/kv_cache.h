@@ -1,0 +1,41 @@
+// The cache of a whole session: one LayerCache a layer, made as the profile says, and its bytes.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cache/basis.h"
+#include "cache/layer_cache.h"
+#include "narrows/engine.h"
+
+namespace narrows {
+
+class KvCache {
+ public:
+  /// basis may be null: SALS layers then keep tokens exact until tokens_for_basis() of them are there,
+  /// compute their own basis from tokens 4.. (the first few are attention sinks with outlying keys) and
+  /// convert themselves.
+  static Result<std::unique_ptr<KvCache>> create(const ModelInfo& model, const KvProfile& profile,
+                                                 const AttentionShape& shape, const kernels::RopeTable* rope,
+                                                 std::shared_ptr<const BasisFile> basis);
+
+  LayerCache& layer(int64_t i) { return *layers_[static_cast<size_t>(i)]; }
+  const LayerCache& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
+  int64_t n_layer() const { return static_cast<int64_t>(layers_.size()); }
+  const KvProfile& profile() const { return profile_; }
+  int64_t n_tokens() const { return layers_.front()->n_tokens(); }
+  CacheStats stats() const;
+  void clear();
+
+ private:
+  KvProfile profile_;
+  AttentionShape shape_;
+  std::vector<std::unique_ptr<LayerCache>> layers_;
+};
+
+/// What the cache of n_tokens takes by its layout, whole model, own basis included; what stats().bytes will
+/// show.
+int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens);
+
+}  // namespace narrows

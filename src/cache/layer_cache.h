@@ -1,0 +1,74 @@
+// The key/value cache behind one interface: storage of one layer. Pipeline step 5; the decode step over it is
+// decode/layer_decoder.h. Every profile keeps the first n_sink and the last n_recent (or a few more) tokens
+// exact and encodes what lies between; docs/cache_layout.md draws it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/rope_table.h"
+#include "narrows/config.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// Heads of one layer's attention. D = width() = n_head_kv * head_dim.
+struct AttentionShape {
+  int64_t n_head = 0;
+  int64_t n_head_kv = 0;
+  int64_t head_dim = 0;
+  float scale = 0;  ///< on q.k, 1 / sqrt(head_dim)
+
+  int64_t group() const { return n_head / n_head_kv; }
+  int64_t width() const { return n_head_kv * head_dim; }
+};
+
+/// Bytes as allocated (capacity, not use).
+struct LayerBytes {
+  int64_t pages = 0;  ///< encoded pages
+  int64_t exact = 0;  ///< sinks and recent window, or all tokens of an f16 layer
+  int64_t basis = 0;  ///< transforms that belong to this cache alone
+  int64_t n_tokens_in_pages = 0;
+  int64_t total() const { return pages + exact + basis; }
+};
+
+/// Storage of one layer. Not thread-safe but where a method says so. Keys come in before RoPE, [n, D]
+/// row-major, heads one after another; position of a token = number of tokens before it.
+class LayerCache {
+ public:
+  virtual ~LayerCache() = default;
+
+  /// Adds n tokens (prefill). May convert everything held so far, e.g. when enough tokens are there to
+  /// compute a basis. non_finite if a key or value is NaN, infinite or beyond f16's 65504 (names the token);
+  /// the layer then holds what it held before.
+  virtual Status append(const float* k, const float* v, int64_t n) = 0;
+
+  /// Makes room for one more token: allocates, and encodes tokens that leave the recent window. Serial,
+  /// between steps: everything of a step that can fail is here.
+  virtual Status prepare_step() = 0;
+
+  /// Stores the token of the running step (k before RoPE, v, [D]) into the room that prepare_step() made; it
+  /// counts in n_tokens() from finish_step() on. One thread; others may read older tokens meanwhile.
+  virtual void store_step(const float* k, const float* v) = 0;
+  virtual void finish_step() = 0;
+
+  /// Keys ROTATED to their positions and values of tokens [first, first + n) as a reader sees them (decoded),
+  /// [n, D] each. For later prompts, tests and eval. Thread-safe among readers.
+  virtual void read(int64_t first, int64_t n, float* k, float* v) const = 0;
+
+  virtual int64_t n_tokens() const = 0;
+  virtual LayerBytes bytes() const = 0;
+  virtual void clear() = 0;  ///< forgets tokens and a basis made from them; a basis from a file stays
+
+  const AttentionShape& shape() const { return shape_; }
+  const kernels::RopeTable& rope() const { return *rope_; }
+
+ protected:
+  LayerCache(const AttentionShape& shape, const kernels::RopeTable* rope) : shape_(shape), rope_(rope) {}
+
+ private:
+  AttentionShape shape_;
+  const kernels::RopeTable* rope_;  ///< outlives the cache
+};
+
+}  // namespace narrows

@@ -1,0 +1,66 @@
+// SALS (arXiv:2510.24273) storage of a layer: the key of a token is its projection on the leading
+// eigenvectors of K^T K (pre-RoPE, joint over KV heads, f16), the value is quantised in groups along its
+// channels. Without a basis file the layer keeps tokens exact until enough are there, computes its own basis
+// and converts itself.
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "cache/basis.h"
+#include "cache/windowed_layer.h"
+
+namespace narrows {
+
+/// Tokens a layer needs before it computes its own basis: two a dimension, and enough text to be typical.
+inline constexpr int64_t tokens_for_basis(int64_t width) { return std::max<int64_t>(512, 2 * width); }
+
+/// The positions that make a layer's own basis: the first few are attention sinks with outlying keys, and
+/// more than 4096 change nothing that was measurable.
+inline constexpr int64_t kBasisBegin = 4;
+inline constexpr int64_t kBasisEnd = 4096;
+
+/// SALS encodes as many tokens at a time as a window block holds, so that a block leaves whole.
+inline constexpr int64_t kSalsUnit = kWindowBlock;
+
+class SalsLayer final : public WindowedLayer {
+ public:
+  /// basis may be null; if given, its width is D and its rank at least layout.rank.
+  SalsLayer(const AttentionShape& shape, const kernels::RopeTable* rope, const WindowPlan& plan,
+            const SalsLayout& layout, std::shared_ptr<const LayerBasis> basis)
+      : WindowedLayer(shape, rope, plan, layout.bytes()), layout_(layout), shared_(std::move(basis)) {}
+
+  const SalsLayout& layout() const { return layout_; }
+
+  /// Eigenvectors [D, rank] with ld_basis() between rows; null while the layer waits for its basis (no pages
+  /// then).
+  const float* basis() const {
+    const LayerBasis* b = shared_ ? shared_.get() : own_ ? &*own_ : nullptr;
+    return b ? b->u.data() : nullptr;
+  }
+  int64_t ld_basis() const { return shared_ ? shared_->rank : own_ ? own_->rank : 0; }
+
+  /// Latents of n <= kTile tokens of the pages, as stored: z [rank, ld], a column a token.
+  void gather_latents(const int32_t* tokens, int64_t n, kernels::f16_t* z, int64_t ld) const;
+  /// Asks for what gather_latents() and read_value() will need and score() did not touch.
+  void prefetch(const int32_t* tokens, int64_t n) const;
+  /// Value row [D] of a token of the pages.
+  void read_value(int64_t token, float* v) const;
+  /// Keys of one KV head before RoPE, k_t [head_dim, ld], out of latents z [rank, ld] of n <= kTile tokens.
+  void rebuild_keys(const float* z, int64_t ld, int64_t n, int64_t head, float* k_t) const;
+
+ protected:
+  Status make_codec(const Incoming& incoming) override;
+  bool has_codec() const override { return basis() != nullptr; }
+  int64_t codec_bytes() const override;
+  void drop_codec() override { own_.reset(); }
+  Status encode(int64_t first, int64_t last, const Incoming& incoming) override;
+  void decode(int64_t first, int64_t n, float* k, float* v) const override;
+
+ private:
+  SalsLayout layout_;
+  std::shared_ptr<const LayerBasis> shared_;  ///< from a file, used by every session of the model
+  std::optional<LayerBasis> own_;             ///< from this layer's own tokens
+};
+
+}  // namespace narrows

@@ -1,0 +1,161 @@
+// Moves tokens window -> pages and keeps every failure without effect: all that can fail is done first, in
+// room that nobody reads yet (new pages, unused slots), and only then the counts change.
+#include "cache/windowed_layer.h"
+
+#include <new>
+
+namespace narrows {
+
+Status WindowedLayer::append(const float* k, const float* v, int64_t n) {
+  if (n <= 0) return {};
+  if (Status s = check_tokens(shape(), rope(), n_tokens(), k, v, n); !s.ok()) return s;
+  const bool had_codec = has_codec();
+  const int64_t n_sink_before = sinks_.size();
+  const int64_t n_window_before = window_.size();
+  sinks_.expect_nothing();
+  window_.expect_nothing();
+  Status status;
+  try {
+    status = append_unguarded({k, v, n});
+  } catch (const std::bad_alloc&) {
+    status = no_memory_for_tokens(n_tokens() + n);
+  }
+  if (!status.ok()) {
+    sinks_.truncate(n_sink_before);  // gives reserved blocks back
+    window_.truncate(n_window_before);
+    pages_.shrink_to(n_page());
+    if (!had_codec) drop_codec();
+  }
+  return status;
+}
+
+Status WindowedLayer::append_unguarded(const Incoming& incoming) {
+  const int64_t n_held = n_tokens();
+  const int64_t n_after = n_held + incoming.n;
+  if (Status s = make_codec(incoming); !s.ok()) return s;
+  const int64_t target = has_codec() ? std::max(n_in_pages_, plan_.in_pages(n_after)) : n_in_pages_;
+
+  // Of the new tokens, [0, n_to_sinks) go to the sinks, those between straight into pages, the rest to the
+  // window.
+  const int64_t n_to_sinks = std::clamp<int64_t>(plan_.n_sink - n_held, 0, incoming.n);
+  const int64_t window_begin = std::min(n_after, std::max(n_held + n_to_sinks, plan_.n_sink + target));
+  const int64_t n_to_window = n_after - window_begin;
+  if (Status s = encode_up_to(target, incoming); !s.ok()) return s;
+  // Old blocks leave only when nothing can fail any more, so the new ones are made beside them.
+  const int64_t n_leaving = std::min(window_.size(), target - n_in_pages_);
+  const int64_t n_block_leaving = ceil_div(n_leaving, kWindowBlock);
+  const int64_t n_window_after = window_.size() - n_leaving + n_to_window;
+  if (!sinks_.reserve(n_to_sinks) ||
+      !window_.reserve_blocks(n_block_leaving + ceil_div(n_window_after, kWindowBlock))) {
+    return no_memory_for_tokens(n_after);
+  }
+  window_.pop_blocks(n_block_leaving);
+  n_in_pages_ = target;
+  const int64_t width = shape().width();
+  sinks_.push(n_held, incoming.k, incoming.v, n_to_sinks);
+  const int64_t skip = (window_begin - n_held) * width;
+  window_.push(window_begin, incoming.k + skip, incoming.v + skip, n_to_window);
+  return {};
+}
+
+Status WindowedLayer::encode_up_to(int64_t target, const Incoming& incoming) {
+  if (target == n_in_pages_) return {};
+  if (!pages_.grow_to(ceil_div(target, kPageTokens))) return no_memory_for_tokens(n_tokens() + incoming.n);
+  return encode(n_in_pages_, target, incoming);
+}
+
+Status WindowedLayer::prepare_step() {
+  if (!step_is_finite_) return non_finite_token(n_tokens() - 1);
+  const bool had_codec = has_codec();
+  Status status;
+  try {
+    status = make_codec({});
+    if (status.ok() && has_codec()) {
+      const int64_t target = std::max(n_in_pages_, plan_.in_pages(n_tokens() + 1));
+      status = encode_up_to(target, {});
+      if (status.ok()) {
+        window_.pop_blocks((target - n_in_pages_) /
+                           kWindowBlock);  // only whole units of held tokens leave in a step
+        n_in_pages_ = target;
+      }
+    }
+  } catch (const std::bad_alloc&) {
+    status = no_memory_for_tokens(n_tokens() + 1);
+  }
+  if (status.ok()) {
+    const bool to_sinks = sinks_.size() < plan_.n_sink;
+    ExactStore& goes_to = to_sinks ? sinks_ : window_;
+    if (goes_to.expect_step()) return {};
+    status = no_memory_for_tokens(n_tokens() + 1);
+  }
+  pages_.shrink_to(n_page());
+  if (!had_codec && n_in_pages_ == 0) drop_codec();
+  return status;
+}
+
+void WindowedLayer::store_step(const float* k, const float* v) {
+  ExactStore& goes_to = sinks_.size() < plan_.n_sink ? sinks_ : window_;
+  step_is_finite_ = goes_to.store_step(n_tokens(), k, v);
+}
+
+void WindowedLayer::finish_step() {
+  sinks_.count_step();
+  window_.count_step();
+}
+
+void WindowedLayer::gather(int64_t first, int64_t n, const Incoming& incoming, KeyForm form, float* k,
+                           float* v) const {
+  const int64_t width = shape().width();
+  const int64_t pos = plan_.n_sink + first;
+  const int64_t n_held = std::clamp<int64_t>(n_tokens() - pos, 0, n);
+  if (n_held > 0) {
+    window_.read(first - n_in_pages_, n_held, k, v);
+    if (form == KeyForm::plain) rotate_keys(shape(), rope(), pos, n_held, /*inverse=*/true, k, k);
+  }
+  const int64_t skip = (pos + n_held - n_tokens()) * width;  // within the incoming tokens
+  const int64_t n_new = n - n_held;
+  if (n_new == 0) return;
+  const float* new_k = incoming.k + skip;
+  std::copy(incoming.v + skip, incoming.v + skip + n_new * width, v + n_held * width);
+  if (form == KeyForm::plain) {
+    std::copy(new_k, new_k + n_new * width, k + n_held * width);
+  } else {
+    rotate_keys(shape(), rope(), pos + n_held, n_new, /*inverse=*/false, new_k, k + n_held * width);
+  }
+}
+
+void WindowedLayer::read(int64_t first, int64_t n, float* k, float* v) const {
+  const int64_t width = shape().width();
+  const int64_t ends[] = {sinks_.size(), sinks_.size() + n_in_pages_, n_tokens()};
+  int64_t begin = 0;
+  for (int part = 0; part < 3; ++part) {
+    const int64_t from = std::max(first, begin);
+    const int64_t count = std::min(first + n, ends[part]) - from;
+    if (count > 0) {
+      float* to_k = k + (from - first) * width;
+      float* to_v = v + (from - first) * width;
+      if (part == 0) sinks_.read(from, count, to_k, to_v);
+      if (part == 1) decode(from - begin, count, to_k, to_v);
+      if (part == 2) window_.read(from - begin, count, to_k, to_v);
+    }
+    begin = ends[part];
+  }
+}
+
+LayerBytes WindowedLayer::bytes() const {
+  return {.pages = pages_.bytes(),
+          .exact = sinks_.bytes() + window_.bytes(),
+          .basis = codec_bytes(),
+          .n_tokens_in_pages = n_in_pages_};
+}
+
+void WindowedLayer::clear() {
+  sinks_.clear();
+  window_.clear();
+  pages_.clear();
+  n_in_pages_ = 0;
+  step_is_finite_ = true;
+  drop_codec();
+}
+
+}  // namespace narrows

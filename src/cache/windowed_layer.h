@@ -1,0 +1,84 @@
+// What SALS and KIVI layers share: exact sinks, encoded pages, an exact recent window, and the moves between
+// them. A codec says how tokens are written into pages and read from them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cache/exact_store.h"
+#include "cache/layer_cache.h"
+#include "cache/layout.h"
+#include "cache/page_store.h"
+
+namespace narrows {
+
+class WindowedLayer : public LayerCache {
+ public:
+  Status append(const float* k, const float* v, int64_t n) final;
+  Status prepare_step() final;
+  void store_step(const float* k, const float* v) final;
+  void finish_step() final;
+  void read(int64_t first, int64_t n, float* k, float* v) const final;
+  int64_t n_tokens() const final { return sinks_.size() + n_in_pages_ + window_.size(); }
+  LayerBytes bytes() const final;
+  void clear() final;
+
+  // For the decode step. Token i of the pages is position n_sink() + i.
+  const ExactStore& sinks() const { return sinks_; }
+  const ExactStore& window() const { return window_; }
+  int64_t n_sink() const { return plan_.n_sink; }
+  int64_t n_in_pages() const { return n_in_pages_; }
+  int64_t n_page() const { return ceil_div(n_in_pages_, kPageTokens); }
+  int64_t page_tokens(int64_t p) const { return std::min(kPageTokens, n_in_pages_ - p * kPageTokens); }
+  const std::byte* page(int64_t p) const { return pages_.page(p); }
+
+ protected:
+  WindowedLayer(const AttentionShape& shape, const kernels::RopeTable* rope, const WindowPlan& plan,
+                int64_t page_bytes)
+      : LayerCache(shape, rope),
+        plan_(plan),
+        sinks_(shape, rope, kWindowBlock),
+        window_(shape, rope, kWindowBlock),
+        pages_(page_bytes) {}
+
+  /// Tokens from position n_tokens() on that append() is adding; keys before RoPE, [.., D].
+  struct Incoming {
+    const float* k = nullptr;
+    const float* v = nullptr;
+    int64_t n = 0;
+  };
+
+  /// Before tokens are encoded: may make what the codec needs out of the tokens held and incoming.
+  virtual Status make_codec(const Incoming& /*incoming*/) { return {}; }
+  virtual bool has_codec() const { return true; }
+  virtual int64_t codec_bytes() const { return 0; }
+  /// Forgets what make_codec() made.
+  virtual void drop_codec() {}
+
+  /// Writes tokens [first, last) of the pages, which have room for them. Tokens before `first` must not
+  /// change.
+  virtual Status encode(int64_t first, int64_t last, const Incoming& incoming) = 0;
+  /// As read(), first counted from the pages' begin.
+  virtual void decode(int64_t first, int64_t n, float* k, float* v) const = 0;
+
+  enum class KeyForm { plain, rotated };  ///< before or after RoPE
+  /// Keys and values [n, D] of tokens [first, first + n) of the pages-to-be, from the window and from what
+  /// comes in.
+  void gather(int64_t first, int64_t n, const Incoming& incoming, KeyForm form, float* k, float* v) const;
+
+  const WindowPlan& plan() const { return plan_; }
+  std::byte* mutable_page(int64_t p) { return pages_.page(p); }
+
+ private:
+  Status append_unguarded(const Incoming& incoming);
+  Status encode_up_to(int64_t target, const Incoming& incoming);
+
+  WindowPlan plan_;
+  ExactStore sinks_;   ///< positions [0, n_sink)
+  ExactStore window_;  ///< positions from n_sink + n_in_pages_ on
+  PageStore pages_;    ///< positions [n_sink, n_sink + n_in_pages_)
+  int64_t n_in_pages_ = 0;
+  bool step_is_finite_ = true;
+};
+
+}  // namespace narrows

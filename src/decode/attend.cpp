@@ -1,0 +1,81 @@
+// Stage 4: exact softmax attention over tiles, one state a thread, merged over threads head by head.
+// Also the sizes of a thread's scratch.
+#include <algorithm>
+
+#include "decode/stages.h"
+#include "kernels/softmax_state.h"
+
+namespace narrows {
+
+StepScratch::Thread::Thread(const AttentionShape& shape)
+    : max(shape.n_head),
+      sum(shape.n_head),
+      out(shape.n_head * shape.head_dim),
+      q(shape.n_head * shape.head_dim),
+      joint(shape.width()),
+      latent_q(shape.width()),
+      half(shape.width() * kernels::kTile),
+      latent(shape.width() * kernels::kTile),
+      key_t(shape.head_dim * kernels::kTile),
+      value(shape.width() * kernels::kTile),
+      cos(shape.head_dim / 2 * kernels::kTile),
+      sin(shape.head_dim / 2 * kernels::kTile) {
+  // A tile of fewer than kTile tokens is converted whole, columns that were never written included.
+  for (int64_t i = 0; i < half.size(); ++i) half[i] = 0;
+}
+
+StepScratch::StepScratch(const AttentionShape& shape, int n_threads) {
+  threads_.reserve(static_cast<size_t>(n_threads));
+  for (int i = 0; i < n_threads; ++i) threads_.push_back(std::make_unique<Thread>(shape));
+}
+
+StepScratch::~StepScratch() = default;
+
+bool StepScratch::ok() const {
+  return std::all_of(threads_.begin(), threads_.end(), [](const auto& t) { return t->ok(); });
+}
+
+void begin_attention(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
+                     StepScratch::Thread& thread) {
+  kernels::softmax_clear(thread.rows(0, shape.head_dim), shape.n_head, shape.head_dim);
+  float cos[kMaxHeadDim / 2];
+  float sin[kMaxHeadDim / 2];
+  rope.at(pos, cos, sin);
+  kernels::ops().rope_rows(q, shape.n_head, shape.head_dim, rope.n_rot(), cos, sin, 0, false,
+                           thread.q.data());
+  for (int64_t i = 0; i < shape.n_head * shape.head_dim; ++i) thread.q[i] *= shape.scale;
+}
+
+void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part blocks,
+                  StepScratch::Thread& thread) {
+  const int64_t n_first = exact.first->n_block();
+  for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+    const ExactStore& store = i < n_first ? *exact.first : *exact.second;
+    const int64_t b = i < n_first ? i : i - n_first;
+    for (int64_t h = 0; h < shape.n_head_kv; ++h) {
+      const int64_t head = h * shape.group();
+      kernels::ops().attend_f16(thread.q.data() + head * shape.head_dim, shape.group(), shape.head_dim,
+                                store.key_t(b, h), store.layout().block, store.value(b, h), shape.head_dim,
+                                store.block_tokens(b), thread.rows(head, shape.head_dim));
+    }
+  }
+}
+
+void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, int64_t n,
+                 StepScratch::Thread& thread) {
+  const int64_t head = head_kv * shape.group();
+  kernels::ops().attend_f32(thread.q.data() + head * shape.head_dim, shape.group(), shape.head_dim,
+                            thread.key_t.data(), kernels::kTile, v + head_kv * shape.head_dim, shape.width(),
+                            n, thread.rows(head, shape.head_dim));
+}
+
+void merge_heads(const AttentionShape& shape, StepScratch& scratch, Part heads, int n_threads, float* out) {
+  for (int64_t h = heads.begin; h < heads.end; ++h) {
+    const kernels::SoftmaxRows all = scratch.thread(0).rows(h, shape.head_dim);
+    for (int i = 1; i < n_threads; ++i)
+      kernels::softmax_merge(all, scratch.thread(i).rows(h, shape.head_dim), 1, shape.head_dim);
+    kernels::softmax_normalise(all, 1, shape.head_dim, out + h * shape.head_dim);
+  }
+}
+
+}  // namespace narrows

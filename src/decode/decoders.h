@@ -1,0 +1,60 @@
+// The decoders behind LayerDecoder: dense_decoder.cpp reads every token, sals_decoder.cpp the selected ones.
+#pragma once
+
+#include "cache/f16_layer.h"
+#include "cache/kivi_layer.h"
+#include "cache/sals_layer.h"
+#include "decode/layer_decoder.h"
+#include "decode/stages.h"
+
+namespace narrows {
+
+/// F16 and KIVI layers: all tokens. Phase 0: the last thread stores the new token; each attends to its share
+/// of pages and blocks. Phase 1: merge.
+class DenseDecoder final : public LayerDecoder {
+ public:
+  explicit DenseDecoder(F16Layer& layer) : cache_(layer), exact_{&layer.store(), nullptr} {}
+  explicit DenseDecoder(KiviLayer& layer)
+      : cache_(layer), kivi_(&layer), exact_{&layer.sinks(), &layer.window()} {}
+
+  Status prepare(StepScratch& scratch) override;
+  int n_phase() const override { return 2; }
+  void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) override;
+  void finish() override { cache_.finish_step(); }
+
+ private:
+  void attend(const DecodeStep& step, StepScratch::Thread& thread, int ith, int n_threads);
+
+  LayerCache& cache_;
+  KiviLayer* kivi_ = nullptr;
+  ExactBlocks exact_;
+};
+
+/// SALS layers. Phase 0: store the new token, score. 1: select (one thread), attend to exact blocks (the
+/// others). 2: rebuild the selected and attend to them. 3: merge. A layer that waits for its basis has no
+/// pages, so that nothing is scored or selected; its number of phases is the same, because the engine's graph
+/// is built once.
+class SalsDecoder final : public LayerDecoder {
+ public:
+  SalsDecoder(SalsLayer& layer, const KvProfile& profile)
+      : layer_(layer), profile_(profile), exact_{&layer.sinks(), &layer.window()} {}
+
+  Status prepare(StepScratch& scratch) override;
+  int n_phase() const override { return 4; }
+  void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) override;
+  void finish() override { layer_.finish_step(); }
+  std::optional<std::span<const int32_t>> last_selection() const override;
+
+ private:
+  bool reads_all() const { return n_selected_ == layer_.n_in_pages(); }
+  void attend_share(StepScratch& scratch, int ith, int n_threads);
+
+  SalsLayer& layer_;
+  KvProfile profile_;
+  ExactBlocks exact_;
+  int64_t n_selected_ = 0;
+  bool sparse_ = false;             ///< the last step left tokens out
+  std::vector<int32_t> positions_;  ///< [n_selected_], those of the last step
+};
+
+}  // namespace narrows

@@ -1,0 +1,76 @@
+// The stages of a decode step, one file each: score -> select -> rebuild -> attend. A decoder strings them
+// into phases; another codec brings its own score and rebuild and keeps select and attend.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "cache/exact_store.h"
+#include "cache/sals_layer.h"
+#include "decode/layer_decoder.h"
+#include "decode/scratch.h"
+
+namespace narrows {
+
+/// Part [begin, end) of n things that thread ith of n_threads works on: contiguous, all parts equal up to
+/// one.
+struct Part {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+inline Part part_of(int64_t n, int ith, int n_threads) {
+  return {n * ith / n_threads, n * (ith + 1) / n_threads};
+}
+
+// --- score.cpp
+// ---------------------------------------------------------------------------------------------------
+
+/// One score a token for all heads, without rotation (SALS 1.2, step 5 and 6): s_j = (sum of the query heads
+/// of each KV head) U_r* . z_j. Writes scores [tokens of pages [pages.begin, pages.end)] at their index.
+/// Always finite.
+void score_pages(const SalsLayer& layer, const float* q, Part pages, StepScratch::Thread& thread,
+                 float* scores);
+
+// --- select.cpp
+// --------------------------------------------------------------------------------------------------
+
+/// Tokens in pages that a step reads, of n_in_pages, at a context of n_kv tokens.
+int64_t count_selected(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv);
+
+/// selected [count], ascending: the best by scores [n]; all of them, without a look at the scores, if count
+/// == n.
+void select_tokens(const float* scores, int64_t n, int64_t count, int32_t* selected, void* work);
+
+// --- rebuild.cpp
+// -------------------------------------------------------------------------------------------------
+
+/// Attends to selected tokens of the pages: latents -> keys -> RoPE, codes -> values, a tile at a time.
+void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, StepScratch::Thread& thread);
+
+// --- attend.cpp
+// --------------------------------------------------------------------------------------------------
+
+/// Empties the thread's state and rotates the query [n_head, head_dim] to position pos.
+void begin_attention(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
+                     StepScratch::Thread& thread);
+
+/// Exact blocks of a layer in order: those of `first`, then those of `second` (may be null).
+struct ExactBlocks {
+  const ExactStore* first = nullptr;
+  const ExactStore* second = nullptr;
+  int64_t n_block() const { return first->n_block() + (second ? second->n_block() : 0); }
+};
+
+/// Attends to exact blocks [blocks.begin, blocks.end), the running step's token included.
+void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part blocks,
+                  StepScratch::Thread& thread);
+
+/// Attends to n tokens in float32: thread.key_t holds the keys of one KV head, v [n, D] all values.
+void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, int64_t n,
+                 StepScratch::Thread& thread);
+
+/// Merges the states of all threads for query heads [heads.begin, heads.end) and writes them to out [n_head,
+/// head_dim]. The states of these heads are used up.
+void merge_heads(const AttentionShape& shape, StepScratch& scratch, Part heads, int n_threads, float* out);
+
+}  // namespace narrows

@@ -1,0 +1,67 @@
+// A decode step of every kind of layer against softmax attention in double over what read() returns.
+#include "decode/step_runner.h"
+
+namespace narrows::test {
+namespace {
+
+struct Case {
+  const char* profile;
+  int64_t n_head, n_head_kv, head_dim, n_rot;
+};
+
+std::ostream& operator<<(std::ostream& out, const Case& c) {
+  return out << c.profile << " heads " << c.n_head << "/" << c.n_head_kv << " of " << c.head_dim << " rot "
+             << c.n_rot;
+}
+
+class Decode : public testing::TestWithParam<Case> {};
+
+/// Largest difference to the reference, which has this size itself.
+double error_of(const std::vector<float>& out, const std::vector<double>& ref) {
+  double worst = 0;
+  for (size_t i = 0; i < ref.size(); ++i) {
+    if (!std::isfinite(out[i])) return std::numeric_limits<double>::infinity();
+    worst = std::max(worst, std::fabs(static_cast<double>(out[i]) - ref[i]));
+  }
+  return worst;
+}
+
+// float32 attention over values of size 1 to 4; measured 1e-6.
+constexpr double kTolerance = 2e-5;
+
+TEST_P(Decode, EveryLengthMatchesReference) {
+  const Case c = GetParam();
+  const Heads s(c.n_head, c.n_head_kv, c.head_dim, c.n_rot);
+  const KvProfile profile = profile_of(c.profile);
+  const int64_t n = 1100;
+  const Tokens tokens(s, n);
+  for (const int n_threads : {1, 3}) {
+    const auto cache = make_cache(s, c.profile);
+    LayerCache& layer = cache->layer(kCompressed);
+    const auto decoder = make_layer_decoder(layer, profile);
+    StepScratch scratch(s.shape, n_threads);
+    for (int64_t t = 0; t < n; ++t) {
+      const auto q = random_query(s, static_cast<uint32_t>(t));
+      const auto out = run_step(*decoder, scratch, tokens, t, q);
+      // Every length around pages, windows and the conversion of SALS; every 16th elsewhere, to save time.
+      if (t > 300 && t % 16 > 1 && !(t >= 505 && t < 530)) continue;
+      const Decoded decoded(layer);
+      const auto read = positions_read(layer, *decoder, profile.kind == KvKind::f16 ? 0 : profile.n_sink);
+      ASSERT_LT(error_of(out, attention(s, q, t, decoded, read)), kTolerance)
+          << "token " << t << " threads " << n_threads;
+    }
+    ASSERT_EQ(layer.n_tokens(), n);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, Decode,
+                         testing::Values(Case{"f16", 9, 3, 64, 0}, Case{"f16", 4, 4, 48, 0},
+                                         Case{"f16", 7, 1, 80, 64}, Case{"sals-25", 9, 3, 64, 0},
+                                         Case{"sals-12.5", 6, 2, 32, 0},
+                                         Case{"sals-25:budget=100", 4, 4, 48, 0},
+                                         Case{"sals-12.5:budget=37", 14, 2, 80, 40},
+                                         Case{"sals-25:budget=all", 3, 1, 64, 0}, Case{"kivi-4", 9, 3, 64, 0},
+                                         Case{"kivi-2", 4, 4, 48, 0}, Case{"kivi-2", 7, 1, 80, 0}));
+
+}  // namespace
+}  // namespace narrows::test

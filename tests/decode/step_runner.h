@@ -1,0 +1,59 @@
+// Runs decode steps in tests: phase by phase on one thread, or on real threads with a barrier between phases.
+#pragma once
+
+#include <barrier>
+#include <thread>
+#include <vector>
+
+#include "cache/cache_data.h"
+#include "decode/layer_decoder.h"
+
+namespace narrows::test {
+
+enum class Run { in_turn, on_threads };
+
+/// One step with token t; the output [n_head, head_dim], or empty after a failure.
+inline std::vector<float> run_step(LayerDecoder& decoder, StepScratch& scratch, const Tokens& tokens,
+                                   int64_t t, const std::vector<float>& q, Run how = Run::in_turn) {
+  const Status s = decoder.prepare(scratch);
+  EXPECT_TRUE(s.ok()) << s.message();
+  if (!s.ok()) return {};
+  std::vector<float> out(q.size(), std::numeric_limits<float>::quiet_NaN());
+  const DecodeStep step{q.data(), tokens.key(t), tokens.value(t), out.data()};
+  const int n = scratch.n_threads();
+  if (how == Run::in_turn) {
+    for (int phase = 0; phase < decoder.n_phase(); ++phase) {
+      for (int i = 0; i < n; ++i) decoder.run_phase(phase, step, scratch, i, n);
+    }
+  } else {
+    std::barrier barrier(n);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < n; ++i) {
+      threads.emplace_back([&, i] {
+        for (int phase = 0; phase < decoder.n_phase(); ++phase) {
+          decoder.run_phase(phase, step, scratch, i, n);
+          barrier.arrive_and_wait();
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+  }
+  decoder.finish();
+  return out;
+}
+
+/// Positions that the last step read: all but those in pages that were not selected.
+inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerDecoder& decoder,
+                                           int64_t n_sink) {
+  std::vector<int64_t> read;
+  const auto chosen = decoder.last_selection();
+  const int64_t pages_end = n_sink + layer.bytes().n_tokens_in_pages;
+  for (int64_t t = 0; t < layer.n_tokens(); ++t) {
+    const bool in_pages = t >= n_sink && t < pages_end;
+    if (!in_pages || !chosen || std::find(chosen->begin(), chosen->end(), t) != chosen->end())
+      read.push_back(t);
+  }
+  return read;
+}
+
+}  // namespace narrows::test
