@@ -1,0 +1,49 @@
+// Model::load: file -> hparams -> weights, and the tokenizer of the same file.
+#include <filesystem>
+
+#include "gguf/gguf_file.h"
+#include "gguf/hparams.h"
+#include "model/weights.h"
+#include "narrows/engine.h"
+#include "text/llama_log.h"
+
+namespace narrows {
+
+Model::Model() = default;
+Model::~Model() = default;
+
+Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const LoadOptions& options) {
+  silence_llama_log();
+  Result<GgufFile> file = GgufFile::open(path);
+  if (!file.ok()) return file.status();
+  Result<Hparams> hp = read_hparams(*file);
+  if (!hp.ok()) return hp.status();
+  Result<std::string> fingerprint = file->fingerprint();
+  if (!fingerprint.ok()) return fingerprint.status();
+
+  std::shared_ptr<Model> model(new Model());
+  model->path_ = path;
+  ModelInfo& info = model->info_;
+  info.architecture = hp->architecture;
+  info.name = hp->name;
+  info.fingerprint = *fingerprint;
+  info.n_layer = hp->n_layer;
+  info.n_embd = hp->n_embd;
+  info.n_ff = hp->n_ff;
+  info.n_head = hp->n_head;
+  info.n_head_kv = hp->n_head_kv;
+  info.head_dim = hp->head_dim;
+  info.n_vocab = hp->n_vocab;
+  info.n_ctx_train = hp->n_ctx_train;
+  for (const TensorEntry& t : file->tensors()) info.weight_bytes += t.bytes;
+
+  Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *hp, options);
+  if (!weights.ok()) return weights.status();
+  model->weights_ = std::move(*weights);
+  Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(path);
+  if (!tokenizer.ok()) return tokenizer.status();
+  model->tokenizer_ = std::move(*tokenizer);
+  return std::shared_ptr<const Model>(std::move(model));
+}
+
+}  // namespace narrows

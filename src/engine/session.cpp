@@ -1,0 +1,191 @@
+// Session: prompt -> prefill -> steps. Owns the cache; knows the limits (n_ctx, memory) and refuses before any work.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "base/memory.h"
+#include "engine/session_impl.h"
+
+namespace narrows {
+
+namespace {
+
+/// More threads than this is a typing error, not a machine.
+constexpr int kMaxThreads = 512;
+
+double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
+
+kernels::RopeTable make_rope(const Hparams& hp, int64_t n_ctx) { return {hp.rope, n_ctx}; }
+
+}  // namespace
+
+AttentionShape attention_shape(const Hparams& hp) {
+  return {hp.n_head, hp.n_head_kv, hp.head_dim, hp.attention_scale};
+}
+
+Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int n_threads, int64_t ctx)
+    : model(std::move(m)), options(o), n_ctx(ctx), rope(make_rope(model->weights().hparams(), ctx)), runner(n_threads) {}
+
+Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
+  const Hparams& hp = model->weights().hparams();
+  Result<std::unique_ptr<KvCache>> made =
+      KvCache::create(model->info(), options.kv, attention_shape(hp), &rope, std::move(basis));
+  if (!made.ok()) return made.status();
+  cache = std::move(*made);
+  scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
+  for (int64_t i = 0; i < hp.n_layer; ++i) decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));
+  prefill_logits.assign(static_cast<size_t>(hp.n_vocab), 0.0F);
+  return {};
+}
+
+Status Session::Impl::check_room(int64_t n_new) const {
+  const int64_t n_past = cache->n_tokens();
+  if (n_new > n_ctx - n_past) {
+    const std::string held = n_past > 0 ? fmt::format(" on top of {} in the cache", n_past) : std::string();
+    return {StatusCode::context_full,
+            fmt::format("the prompt has {} tokens{} but the context holds {}; shorten it{}", n_new, held, n_ctx,
+                        n_ctx < model->info().n_ctx_train
+                            ? fmt::format(" or raise --ctx (the model allows {})", model->info().n_ctx_train)
+                            : std::string(" or use a model with a longer context"))};
+  }
+  const Hparams& hp = model->weights().hparams();
+  const int64_t more_cache = cache_bytes_estimate(model->info(), options.kv, n_past + n_new) - cache->stats().bytes;
+  const int64_t need = more_cache + Prefill::bytes_needed(hp, n_new, n_past);
+  const int64_t have = available_memory_bytes();
+  if (have > 0 && need > have) {
+    return {StatusCode::out_of_memory,
+            fmt::format("{} tokens need {:.2f} GB more memory ({:.2f} GB of it cache with --kv {}) and {:.2f} GB are "
+                        "free; shorten the prompt or choose a smaller --kv profile",
+                        n_new, gigabytes(need), gigabytes(more_cache), options.kv.name, gigabytes(have))};
+  }
+  return {};
+}
+
+Status Session::Impl::check_usable() const {
+  if (!broken) return {};
+  return {StatusCode::internal, "the session failed in an earlier step and must be reset"};
+}
+
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::~Session() = default;
+
+Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> model, const SessionOptions& options) {
+  const ModelInfo& info = model->info();
+  if (options.n_ctx < 0 || options.n_ctx > info.n_ctx_train) {
+    return Status(StatusCode::invalid_argument,
+                  fmt::format("a context of {} tokens is out of range, the model allows 1 to {}", options.n_ctx,
+                              info.n_ctx_train));
+  }
+  if (options.n_threads < 0 || options.n_threads > kMaxThreads) {
+    return Status(StatusCode::invalid_argument,
+                  fmt::format("{} threads are out of range, give 1 to {}", options.n_threads, kMaxThreads));
+  }
+  const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
+  if (options.n_ctx > 0) {
+    // A context that was asked for must fit as a whole; the model's own, often huge, is only a limit.
+    const int64_t need = cache_bytes_estimate(info, options.kv, n_ctx);
+    const int64_t have = available_memory_bytes();
+    if (have > 0 && need > have) {
+      return Status(StatusCode::out_of_memory,
+                    fmt::format("a cache of {} tokens with --kv {} needs {:.2f} GB and {:.2f} GB are free; lower --ctx "
+                                "or choose a smaller --kv profile",
+                                n_ctx, options.kv.name, gigabytes(need), gigabytes(have)));
+    }
+  }
+  std::shared_ptr<const BasisFile> basis;
+  if (!options.basis_path.empty()) {
+    Result<std::shared_ptr<const BasisFile>> read = read_basis_file(options.basis_path, info);
+    if (!read.ok()) return read.status();
+    basis = std::move(*read);
+  }
+  int n_threads = options.n_threads;
+  if (n_threads == 0) n_threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  auto impl = std::make_unique<Impl>(std::move(model), options, n_threads, n_ctx);
+  if (Status s = impl->init(std::move(basis)); !s.ok()) return s;
+  return std::unique_ptr<Session>(new Session(std::move(impl)));
+}
+
+Status Session::prefill(std::span<const Token> tokens, const ProgressFn& progress) {
+  Session* self = this;
+  return prefill_together({&self, 1}, tokens, progress);
+}
+
+Status Session::prefill_together(std::span<Session* const> sessions, std::span<const Token> tokens,
+                                 const ProgressFn& progress) {
+  if (sessions.empty() || tokens.empty()) {
+    return {StatusCode::invalid_argument, "the prompt is empty, give at least one token"};
+  }
+  Impl& lead = *sessions.front()->impl_;
+  const int64_t n_past = lead.cache->n_tokens();
+  for (Session* s : sessions) {
+    if (Status st = s->impl_->check_usable(); !st.ok()) return st;
+    if (Status st = s->impl_->check_room(static_cast<int64_t>(tokens.size())); !st.ok()) return st;
+    if (s->impl_->model != lead.model || (sessions.size() > 1 && s->n_past() != 0)) {
+      return {StatusCode::invalid_argument, "sessions that share a prefill must be empty and of one model"};
+    }
+  }
+  PrefillHooks hooks;
+  hooks.layer_done = [&](int64_t layer, const float* k, const float* v, int64_t n) -> Status {
+    for (Session* s : sessions) {
+      if (Status st = s->impl_->cache->layer(layer).append(k, v, n); !st.ok()) return st;
+    }
+    return {};
+  };
+  hooks.read_past = [&](int64_t layer, int64_t first, int64_t n, float* k, float* v) {
+    lead.cache->layer(layer).read(first, n, k, v);
+  };
+  Prefill prefill(lead.model->weights(), lead.rope, lead.runner);
+  const Status status = prefill.run(tokens, n_past, hooks, progress, lead.prefill_logits.data());
+  for (Session* s : sessions) {
+    s->impl_->logits_from_graph = false;
+    if (s != sessions.front()) s->impl_->prefill_logits = lead.prefill_logits;
+    if (!status.ok()) s->impl_->broken = true;
+  }
+  return status;
+}
+
+Status Session::decode(Token token) {
+  Impl& m = *impl_;
+  if (Status s = m.check_usable(); !s.ok()) return s;
+  if (n_past() >= m.n_ctx) {
+    return {StatusCode::context_full, fmt::format("the context of {} tokens is full", m.n_ctx)};
+  }
+  if (m.graph == nullptr) {
+    Result<std::unique_ptr<DecodeGraph>> made = DecodeGraph::create(m.model->weights(), m.decoders, m.scratch.get());
+    if (!made.ok()) return made.status();
+    m.graph = std::move(*made);
+  }
+  if (Status s = m.model->weights().embed({&token, 1}, m.graph->input()); !s.ok()) return s;
+  for (size_t i = 0; i < m.decoders.size(); ++i) {
+    if (Status s = m.decoders[i]->prepare(*m.scratch); !s.ok()) {
+      return {s.code(), fmt::format("layer {}: {}", i, s.message())};
+    }
+  }
+  if (Status s = m.graph->run(m.runner); !s.ok()) {
+    m.broken = true;
+    return s;
+  }
+  for (auto& d : m.decoders) d->finish();
+  m.logits_from_graph = true;
+  return {};
+}
+
+std::span<const float> Session::logits() const {
+  return impl_->logits_from_graph ? impl_->graph->logits() : std::span<const float>(impl_->prefill_logits);
+}
+
+int64_t Session::n_past() const { return impl_->cache->n_tokens(); }
+int64_t Session::n_ctx() const { return impl_->n_ctx; }
+int Session::n_threads() const { return impl_->runner.n_threads(); }
+const Model& Session::model() const { return *impl_->model; }
+const KvProfile& Session::profile() const { return impl_->options.kv; }
+CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
+
+void Session::reset() {
+  impl_->cache->clear();
+  impl_->logits_from_graph = false;
+  impl_->broken = false;
+}
+
+}  // namespace narrows

@@ -1,0 +1,44 @@
+// The inside of a Session: cache, decoders, graph. Seen by engine/, eval/ and bench/ only.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cache/kv_cache.h"
+#include "decode/layer_decoder.h"
+#include "engine/decode_graph.h"
+#include "kernels/rope_table.h"
+#include "model/graph.h"
+#include "model/weights.h"
+#include "narrows/engine.h"
+#include "prefill/prefill.h"
+
+namespace narrows {
+
+class Session::Impl {
+ public:
+  Impl(std::shared_ptr<const Model> model, const SessionOptions& options, int n_threads, int64_t n_ctx);
+
+  Status init(std::shared_ptr<const BasisFile> basis);
+  Status check_room(int64_t n_new) const;
+  Status check_usable() const;
+
+  std::shared_ptr<const Model> model;
+  SessionOptions options;
+  int64_t n_ctx;
+  kernels::RopeTable rope;
+  GraphRunner runner;
+  std::unique_ptr<KvCache> cache;
+  std::unique_ptr<StepScratch> scratch;
+  std::vector<std::unique_ptr<LayerDecoder>> decoders;
+  std::unique_ptr<DecodeGraph> graph;      ///< built at the first decode()
+  std::vector<float> prefill_logits;       ///< [n_vocab]
+  bool logits_from_graph = false;
+  bool broken = false;                     ///< a step failed half way: layers hold different numbers of tokens
+};
+
+/// Attention shape of a model, for caches made outside a session (tests, eval, inspect).
+AttentionShape attention_shape(const Hparams& hp);
+
+}  // namespace narrows

@@ -1,0 +1,167 @@
+// All profiles step in lockstep, so only one row of reference logits is held at a time.
+#include "eval/eval.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "engine/session_impl.h"
+#include "eval/mass_kept.h"
+#include "peer/llama_peer.h"
+
+namespace narrows {
+
+namespace {
+
+double ratio(int64_t whole, int64_t part) {
+  return part > 0 ? static_cast<double>(whole) / static_cast<double>(part) : 1.0;
+}
+
+/// log softmax in double; false if a logit is not finite.
+bool log_softmax(std::span<const float> logits, std::vector<double>& out) {
+  out.resize(logits.size());
+  double top = -1e300;
+  for (const float x : logits) {
+    if (!std::isfinite(x)) return false;
+    top = std::max(top, static_cast<double>(x));
+  }
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
+  const double shift = top + std::log(sum);
+  for (size_t i = 0; i < logits.size(); ++i) out[i] = static_cast<double>(logits[i]) - shift;
+  return true;
+}
+
+/// What a row gathers over the steps.
+struct Tally {
+  double log_prob = 0;
+  int64_t same_top = 0;
+  std::vector<double> kl;
+
+  void add(const std::vector<double>& lp, const std::vector<double>& ref, Token target) {
+    log_prob += lp[static_cast<size_t>(target)];
+    double divergence = 0;
+    for (size_t i = 0; i < lp.size(); ++i) divergence += std::exp(ref[i]) * (ref[i] - lp[i]);
+    kl.push_back(divergence);
+    same_top += std::max_element(lp.begin(), lp.end()) - lp.begin() ==
+                std::max_element(ref.begin(), ref.end()) - ref.begin();
+  }
+
+  EvalRow row(const std::string& name) {
+    EvalRow r;
+    const auto n = static_cast<double>(kl.size());
+    r.kv = name;
+    r.ppl = std::exp(-log_prob / n);
+    for (const double d : kl) r.kl_mean += d / n;
+    std::sort(kl.begin(), kl.end());
+    // Linear interpolation between order statistics, as numpy.quantile does.
+    const double at = 0.99 * (n - 1);
+    const auto low = static_cast<size_t>(at);
+    const size_t high = std::min(low + 1, kl.size() - 1);
+    r.kl_p99 = kl[low] + (at - static_cast<double>(low)) * (kl[high] - kl[low]);
+    r.top1 = static_cast<double>(same_top) / n;
+    return r;
+  }
+};
+
+Status not_finite(const std::string& who) {
+  return {StatusCode::non_finite,
+          fmt::format("the logits of {} are not finite; the weights or the cache profile overflow", who)};
+}
+
+}  // namespace
+
+double EvalRow::compression() const { return ratio(cache.bytes_f16, cache.bytes); }
+double EvalRow::compression_layers() const {
+  return ratio(cache.bytes_f16_compressed_layers, cache.bytes_compressed_layers);
+}
+double EvalRow::compression_pages() const { return ratio(cache.bytes_f16_pages, cache.bytes_pages); }
+
+Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::span<const Token> text,
+                                      const EvalOptions& options, const ProgressFn& progress) {
+  const int64_t need = options.context + options.tokens + 1;
+  if (options.context < 1 || options.tokens < 1) {
+    return Status(StatusCode::invalid_argument, "context and tokens must be at least 1");
+  }
+  if (static_cast<int64_t>(text.size()) < need) {
+    return Status(StatusCode::invalid_argument,
+                  fmt::format("the text has {} tokens but context {} and {} judged tokens need {}; give a longer text or "
+                              "lower --context",
+                              text.size(), options.context, options.tokens, need));
+  }
+  std::vector<std::unique_ptr<Session>> sessions;
+  std::vector<Session*> pointers;
+  std::vector<KvProfile> profiles = {KvProfile{}};   // the reference comes first
+  profiles.insert(profiles.end(), options.profiles.begin(), options.profiles.end());
+  for (const KvProfile& p : profiles) {
+    SessionOptions so;
+    so.kv = p;
+    so.n_ctx = options.context + options.tokens;
+    so.n_threads = options.n_threads;
+    if (p.kind == KvKind::sals) so.basis_path = options.basis_path;
+    Result<std::unique_ptr<Session>> made = Session::create(model, so);
+    if (!made.ok()) return made.status();
+    sessions.push_back(std::move(*made));
+    pointers.push_back(sessions.back().get());
+  }
+  std::vector<std::unique_ptr<LlamaPeer>> peers;
+  for (const bool flash : {true, false}) {
+    if (!options.with_llama_cpp) break;
+    Result<std::unique_ptr<LlamaPeer>> made = LlamaPeer::create(
+        model->path(), {options.context + options.tokens, sessions.front()->n_threads(), false, flash});
+    if (!made.ok()) return made.status();
+    peers.push_back(std::move(*made));
+  }
+
+  // The prompt is about as much work as the steps of a few profiles: half of the bar each.
+  const auto prompt = text.first(static_cast<size_t>(options.context));
+  const auto half = [&](double done) { return !progress || progress(0.5 * done); };
+  if (Status s = Session::prefill_together(pointers, prompt, half); !s.ok()) return s;
+  for (auto& peer : peers) {
+    if (Status s = peer->prefill(prompt); !s.ok()) return s;
+  }
+
+  const ExactKeys keys(sessions.front()->impl());
+  std::vector<std::unique_ptr<MassKept>> mass;
+  for (Session* s : pointers) mass.push_back(std::make_unique<MassKept>(keys, s->impl()));
+
+  std::vector<Tally> tallies(sessions.size() + peers.size());
+  Tally peer_noise;   // llama.cpp's two attention paths against each other
+  std::vector<double> ref, lp, peer_lp;
+  for (int64_t i = 0; i < options.tokens; ++i) {
+    const Token fed = text[static_cast<size_t>(options.context + i)];
+    const Token target = text[static_cast<size_t>(options.context + i + 1)];
+    for (size_t s = 0; s < sessions.size(); ++s) {
+      if (Status st = sessions[s]->decode(fed); !st.ok()) return st;
+      if (!log_softmax(sessions[s]->logits(), lp)) return not_finite("--kv " + profiles[s].name);
+      if (s == 0) ref = lp;
+      tallies[s].add(lp, ref, target);
+      mass[s]->observe();
+    }
+    for (size_t p = 0; p < peers.size(); ++p) {
+      if (Status st = peers[p]->decode(fed); !st.ok()) return st;
+      if (!log_softmax(peers[p]->logits(), lp)) return not_finite("llama.cpp");
+      tallies[sessions.size() + p].add(lp, ref, target);
+      if (p == 0) peer_lp = lp;
+      if (p == 1) peer_noise.add(lp, peer_lp, target);
+    }
+    if (progress && !progress(0.5 + 0.5 * static_cast<double>(i + 1) / static_cast<double>(options.tokens))) {
+      return Status(StatusCode::cancelled, "eval was cancelled");
+    }
+  }
+
+  std::vector<EvalRow> rows;
+  for (size_t s = 1; s < sessions.size(); ++s) {
+    rows.push_back(tallies[s].row(profiles[s].name));
+    rows.back().mass_kept = mass[s]->mean();
+    rows.back().cache = sessions[s]->cache_stats();
+  }
+  for (size_t p = 0; p < peers.size(); ++p) {
+    rows.push_back(tallies[sessions.size() + p].row(p == 0 ? "llama.cpp f16 flash" : "llama.cpp f16 plain"));
+  }
+  if (!peers.empty()) rows.push_back(peer_noise.row("llama.cpp plain to flash"));
+  return rows;
+}
+
+}  // namespace narrows

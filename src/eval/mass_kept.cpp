@@ -1,0 +1,94 @@
+// Exact scores are one small product a KV head (query group times transposed keys); the softmax is in double.
+#include "eval/mass_kept.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/ops.h"
+
+namespace narrows {
+
+ExactKeys::ExactKeys(const Session::Impl& reference) {
+  const KvCache& cache = *reference.cache;
+  shape_ = cache.layer(0).shape();
+  n_ = cache.n_tokens();
+  const int64_t width = shape_.width();
+  std::vector<float> k(static_cast<size_t>(n_ * width)), v(k.size());
+  for (int64_t l = 0; l < cache.n_layer(); ++l) {
+    cache.layer(l).read(0, n_, k.data(), v.data());
+    layers_.emplace_back(n_ * width);
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t c = 0; c < width; ++c) layers_.back()[c * n_ + i] = k[static_cast<size_t>(i * width + c)];
+    }
+  }
+}
+
+const float* ExactKeys::head(int64_t layer, int64_t h) const {
+  return layers_[static_cast<size_t>(layer)].data() + h * shape_.head_dim * n_;
+}
+
+MassKept::MassKept(const ExactKeys& prompt, Session::Impl& session)
+    : prompt_(prompt), session_(session), shape_(session.cache->layer(0).shape()) {
+  decoded_keys_.resize(static_cast<size_t>(session.cache->n_layer()));
+}
+
+void MassKept::observe() {
+  const int64_t half = session_.rope.n_rot() / 2, width = shape_.width();
+  const int64_t pos = session_.cache->n_tokens() - 1;
+  std::vector<float> angle(static_cast<size_t>(2 * half));
+  session_.rope.at(pos, angle.data(), angle.data() + half);
+  ++n_decoded_;
+  for (size_t l = 0; l < decoded_keys_.size(); ++l) {
+    std::vector<float>& keys = decoded_keys_[l];
+    keys.resize(static_cast<size_t>(n_decoded_ * width));
+    kernels::ops().rope_rows(session_.graph->step(static_cast<int64_t>(l)).k, shape_.n_head_kv, shape_.head_dim,
+                             2 * half, angle.data(), angle.data() + half, 0, false,
+                             keys.data() + (n_decoded_ - 1) * width);
+    const auto selected = session_.decoders[l]->last_selection();
+    if (selected) observe_layer(static_cast<int64_t>(l), *selected);
+  }
+}
+
+void MassKept::observe_layer(int64_t layer, std::span<const int32_t> selected) {
+  const int64_t d = shape_.head_dim, group = shape_.group(), n_context = prompt_.n_context();
+  const int64_t n = n_context + n_decoded_, half = session_.rope.n_rot() / 2, pos = n - 1;
+  std::vector<float> angle(static_cast<size_t>(2 * half)), q(static_cast<size_t>(shape_.n_head * d));
+  session_.rope.at(pos, angle.data(), angle.data() + half);
+  kernels::ops().rope_rows(session_.graph->step(layer).q, shape_.n_head, d, 2 * half, angle.data(),
+                           angle.data() + half, 0, false, q.data());
+
+  const KvProfile& profile = session_.options.kv;
+  const int64_t in_pages = session_.cache->layer(layer).bytes().n_tokens_in_pages;
+  std::vector<char> read(static_cast<size_t>(n), 0);
+  for (int64_t i = 0; i < n; ++i) read[static_cast<size_t>(i)] = i < profile.n_sink || i >= profile.n_sink + in_pages;
+  for (const int32_t i : selected) read[static_cast<size_t>(i)] = 1;
+
+  std::vector<float> score(static_cast<size_t>(group * n));
+  const std::vector<float>& own = decoded_keys_[static_cast<size_t>(layer)];
+  for (int64_t h = 0; h < shape_.n_head_kv; ++h) {
+    kernels::ops().gemm(group, n_context, d, q.data() + h * group * d, d, prompt_.head(layer, h), n_context,
+                        score.data(), n, false);
+    for (int64_t g = 0; g < group; ++g) {
+      float* s = score.data() + g * n;
+      const float* row = q.data() + (h * group + g) * d;
+      for (int64_t i = 0; i < n_decoded_; ++i) {
+        const float* key = own.data() + i * shape_.width() + h * d;
+        float dot = 0;
+        for (int64_t c = 0; c < d; ++c) dot += row[c] * key[c];
+        s[n_context + i] = dot;
+      }
+      const float top = *std::max_element(s, s + n);
+      double all = 0, kept = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double p = std::exp(static_cast<double>((s[i] - top) * shape_.scale));
+        all += p;
+        if (read[static_cast<size_t>(i)] != 0) kept += p;
+      }
+      sum_ += kept / all;
+      ++count_;
+    }
+  }
+}
+
+}  // namespace narrows

@@ -1,0 +1,52 @@
+// Layer-major prefill: the whole prompt goes through layer 0, then layer 1, ... Only one layer's exact keys and values
+// are alive at a time, however many layers the model has; when a layer is done they are handed to the cache.
+// Pipeline step 4.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/rope_table.h"
+#include "model/graph.h"
+#include "narrows/engine.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// D = n_head_kv * head_dim.
+struct PrefillHooks {
+  /// A layer is done: keys before RoPE and values of the new tokens, [n, D] each, valid during the call.
+  std::function<Status(int64_t layer, const float* k, const float* v, int64_t n)> layer_done;
+  /// Rotated keys and values of tokens [first, first + n) that the cache held before, [n, D] each.
+  std::function<void(int64_t layer, int64_t first, int64_t n, float* k, float* v)> read_past;
+};
+
+class Prefill {
+ public:
+  Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner);
+  ~Prefill();
+
+  /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
+  /// Memory beside the weights: see bytes_needed(). cancelled if progress returns false; hooks' errors are passed on
+  /// with the layer's number.
+  Status run(std::span<const Token> tokens, int64_t n_past, const PrefillHooks& hooks, const ProgressFn& progress,
+             float* logits);
+
+  /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's activations.
+  static int64_t bytes_needed(const Hparams& hp, int64_t n, int64_t n_past);
+
+ private:
+  struct LayerBuffers;
+  struct ChunkOp;
+  Status run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only, float* logits);
+
+  const ModelWeights& weights_;
+  const kernels::RopeTable& rope_;
+  GraphRunner& runner_;
+  std::unique_ptr<LayerBuffers> buffers_;
+};
+
+}  // namespace narrows
