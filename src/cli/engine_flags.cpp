@@ -1,0 +1,133 @@
+// Registration of the shared flags on CLI11. Ranges that the library checks itself are not repeated here.
+#include "cli/engine_flags.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <limits>
+#include <random>
+
+#include "base/file.h"
+#include "base/utf8.h"
+
+namespace narrows::cli {
+namespace {
+
+constexpr int64_t kMaxFileBytes = int64_t{256} << 20;  ///< about 60 million tokens: above any context
+constexpr int64_t kMaxContext = 1'000'000'000;
+constexpr int kMaxThreads = 4096;
+constexpr uint32_t kMaxSeed = 0xFFFFFFFE;  ///< libllama takes the number above for "random"
+
+}  // namespace
+
+void ModelFlags::add_to(CLI::App& app) {
+  app.add_option("-m,--model", path, "GGUF file of the model")->required()->type_name("FILE");
+}
+
+Result<std::shared_ptr<const Model>> ModelFlags::load(const LoadOptions& options) const {
+  return Model::load(path, options);
+}
+
+CLI::Validator whole_number(int64_t low, int64_t high) {
+  return CLI::Validator(
+      [low, high](const std::string& text) {
+        int64_t number = 0;
+        const char* end = text.data() + text.size();
+        const auto [stop, error] = std::from_chars(text.data(), end, number);
+        const bool good = error == std::errc() && stop == end && number >= low && number <= high;
+        return good ? std::string()
+                    : fmt::format("must be a whole number from {} to {}, not {}", low, high, quote(text));
+      },
+      "");
+}
+
+std::string profile_help() {
+  return fmt::format(
+      "how the key/value cache is kept: {}; with keys such as sals-25:budget=1024,sinks=16,recent=64",
+      fmt::join(KvProfile::names(), ", "));
+}
+
+void add_threads_option(CLI::App& app, std::optional<int>& threads) {
+  app.add_option("--threads", threads, "threads (default: one a core)")
+      ->type_name("N")
+      ->check(whole_number(1, kMaxThreads));
+}
+
+void SessionFlags::add_to(CLI::App& app) {
+  app.add_option("--kv", kv, profile_help())->type_name("PROFILE")->capture_default_str();
+  app.add_option("--basis", basis,
+                 "calibration file for the profile; without it the prompt calibrates its own cache")
+      ->type_name("FILE");
+  app.add_option("--ctx", n_ctx, "most tokens the cache may hold (default: what the model was made for)")
+      ->type_name("N")
+      ->check(whole_number(1, kMaxContext));
+  add_threads_option(app, threads);
+}
+
+Result<SessionOptions> SessionFlags::parse() const {
+  Result<KvProfile> profile = KvProfile::parse(kv);
+  if (!profile.ok()) return profile.status();
+  SessionOptions options;
+  options.kv = *profile;
+  options.basis_path = basis;
+  options.n_ctx = n_ctx.value_or(0);
+  options.n_threads = threads.value_or(0);
+  return options;
+}
+
+void SamplerFlags::add_to(CLI::App& app) {
+  app.add_option("--temp", options.temperature, "temperature; 0 always takes the likeliest token")
+      ->type_name("T")
+      ->capture_default_str();
+  app.add_flag("--greedy", greedy, "the same as --temp 0");
+  app.add_option("--top-k", options.top_k, "draw from the K likeliest tokens; 0: from all")
+      ->type_name("K")
+      ->check(whole_number(0, std::numeric_limits<int32_t>::max()))
+      ->capture_default_str();
+  app.add_option("--top-p", options.top_p,
+                 "draw from the likeliest tokens that make up this probability; 1: off")
+      ->type_name("P")
+      ->capture_default_str();
+  app.add_option("--min-p", options.min_p, "drop tokens less likely than this times the likeliest; 0: off")
+      ->type_name("P")
+      ->capture_default_str();
+  app.add_option("--repeat-penalty", options.repeat_penalty,
+                 "divide the scores of the last 64 tokens by this, also with --temp 0; 1: off")
+      ->type_name("X")
+      ->capture_default_str();
+  app.add_option("--seed", seed, "seed of the draw (default: random; the summary prints it)")
+      ->type_name("S")
+      ->check(whole_number(0, kMaxSeed));
+}
+
+SamplerOptions SamplerFlags::resolve() const {
+  SamplerOptions resolved = options;
+  if (greedy) resolved.temperature = 0.0F;
+  resolved.seed = seed ? *seed : static_cast<uint32_t>(std::random_device()() % (kMaxSeed + 1));
+  return resolved;
+}
+
+Result<std::string> read_text_file(const std::string& path) {
+  Result<std::string> text = read_file(path, kMaxFileBytes);
+  if (!text.ok()) return text;
+  if (const size_t bad = find_invalid_utf8(*text); bad != std::string::npos) {
+    return {StatusCode::invalid_file,
+            fmt::format("{} is not valid UTF-8 at byte {}; convert it to UTF-8 first", quote(path), bad)};
+  }
+  return text;
+}
+
+std::string join_parts(const std::vector<std::string>& parts) {
+  std::string joined;
+  for (const std::string& part : parts) {
+    if (part.empty()) continue;
+    if (!joined.empty()) {
+      joined.erase(joined.find_last_not_of("\r\n") + 1);
+      joined += "\n\n";
+    }
+    joined += part;
+  }
+  return joined;
+}
+
+}  // namespace narrows::cli

@@ -1,0 +1,130 @@
+// `narrows eval`: what a cache profile costs in quality, on real text, against exact attention.
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "cli/commands.h"
+#include "cli/engine_flags.h"
+#include "cli/output.h"
+#include "cli/progress.h"
+#include "eval/eval.h"
+
+namespace narrows::cli {
+namespace {
+
+constexpr const char* kFooter = R"(The first --context tokens of the text go through the model exactly; then each profile decodes the next --tokens
+tokens of the text itself (teacher-forced) out of its own cache, and its predictions are compared with those of f16.
+
+  ppl          perplexity of the text's tokens
+  kl           mean and 99th percentile of the KL divergence to f16, nats a token
+  top-1        share of steps that agree with f16 on the most likely token
+  mass         share of the exact attention probability that falls on the tokens read (sparse layers)
+  smaller      f16 bytes by bytes allocated: whole cache | layers that the profile compresses | encoded pages alone
+
+Examples:
+  narrows eval -m model.gguf -f book.txt --kv sals-25 --kv kivi-2
+  narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json)";
+
+struct EvalFlags {
+  ModelFlags model;
+  std::string file;
+  std::vector<std::string> profiles;
+  std::string basis;
+  std::string peer;
+  std::string weights = "file";
+  EvalOptions options;
+  bool json = false;
+};
+
+std::string table(const std::vector<EvalRow>& rows) {
+  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean", "kl p99", "top-1",
+                                "mass", "smaller");
+  for (const EvalRow& r : rows) {
+    // llama.cpp's row has no cache of ours to count.
+    const std::string smaller = r.cache.n_tokens == 0 ? "-"
+                                                      : fmt::format("{:.2f} | {:.2f} | {:.2f}", r.compression(),
+                                                                    r.compression_layers(), r.compression_pages());
+    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>22}\n", r.kv, r.ppl, r.kl_mean, r.kl_p99,
+                       r.top1, r.mass_kept, smaller);
+  }
+  return out;
+}
+
+std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+  for (const EvalRow& r : rows) {
+    list.push_back({{"kv", r.kv},
+                    {"ppl", r.ppl},
+                    {"kl_mean", r.kl_mean},
+                    {"kl_p99", r.kl_p99},
+                    {"top1", r.top1},
+                    {"mass_kept", r.mass_kept},
+                    {"compression", r.compression()},
+                    {"compression_layers", r.compression_layers()},
+                    {"compression_pages", r.compression_pages()},
+                    {"context", options.context},
+                    {"tokens", options.tokens}});
+  }
+  return list.dump(2) + "\n";
+}
+
+Outcome eval(EvalFlags& flags) {
+  for (const std::string& name : flags.profiles) {
+    Result<KvProfile> profile = KvProfile::parse(name);
+    if (!profile.ok()) return profile.status();
+    flags.options.profiles.push_back(std::move(*profile));
+  }
+  flags.options.basis_path = flags.basis;
+  flags.options.with_llama_cpp = !flags.peer.empty();
+  Result<std::string> text = read_text_file(flags.file);
+  if (!text.ok()) return text.status();
+  const Result<std::shared_ptr<const Model>> model = flags.model.load({.float_weights = flags.weights == "f32"});
+  if (!model.ok()) return model.status();
+  const Result<std::vector<Token>> tokens = (*model)->tokenizer().encode(*text, true, false);
+  if (!tokens.ok()) return tokens.status();
+  ProgressBar bar(flags.options.context + flags.options.tokens);
+  const Result<std::vector<EvalRow>> rows = evaluate(*model, *tokens, flags.options, bar.callback());
+  if (!rows.ok()) return rows.status();
+  return {write_stdout(flags.json ? json(*rows, flags.options) : table(*rows)), Phase::at_work};
+}
+
+}  // namespace
+
+Command make_eval_command(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("eval", "Measure what a cache profile costs in quality");
+  auto flags = std::make_shared<EvalFlags>();
+  flags->model.add_to(*command);
+  command->add_option("-f,--file", flags->file, "text to measure on (UTF-8)")->type_name("FILE")->required();
+  command->add_option("--kv", flags->profiles, profile_help() + "; may be given several times")
+      ->type_name("PROFILE")
+      ->required()
+      ->allow_extra_args(false);
+  command->add_option("--basis", flags->basis, "basis file made by `narrows calibrate` (default: the prompt's own)")
+      ->type_name("BASIS.gguf");
+  command->add_option("--context", flags->options.context, "tokens before the judged ones (default 4096)")
+      ->type_name("N")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
+  command->add_option("--tokens", flags->options.tokens, "judged tokens (default 256)")
+      ->type_name("N")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 512));
+  command->add_option("--peer", flags->peer, "add a row for llama.cpp with its own f16 cache")
+      ->type_name("ENGINE")
+      ->check(CLI::IsMember({"llama.cpp"}));
+  command->add_option("--weights", flags->weights,
+                      "file: as stored (default); f32: unpacked to float32, so that ggml does not round activations to 8 bits and the "
+                      "cache's error is seen alone (4 bytes a weight, slow)")
+      ->type_name("KIND")
+      ->check(CLI::IsMember({"file", "f32"}));
+  command->add_flag("--json", flags->json, "print one JSON document on standard output, and nothing else there");
+  command->footer(kFooter);
+  return {command, [flags] { return eval(*flags); }};
+}
+
+}  // namespace narrows::cli

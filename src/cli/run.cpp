@@ -1,0 +1,163 @@
+// `narrows run`: one answer to files and a question, or a chat about the files.
+#include <fmt/format.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/utf8.h"
+#include "cli/chat.h"
+#include "cli/commands.h"
+#include "cli/engine_flags.h"
+#include "cli/generate.h"
+#include "cli/output.h"
+#include "cli/report.h"
+
+namespace narrows::cli {
+namespace {
+
+constexpr int64_t kMaxTokens = 1'000'000'000;
+
+constexpr const char* kFooter =
+    R"(The prompt is the files' contents, then the text of -p, as one message through the model's chat template. Without -p
+the program chats: questions come from the terminal or, one a line, from a pipe. The answer goes to standard output,
+everything else to standard error. Ctrl-C stops an answer.
+
+Examples:
+  narrows run -m model.gguf -f report.txt -p "What are the three main findings?" --kv sals-25
+  narrows run -m model.gguf -f report.txt                     chat about the file
+  git diff | narrows run -m model.gguf -f /dev/stdin -p "Explain this change."
+  narrows run -m model.gguf --raw -p "Once upon a time" -n 100 --seed 7 --json)";
+
+struct RunFlags {
+  ModelFlags model;
+  SessionFlags session;
+  SamplerFlags sampler;
+  std::vector<std::string> files;
+  std::optional<std::string> prompt;
+  std::optional<int64_t> max_tokens;
+  std::string system;
+  bool raw = false;
+  bool json = false;
+
+  bool chats() const { return !prompt && !(raw && !files.empty()); }
+};
+
+/// Everything that can be wrong without loading the model.
+Status check(const RunFlags& flags) {
+  if (flags.json && flags.chats()) {
+    return {StatusCode::invalid_argument, "--json needs a prompt: give one with -p TEXT"};
+  }
+  if (flags.raw && flags.chats()) {
+    return {StatusCode::invalid_argument, "--raw needs a prompt: give one with -p TEXT or -f FILE"};
+  }
+  if (flags.raw && !flags.system.empty()) {
+    return {StatusCode::invalid_argument, "--system has no place in a --raw prompt: leave one of them out"};
+  }
+  for (const auto& [name, text] :
+       {std::pair{"-p", flags.prompt.value_or("")}, std::pair{"--system", flags.system}}) {
+    if (const size_t bad = find_invalid_utf8(text); bad != std::string::npos) {
+      return {StatusCode::invalid_argument,
+              fmt::format("the text of {} is not valid UTF-8 at byte {}", name, bad)};
+    }
+  }
+  return {};
+}
+
+Result<std::string> read_documents(const std::vector<std::string>& files) {
+  std::vector<std::string> parts;
+  for (const std::string& file : files) {
+    Result<std::string> text = read_text_file(file);
+    if (!text.ok()) return text;
+    parts.push_back(std::move(text).value());
+  }
+  return join_parts(parts);
+}
+
+Result<std::vector<Token>> prompt_tokens(const Tokenizer& tokenizer, const RunFlags& flags,
+                                         const std::string& text) {
+  if (flags.raw) return tokenizer.encode(text, true, true);
+  std::vector<ChatMessage> messages;
+  if (!flags.system.empty()) messages.push_back({"system", flags.system});
+  messages.push_back({"user", text});
+  const Result<std::string> rendered = tokenizer.apply_chat_template(messages, true);
+  if (!rendered.ok()) return rendered.status();
+  return tokenizer.encode(*rendered, true, true);
+}
+
+Outcome answer_once(const RunFlags& flags, Session& session, Sampler& sampler, const std::string& text,
+                    uint32_t seed) {
+  const Result<std::vector<Token>> tokens = prompt_tokens(session.model().tokenizer(), flags, text);
+  if (!tokens.ok()) return tokens.status();
+  if (tokens->empty())
+    return Status(StatusCode::invalid_argument, "the prompt has no tokens: give some text");
+
+  GenerateOptions options;
+  options.max_tokens = flags.max_tokens;
+  options.show = [&](std::string_view part) { return flags.json ? Status() : write_stdout(part); };
+  Answer answer;
+  if (Outcome outcome = generate(session, sampler, *tokens, options, answer); !outcome.status.ok())
+    return outcome;
+  const RunReport report = make_report(session, answer, seed);
+  Status status = write_stdout(flags.json ? json_document(report) : "\n");
+  if (!status.ok()) return {std::move(status), Phase::at_work};
+  note(summary(report));
+  return {};
+}
+
+Outcome run(const RunFlags& flags) {
+  if (Status status = check(flags); !status.ok()) return status;
+  const SamplerOptions sampling = flags.sampler.resolve();
+  const Result<SessionOptions> session_options = flags.session.parse();
+  if (!session_options.ok()) return session_options.status();
+  const Result<std::unique_ptr<Sampler>> sampler = Sampler::create(sampling);
+  if (!sampler.ok()) return sampler.status();
+  Result<std::string> documents = read_documents(flags.files);
+  if (!documents.ok()) return documents.status();
+  const std::string text = join_parts({*documents, flags.prompt.value_or("")});
+  if (!flags.chats() && text.empty()) {
+    return Status(StatusCode::invalid_argument,
+                  "the prompt is empty: give some text with -p TEXT or -f FILE");
+  }
+
+  Result<std::shared_ptr<const Model>> model = flags.model.load();
+  if (!model.ok()) return model.status();
+  const Result<std::unique_ptr<Session>> session = Session::create(*model, *session_options);
+  if (!session.ok()) return session.status();
+  if (flags.chats()) {
+    return Chat(**session, **sampler, {flags.system, std::move(*documents), flags.max_tokens, sampling})
+        .run();
+  }
+  return answer_once(flags, **session, **sampler, text, sampling.seed);
+}
+
+}  // namespace
+
+Command make_run_command(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("run", "Answer a question about long texts, or chat about them");
+  auto flags = std::make_shared<RunFlags>();
+  flags->model.add_to(*command);
+  command->add_option("-f,--file", flags->files, "text file to put before the question; may be given again")
+      ->type_name("FILE")
+      ->allow_extra_args(false);
+  command->add_option("-p,--prompt", flags->prompt, "the question; without it the program chats")
+      ->type_name("TEXT");
+  command->add_option("--system", flags->system, "system message (default: the chat template's own)")
+      ->type_name("TEXT");
+  command
+      ->add_option("-n,--tokens-to-generate", flags->max_tokens,
+                   "most tokens an answer may have (default: until the model ends it or the context is full)")
+      ->type_name("TOKENS")
+      ->check(whole_number(0, kMaxTokens));
+  flags->session.add_to(*command);
+  flags->sampler.add_to(*command);
+  command->add_flag(
+      "--raw", flags->raw,
+      "continue the bare text, without the chat template; special tokens written out in it count");
+  command->add_flag("--json", flags->json,
+                    "print one JSON document on standard output, and nothing else there");
+  command->footer(kFooter);
+  return {command, [flags] { return run(*flags); }};
+}
+
+}  // namespace narrows::cli

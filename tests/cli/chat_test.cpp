@@ -1,0 +1,108 @@
+// The chat, driven through a pipe: each turn feeds only what is new, commands, and what goes wrong.
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "cli/program.h"
+
+namespace narrows {
+namespace {
+
+using testing::expect_refusal;
+using testing::Finished;
+using testing::run;
+using testing::TempDir;
+
+Finished chat(const std::string& input, std::vector<std::string> more = {}) {
+  std::vector<std::string> arguments = {"run",    "-m", testing::model_path(), "--greedy",
+                                        "--seed", "1",  "--threads",           "1"};
+  arguments.insert(arguments.end(), more.begin(), more.end());
+  return run(arguments, {.input = input});
+}
+
+int64_t number_after(const std::string& text, const std::string& before, size_t from = 0) {
+  const size_t at = text.find(before, from);
+  EXPECT_NE(at, std::string::npos) << "'" << before << "' is not in: " << text;
+  return at == std::string::npos ? -1 : std::stoll(text.substr(at + before.size()));
+}
+
+struct Totals {
+  int64_t prompt;
+  int64_t generated;
+  int64_t cached;
+};
+
+/// From the closing summary.
+Totals totals(const Finished& finished) {
+  const size_t last = finished.err.rfind("[prompt ");
+  if (last == std::string::npos) {
+    ADD_FAILURE() << "no summary in: " << finished.err;
+    return {};
+  }
+  return {number_after(finished.err, "[prompt ", last), number_after(finished.err, "generated ", last),
+          number_after(finished.err, " for ", last)};
+}
+
+TEST(Chat, EachTurnFeedsOnlyWhatIsNew) {
+  const Finished one = chat("Name a colour.\n", {"-n", "8"});
+  const Finished three =
+      chat("Name a colour.\nAnd another one.\nOne more.", {"-n", "8"});  // the last line has no end
+  ASSERT_EQ(three.exit_code, 0) << three.err;
+  const Totals first = totals(one);
+  const Totals all = totals(three);
+  EXPECT_GT(all.prompt, first.prompt + 10);
+  // Reading the conversation again each turn would count its tokens up to three times. What the cache holds
+  // is what was fed; the last token of an answer is fed with the next turn, so it counts twice.
+  EXPECT_LE(all.prompt + all.generated - all.cached, 3);
+  EXPECT_GE(all.prompt + all.generated, all.cached);
+  EXPECT_LT(all.prompt, 2 * first.prompt + 20);
+  EXPECT_EQ(three.err.find("reading it again"), std::string::npos);
+  EXPECT_EQ(three.out.rfind(one.out, 0), 0U);  // the first answer is the same
+}
+
+TEST(Chat, FilesStandBeforeTheFirstQuestionOnly) {
+  const TempDir dir;
+  std::string text;
+  for (int i = 0; i < 50; ++i) text += "The box number " + std::to_string(i) + " is red. ";
+  const Finished with_file = chat("Why?\nWhy?\n", {"-n", "4", "-f", dir.file("a.txt", text)});
+  const Finished without = chat("Why?\nWhy?\n", {"-n", "4"});
+  ASSERT_EQ(with_file.exit_code, 0) << with_file.err;
+  const int64_t more = totals(with_file).prompt - totals(without).prompt;
+  EXPECT_GT(more, 300);
+  EXPECT_LT(more, 700);  // once, not twice
+}
+
+TEST(Chat, Commands) {
+  const Finished finished =
+      chat("/help\nHi\n/stats\n/reset\nHi\n/nonsense\n/exit\nnever asked\n", {"-n", "4"});
+  EXPECT_EQ(finished.exit_code, 0) << finished.err;
+  EXPECT_NE(finished.err.find("/reset   forget"), std::string::npos);
+  EXPECT_NE(finished.err.find("no command /nonsense"), std::string::npos);
+  const std::string answer = finished.out.substr(0, finished.out.find('\n') + 1);
+  EXPECT_EQ(finished.out,
+            answer + answer);  // after /reset the same question has the same answer, and two were asked
+}
+
+TEST(Chat, QuestionThatIsNotUtf8EndsAPipe) {
+  const Finished finished = chat("ab\xFF\nHi\n", {"-n", "4"});
+  EXPECT_EQ(finished.exit_code, 2);
+  EXPECT_EQ(finished.out, "");
+  EXPECT_NE(finished.err.find("narrows: the question is not valid UTF-8 at byte 2\n"), std::string::npos);
+}
+
+TEST(Chat, NoQuestionIsAnError) {
+  expect_refusal(chat(""), 2, {"no question", "-p"});
+  expect_refusal(chat("\n  \n"), 2, {"no question"});
+  EXPECT_EQ(chat("/exit\n").exit_code, 0);
+}
+
+TEST(Chat, FullContextIsSaidAndTheNextTurnRefused) {
+  const Finished finished = chat("Count from one to a hundred in words.\nGo on.\n", {"--ctx", "60"});
+  EXPECT_EQ(finished.exit_code, 2);
+  EXPECT_NE(finished.err.find("CONTEXT FULL"), std::string::npos) << finished.err;
+  EXPECT_NE(finished.err.find("narrows: "), std::string::npos);
+}
+
+}  // namespace
+}  // namespace narrows

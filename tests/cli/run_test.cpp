@@ -1,0 +1,175 @@
+// `narrows run` with the model: repeatable answers, the JSON document, limits, Ctrl-C, an output that breaks
+// off.
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "cli/program.h"
+
+namespace narrows {
+namespace {
+
+using testing::expect_refusal;
+using testing::Finished;
+using testing::Program;
+using testing::run;
+using testing::TempDir;
+using Json = nlohmann::json;
+
+/// One thread: what is tested is the command line, and other programs may be using the cores.
+std::vector<std::string> arguments(const std::vector<std::string>& more) {
+  std::vector<std::string> all = {"run", "-m", testing::model_path(), "--threads", "1"};
+  all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+Finished run_model(const std::vector<std::string>& more) { return run(arguments(more)); }
+
+Json json_of(const std::vector<std::string>& more) {
+  const Finished finished = run_model(more);
+  EXPECT_EQ(finished.exit_code, 0) << finished.err;
+  Json document = Json::parse(finished.out, nullptr, false);
+  EXPECT_FALSE(document.is_discarded()) << finished.out;
+  return document;
+}
+
+/// The number that follows a text in the summary.
+int64_t number_after(const std::string& text, const std::string& before) {
+  const size_t at = text.find(before);
+  EXPECT_NE(at, std::string::npos) << "'" << before << "' is not in: " << text;
+  return at == std::string::npos ? -1 : std::stoll(text.substr(at + before.size()));
+}
+
+/// A prompt that the model goes on with for ever.
+const char* const kEndless = "la la la la la la la la la la la la la la la la";
+
+TEST(Run, JsonHasTheKeysOfTheContractAndTheTextOfTheStream) {
+  const std::vector<std::string> prompt = {"--raw", "-p", kEndless, "-n", "12", "--temp", "0", "--seed", "9"};
+  std::vector<std::string> as_json = prompt;
+  as_json.emplace_back("--json");
+  const Json document = json_of(as_json);
+  std::vector<std::string> keys;
+  for (const auto& item : document.items()) keys.push_back(item.key());
+  EXPECT_EQ(keys, (std::vector<std::string>{"decode_s", "decode_tok_s", "generated_tokens", "kv", "prefill_s",
+                                            "prefill_tok_s", "prompt_tokens", "seed", "text"}));
+  EXPECT_EQ(document["generated_tokens"], 12);
+  EXPECT_EQ(document["seed"], 9);
+  EXPECT_EQ(document["kv"]["profile"], "f16");
+  EXPECT_EQ(document["kv"].size(), 4U);
+  EXPECT_GT(document["kv"]["bytes"], 0);
+  EXPECT_GT(document["prefill_tok_s"], 0);
+  EXPECT_GT(document["decode_tok_s"], 0);
+
+  const Finished streamed = run_model(prompt);
+  EXPECT_EQ(streamed.out, document["text"].get<std::string>() + "\n");
+  EXPECT_NE(streamed.err.find("stopped at -n"), std::string::npos);
+}
+
+TEST(Run, PrintedSeedIsTheOneThatWasUsed) {
+  const std::vector<std::string> prompt = {"-p", "Invent a name for a boat.", "-n", "16", "--temp", "1.5"};
+  const Finished random = run_model(prompt);
+  ASSERT_EQ(random.exit_code, 0) << random.err;
+  std::vector<std::string> again = prompt;
+  again.insert(again.end(), {"--seed", std::to_string(number_after(random.err, "seed "))});
+  EXPECT_EQ(run_model(again).out, random.out);
+  EXPECT_NE(run_model(prompt).out, random.out);  // another seed, at a temperature where that shows
+}
+
+TEST(Run, GreedyIsTemperatureZero) {
+  const Finished greedy = run_model({"-p", "Hi", "-n", "8", "--greedy"});
+  EXPECT_EQ(greedy.out, run_model({"-p", "Hi", "-n", "8", "--temp", "0"}).out);
+  EXPECT_EQ(greedy.out, run_model({"-p", "Hi", "-n", "8", "--greedy"}).out);
+}
+
+TEST(Run, PartsOfThePromptAreJoinedByBlankLines) {
+  const TempDir dir;
+  const Json parts = json_of({"--raw", "-f", dir.file("a", "One two.\n"), "-f", dir.file("b", "Three\n\n\n"),
+                              "-p", "-4 + 5?", "-n", "6", "--greedy", "--json"});
+  const Json whole =
+      json_of({"--raw", "-p", "One two.\n\nThree\n\n-4 + 5?", "-n", "6", "--greedy", "--json"});
+  EXPECT_EQ(parts["prompt_tokens"], whole["prompt_tokens"]);
+  EXPECT_EQ(parts["text"], whole["text"]);
+}
+
+TEST(Run, ChatTemplateAndSystemMessageReachTheModel) {
+  // The template's own system message has 20 tokens or so; "Be brief." has fewer, and --raw has none.
+  const auto tokens = [](const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"-p", "Hi", "-n", "0", "--json"};
+    all.insert(all.end(), more.begin(), more.end());
+    return json_of(all)["prompt_tokens"].get<int64_t>();
+  };
+  EXPECT_EQ(tokens({"--raw"}), 1);
+  EXPECT_GT(tokens({}), tokens({"--system", "Be brief."}));
+  EXPECT_GT(tokens({"--system", "Be brief."}), 8);
+}
+
+TEST(Run, NoTokensAreNoText) {
+  const Json document = json_of({"-p", "Hi", "-n", "0", "--json"});
+  EXPECT_EQ(document["text"], "");
+  EXPECT_EQ(document["generated_tokens"], 0);
+}
+
+TEST(Run, TooLongPromptIsRefusedWithBothCounts) {
+  const Finished finished =
+      run_model({"-p", "one two three four five six seven eight nine ten", "--ctx", "16"});
+  expect_refusal(finished, 2, {"16", "tokens", "--ctx"});
+  const int64_t n = json_of(
+      {"-p", "one two three four five six seven eight nine ten", "-n", "0", "--json"})["prompt_tokens"];
+  expect_refusal(finished, 2, {std::to_string(n)});
+}
+
+TEST(Run, FullContextIsSaidLoudly) {
+  const std::string n_prompt =
+      std::to_string(json_of({"--raw", "-p", kEndless, "-n", "0", "--json"})["prompt_tokens"].get<int64_t>());
+  const Finished exact = run_model({"--raw", "-p", kEndless, "--ctx", n_prompt, "--greedy"});
+  EXPECT_EQ(exact.exit_code, 0) << exact.err;
+  EXPECT_NE(exact.err.find("CONTEXT FULL"), std::string::npos) << exact.err;
+  EXPECT_EQ(number_after(exact.err, "generated "), 1);  // the prompt's own logits give one token
+}
+
+TEST(Run, CtrlCWhileGeneratingEndsWithTheSummary) {
+  Program program(arguments({"--raw", "-p", kEndless, "--greedy"}));
+  ASSERT_TRUE(program.wait_for_output(30));
+  program.interrupt();
+  const Finished finished = program.wait();
+  EXPECT_EQ(finished.exit_code, 0) << finished.err;
+  EXPECT_NE(finished.err.find("stopped by Ctrl-C"), std::string::npos) << finished.err;
+  EXPECT_LT(number_after(finished.err, "generated "), 8000);
+}
+
+TEST(Run, CtrlCWhileReadingThePromptIsAFailure) {
+  const TempDir dir;
+  std::string text;
+  for (int i = 0; i < 700; ++i) text += "Sentence number " + std::to_string(i) + ".\n";
+  Program program(arguments({"-f", dir.file("long.txt", text), "-p", "Sum up.", "-n", "0"}));
+  std::this_thread::sleep_for(std::chrono::milliseconds(400));  // loading or reading: both must notice
+  program.interrupt();
+  expect_refusal(program.wait(), 1, {"interrupted while reading the prompt"});
+}
+
+TEST(Run, OutputThatBreaksOffEndsTheRun) {
+  const testing::ProgramOptions full = {.out_path = "/dev/full"};
+  expect_refusal(run(arguments({"--raw", "-p", kEndless}), full), 1, {"standard output", "No space left"});
+  expect_refusal(run(arguments({"-p", "Hi", "-n", "2", "--json"}), full), 1, {"standard output"});
+  const testing::ProgramOptions closed = {.out_is_closed_pipe = true};
+  expect_refusal(run(arguments({"--raw", "-p", kEndless}), closed), 1, {"standard output", "Broken pipe"});
+}
+
+TEST(Run, CutOffModelsAndMissingBasesAreRefused) {
+  const TempDir dir;
+  std::ifstream model(testing::model_path(), std::ios::binary);
+  for (const size_t size :
+       {size_t{100'000}, size_t{4'000'000}}) {  // within the vocabulary; within the weights
+    std::string head(size, '\0');
+    model.seekg(0);
+    ASSERT_TRUE(model.read(head.data(), static_cast<std::streamsize>(size)));
+    expect_refusal(run({"run", "-p", "x", "-m", dir.file("cut.gguf", head)}), 2, {"cut.gguf"});
+  }
+  expect_refusal(run_model({"-p", "x", "--kv", "sals-25", "--basis", dir.path("none.gguf")}), 2,
+                 {"none.gguf"});
+}
+
+}  // namespace
+}  // namespace narrows
