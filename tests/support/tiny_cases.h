@@ -1,0 +1,114 @@
+// The kinds of model that this build runs: every architecture, head layout, RoPE kind and weight type, as tiny models.
+#pragma once
+
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "support/tiny_model.h"
+
+namespace narrows::testing {
+
+struct TinyCase {
+  std::string name;
+  TinyModel model;
+  bool float_weights = true;   ///< all matrices float32: nothing is rounded but float32 itself
+};
+
+inline std::ostream& operator<<(std::ostream& out, const TinyCase& c) { return out << c.name; }
+
+/// Cases with one head layout, RoPE kind or set of tensors each, all in float32.
+inline std::vector<TinyCase> float_cases() {
+  TinyModel llama;
+  TinyModel qwen2;
+  qwen2.architecture = "qwen2";
+  qwen2.freq_base = 1e6;
+  TinyModel qwen3;   // key_length is not n_embd / n_head
+  qwen3.architecture = "qwen3";
+  qwen3.head_dim = 32;
+  qwen3.freq_base = 1e6;
+  std::vector<TinyCase> all;
+  const auto add = [&](const char* name, TinyModel m, auto&& change) {
+    change(m);
+    all.push_back({name, std::move(m)});
+  };
+  add("llama", llama, [](TinyModel&) {});
+  add("llama_mha", llama, [](TinyModel& m) { m.n_head_kv = 4; });
+  add("llama_one_kv_head", llama, [](TinyModel& m) { m.n_head_kv = 1; });
+  add("llama_6_2_heads", llama, [](TinyModel& m) {
+    m.n_embd = 96;
+    m.n_head = 6;
+  });
+  add("llama_d32_three_layers", llama, [](TinyModel& m) {
+    m.n_embd = 128;
+    m.head_dim = 32;
+    m.n_layer = 3;
+  });
+  add("llama_tied", llama, [](TinyModel& m) { m.tied_output = true; });
+  add("llama_biases", llama, [](TinyModel& m) { m.qkv_bias = m.other_bias = true; });
+  add("llama_linear", llama, [](TinyModel& m) {
+    m.rope_scaling = "linear";
+    m.rope_factor = 4;
+  });
+  add("llama_scaling_none", llama, [](TinyModel& m) {   // a factor without a kind of scaling means nothing
+    m.rope_scaling = "none";
+    m.rope_factor = 4;
+  });
+  add("llama_yarn", llama, [](TinyModel& m) {
+    m.rope_scaling = "yarn";
+    m.rope_factor = 4;
+    m.n_ctx_orig = 512;
+  });
+  add("llama_rope_factors", llama, [](TinyModel& m) {   // as Llama 3.1 has them
+    m.rope_factors = {1, 1, 1.5, 2, 4, 8, 8, 8};
+    m.freq_base = 500000;
+  });
+  add("qwen2", qwen2, [](TinyModel&) {});
+  add("qwen2_yarn", qwen2, [](TinyModel& m) {
+    m.rope_scaling = "yarn";
+    m.rope_factor = 4;
+    m.n_ctx_orig = 256;
+  });
+  add("qwen2_output_bias", qwen2, [](TinyModel& m) { m.output_bias = m.tied_output = true; });
+  add("qwen3", qwen3, [](TinyModel&) {});
+  add("qwen3_linear_tied", qwen3, [](TinyModel& m) {
+    m.rope_scaling = "linear";
+    m.rope_factor = 2;
+    m.tied_output = true;
+  });
+  return all;
+}
+
+/// Cases with one weight type or mix of types each.
+inline std::vector<TinyCase> quantised_cases() {
+  std::vector<TinyCase> all;
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1}) {
+    TinyModel m;
+    m.type = type;
+    all.push_back({std::string("llama_") + ggml_type_name(type), m, false});
+  }
+  TinyModel k_quants;   // their rows are multiples of 256
+  k_quants.architecture = "qwen3";
+  k_quants.type = GGML_TYPE_Q4_K;
+  k_quants.n_embd = k_quants.n_ff = 256;
+  k_quants.head_dim = 64;
+  all.push_back({"qwen3_q4_K", k_quants, false});
+  TinyModel mixed;   // q, k, v and gate, up of different types stay apart
+  mixed.architecture = "qwen2";
+  mixed.type = GGML_TYPE_Q4_0;
+  mixed.types = {{"attn_v", GGML_TYPE_Q8_0}, {"ffn_up", GGML_TYPE_F16}, {"token_embd", GGML_TYPE_Q8_0}};
+  all.push_back({"qwen2_mixed", mixed, false});
+  TinyModel tied = mixed;
+  tied.architecture = "llama";
+  tied.tied_output = true;
+  all.push_back({"llama_mixed_tied", tied, false});
+  return all;
+}
+
+inline std::vector<TinyCase> all_cases() {
+  std::vector<TinyCase> all = float_cases();
+  for (TinyCase& c : quantised_cases()) all.push_back(std::move(c));
+  return all;
+}
+
+}  // namespace narrows::testing

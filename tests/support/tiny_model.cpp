@@ -1,0 +1,220 @@
+// Random tensors, their types and the file around them, by ggml's own writer.
+#include "support/tiny_model.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <random>
+
+#include "temp_dir.h"
+#include "text/tiny_vocabulary.h"
+
+namespace narrows::testing {
+
+namespace {
+
+struct FreeGguf {
+  void operator()(gguf_context* g) const { gguf_free(g); }
+};
+struct FreeGgml {
+  void operator()(ggml_context* g) const { ggml_free(g); }
+};
+using Gguf = std::unique_ptr<gguf_context, FreeGguf>;
+
+[[noreturn]] void give_up(const std::string& what) {
+  (void)std::fprintf(stderr, "tiny_model: %s\n", what.c_str());
+  std::abort();
+}
+
+/// The vocabulary as tests/text writes it. Made once: it is the same in every file.
+const gguf_context* vocabulary() {
+  static const Gguf file = [] {
+    const TempDir dir;
+    if (!TinyVocabulary{}.write(dir.path("v.gguf"))) give_up("the vocabulary cannot be written");
+    return Gguf(gguf_init_from_file(dir.path("v.gguf").c_str(), {.no_alloc = true, .ctx = nullptr}));
+  }();
+  return file.get();
+}
+
+/// Draws the tensors of one model, each from its own seed, so that a change of one leaves the others alone.
+class Draw {
+ public:
+  explicit Draw(const TinyModel& m) : m_(m) {}
+
+  void matrix(const std::string& name, int64_t n_in, int64_t n_out, double deviation) {
+    TinyTensor t{name, m_.type, {n_in, n_out}, normal(name, n_in * n_out, 0, deviation)};
+    for (const auto& [part, type] : m_.types) {
+      if (name.find(part) != std::string::npos) t.type = type;
+    }
+    all_.push_back(std::move(t));
+  }
+  void vector(const std::string& name, int64_t n, double mean, double deviation) {
+    all_.push_back({name, GGML_TYPE_F32, {n}, normal(name, n, mean, deviation)});
+  }
+  void add(TinyTensor t) { all_.push_back(std::move(t)); }
+
+  /// The last matrix becomes the product of two thin ones, of the same variance.
+  void lower_rank(int64_t rank) {
+    TinyTensor& t = all_.back();
+    const int64_t n_in = t.ne[0], n_out = t.ne[1];
+    double square = 0;
+    for (const float x : t.data) square += static_cast<double>(x) * static_cast<double>(x);
+    const double deviation = std::sqrt(square / static_cast<double>(n_in * n_out * rank));
+    const std::vector<float> a = normal(t.name + " a", n_out * rank, 0, deviation);
+    const std::vector<float> b = normal(t.name + " b", rank * n_in, 0, 1);
+    for (int64_t r = 0; r < n_out; ++r) {
+      for (int64_t c = 0; c < n_in; ++c) {
+        float sum = 0;
+        for (int64_t i = 0; i < rank; ++i) sum += a[static_cast<size_t>(r * rank + i)] * b[static_cast<size_t>(i * n_in + c)];
+        t.data[static_cast<size_t>(r * n_in + c)] = sum;
+      }
+    }
+  }
+
+  std::vector<TinyTensor> take() { return std::move(all_); }
+
+ private:
+  std::vector<float> normal(const std::string& name, int64_t n, double mean, double deviation) const {
+    uint32_t hash = 2166136261U ^ m_.seed;
+    for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 16777619U;
+    std::mt19937 random(hash);
+    std::normal_distribution<double> draw(mean, deviation);
+    std::vector<float> x(static_cast<size_t>(n));
+    for (float& y : x) y = static_cast<float>(draw(random));
+    return x;
+  }
+
+  const TinyModel& m_;
+  std::vector<TinyTensor> all_;
+};
+
+double by_width(double gain, int64_t n_in) { return gain / std::sqrt(static_cast<double>(n_in)); }
+
+void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
+  const std::string p = "blk." + std::to_string(i) + ".";
+  const int64_t d_q = m.n_head * m.head_dim;
+  const bool bias = m.qkv_bias || m.architecture == "qwen2";
+  draw.vector(p + "attn_norm.weight", m.n_embd, 1, 0.2);
+  draw.matrix(p + "attn_q.weight", m.n_embd, d_q, by_width(1.5, m.n_embd));
+  draw.matrix(p + "attn_k.weight", m.n_embd, m.width(), by_width(1.5, m.n_embd));
+  if (m.key_rank > 0) draw.lower_rank(m.key_rank);
+  draw.matrix(p + "attn_v.weight", m.n_embd, m.width(), by_width(1, m.n_embd));
+  if (bias) draw.vector(p + "attn_q.bias", d_q, 0, 0.5);
+  if (bias) draw.vector(p + "attn_k.bias", m.width(), 0, 2);   // Qwen2's key biases are large
+  if (bias) draw.vector(p + "attn_v.bias", m.width(), 0, 0.5);
+  if (m.architecture == "qwen3") {
+    draw.vector(p + "attn_q_norm.weight", m.head_dim, 1.5, 0.3);
+    draw.vector(p + "attn_k_norm.weight", m.head_dim, 1.5, 0.3);
+  }
+  draw.matrix(p + "attn_output.weight", d_q, m.n_embd, by_width(1, d_q));
+  draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
+  draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_up.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_down.weight", m.n_ff, m.n_embd, by_width(1, m.n_ff));
+  if (m.other_bias) {
+    draw.vector(p + "attn_output.bias", m.n_embd, 0, 0.3);
+    draw.vector(p + "ffn_gate.bias", m.n_ff, 0, 0.3);
+    draw.vector(p + "ffn_up.bias", m.n_ff, 0, 0.3);
+    draw.vector(p + "ffn_down.bias", m.n_embd, 0, 0.3);
+  }
+}
+
+Gguf metadata_of(const TinyModel& m) {
+  Gguf file(gguf_init_empty());
+  gguf_set_kv(file.get(), vocabulary());
+  const auto key = [&](const char* name) { return m.architecture + "." + name; };
+  const auto count = [&](const char* name, int64_t n) { gguf_set_val_u32(file.get(), key(name).c_str(), static_cast<uint32_t>(n)); };
+  const auto real = [&](const char* name, double x) { gguf_set_val_f32(file.get(), key(name).c_str(), static_cast<float>(x)); };
+  gguf_set_val_str(file.get(), "general.architecture", m.architecture.c_str());
+  gguf_set_val_str(file.get(), "general.name", "tiny");
+  count("block_count", m.n_layer);
+  count("embedding_length", m.n_embd);
+  count("feed_forward_length", m.n_ff);
+  count("attention.head_count", m.n_head);
+  count("attention.head_count_kv", m.n_head_kv);
+  count("context_length", m.n_ctx);
+  real("attention.layer_norm_rms_epsilon", 1e-5);
+  if (m.head_dim * m.n_head != m.n_embd) {
+    count("attention.key_length", m.head_dim);
+    count("attention.value_length", m.head_dim);
+  }
+  real("rope.freq_base", m.freq_base);
+  if (m.n_rot > 0) count("rope.dimension_count", m.n_rot);
+  if (!m.rope_scaling.empty()) gguf_set_val_str(file.get(), key("rope.scaling.type").c_str(), m.rope_scaling.c_str());
+  if (m.rope_factor > 0) real("rope.scaling.factor", m.rope_factor);
+  if (m.n_ctx_orig > 0) count("rope.scaling.original_context_length", m.n_ctx_orig);
+  if (m.attention_scale > 0) real("attention.scale", m.attention_scale);
+  if (m.edit_metadata) m.edit_metadata(file.get());
+  return file;
+}
+
+/// The tensor's bytes in the file.
+std::string encode(const TinyTensor& t) {
+  const int64_t n_row = static_cast<int64_t>(t.data.size()) / t.ne[0];
+  std::string out(static_cast<size_t>(n_row) * ggml_row_size(t.type, t.ne[0]), '\0');
+  if (!t.data.empty()) ggml_quantize_chunk(t.type, t.data.data(), out.data(), 0, n_row, t.ne[0], nullptr);
+  return out;
+}
+
+}  // namespace
+
+std::vector<TinyTensor> TinyModel::tensors() const {
+  Draw draw(*this);
+  draw.matrix("token_embd.weight", n_embd, kTinyVocab, tied_output ? 0.3 : 1.0);
+  for (int64_t i = 0; i < n_layer; ++i) draw_layer(draw, *this, i);
+  draw.vector("output_norm.weight", n_embd, 1, 0.2);
+  if (!tied_output) draw.matrix("output.weight", n_embd, kTinyVocab, by_width(2.5, n_embd));
+  if (output_bias) draw.vector("output.bias", kTinyVocab, 0, 0.5);
+  if (!rope_factors.empty()) {
+    draw.add({"rope_freqs.weight", GGML_TYPE_F32, {static_cast<int64_t>(rope_factors.size())}, rope_factors});
+  }
+  std::vector<TinyTensor> all = draw.take();
+  if (edit_tensors) edit_tensors(all);
+  return all;
+}
+
+std::string TinyModel::bytes() const {
+  const Gguf file = metadata_of(*this);
+  const std::vector<TinyTensor> all = tensors();
+  const std::unique_ptr<ggml_context, FreeGgml> shapes(
+      ggml_init({.mem_size = (all.size() + 1) * ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true}));
+  for (const TinyTensor& t : all) {
+    ggml_tensor* shape = ggml_new_tensor(shapes.get(), t.type, static_cast<int>(t.ne.size()), t.ne.data());
+    ggml_set_name(shape, t.name.c_str());
+    gguf_add_tensor(file.get(), shape);
+  }
+  std::string out(gguf_get_meta_size(file.get()), '\0');
+  gguf_get_meta_data(file.get(), out.data());
+  for (const TinyTensor& t : all) {
+    out += encode(t);
+    out.resize(GGML_PAD(out.size(), gguf_get_alignment(file.get())));
+  }
+  return out;
+}
+
+std::string TinyModel::write(const std::string& path) const {
+  const std::string content = bytes();
+  std::ofstream out(path, std::ios::binary);
+  out.write(content.data(), static_cast<std::streamsize>(content.size()));
+  out.close();
+  if (!out) give_up(path + " cannot be written");
+  return path;
+}
+
+TinyTensor& tensor(std::vector<TinyTensor>& all, const std::string& name) {
+  for (TinyTensor& t : all) {
+    if (t.name == name) return t;
+  }
+  give_up("there is no tensor " + name);
+}
+
+std::vector<Token> random_tokens(int64_t n, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<Token> tokens(static_cast<size_t>(n));
+  for (Token& t : tokens) t = static_cast<Token>(random() % 256);
+  return tokens;
+}
+
+}  // namespace narrows::testing

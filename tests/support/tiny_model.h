@@ -1,0 +1,76 @@
+// Tiny models with random weights, made by the tests themselves: whole GGUF files of some 100 kB that this build and
+// libllama both run, or with one thing wrong. Weights are scaled so that attention is sharp (scores of standard
+// deviation 2) and the next-token distribution far from flat.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "ggml.h"
+#include "gguf.h"
+#include "narrows/text.h"
+
+namespace narrows::testing {
+
+/// Tokens of the vocabulary (tests/text/tiny_vocabulary.h): the 256 bytes, the end, one merged pair.
+inline constexpr int64_t kTinyVocab = 258;
+
+/// A tensor before it is written, float32 whatever its type in the file.
+struct TinyTensor {
+  std::string name;
+  ggml_type type = GGML_TYPE_F32;
+  std::vector<int64_t> ne;     ///< ggml's order: ne[0] is the fastest dimension
+  std::vector<float> data;
+};
+
+struct TinyModel {
+  std::string architecture = "llama";
+  int64_t n_layer = 2;
+  int64_t n_embd = 64;
+  int64_t n_head = 4;
+  int64_t n_head_kv = 2;
+  int64_t head_dim = 16;
+  int64_t n_ff = 128;
+  int64_t n_ctx = 2048;
+  bool tied_output = false;
+  bool qkv_bias = false;       ///< always there with qwen2
+  bool other_bias = false;     ///< attn_output and ffn biases, as some llama files have
+  bool output_bias = false;
+  uint32_t seed = 1;
+
+  ggml_type type = GGML_TYPE_F32;            ///< of all matrices
+  std::map<std::string, ggml_type> types;    ///< of matrices whose name contains the key
+
+  double freq_base = 10000;
+  int64_t n_rot = 0;                         ///< 0: not in the file
+  std::string rope_scaling;                  ///< "", "none", "linear", "yarn"
+  double rope_factor = 0;                    ///< 0: not in the file
+  int64_t n_ctx_orig = 0;                    ///< 0: not in the file
+  std::vector<float> rope_factors;           ///< rope_freqs.weight
+  double attention_scale = 0;                ///< 0: not in the file
+
+  int64_t key_rank = 0;                      ///< > 0: every layer's K weight has this rank (over all KV heads)
+
+  /// Last changes before the file is made.
+  std::function<void(gguf_context*)> edit_metadata;
+  std::function<void(std::vector<TinyTensor>&)> edit_tensors;
+
+  int64_t width() const { return n_head_kv * head_dim; }
+  std::vector<TinyTensor> tensors() const;
+  /// The whole file.
+  std::string bytes() const;
+  /// Writes it; the path again.
+  std::string write(const std::string& path) const;
+};
+
+/// The named tensor; ends the test program if there is none.
+TinyTensor& tensor(std::vector<TinyTensor>& all, const std::string& name);
+
+/// Random bytes as tokens: the same seed gives the same prefix for every n.
+std::vector<Token> random_tokens(int64_t n, uint32_t seed = 1);
+
+}  // namespace narrows::testing
