@@ -1,5 +1,5 @@
-// Stage 4: exact softmax attention over tiles, one state a thread, merged over threads head by head.
-// Also the sizes of a thread's scratch.
+// Stage 4: exact softmax attention over tiles, one state a slice, merged over slices head by head.
+// Also the sizes of the scratch.
 #include <algorithm>
 
 #include "decode/stages.h"
@@ -8,10 +8,7 @@
 namespace narrows {
 
 StepScratch::Thread::Thread(const AttentionShape& shape)
-    : max(shape.n_head),
-      sum(shape.n_head),
-      out(shape.n_head * shape.head_dim),
-      q(shape.n_head * shape.head_dim),
+    : q(shape.n_head * shape.head_dim),
       joint(shape.width()),
       latent_q(shape.width()),
       half(shape.width() * kernels::kTile),
@@ -27,23 +24,36 @@ StepScratch::Thread::Thread(const AttentionShape& shape)
 StepScratch::StepScratch(const AttentionShape& shape, int n_threads) {
   threads_.reserve(static_cast<size_t>(n_threads));
   for (int i = 0; i < n_threads; ++i) threads_.push_back(std::make_unique<Thread>(shape));
+  for (int i = 0; i < 2 * kSlices; ++i) slices_.push_back(std::make_unique<Slice>(shape));
 }
 
 StepScratch::~StepScratch() = default;
 
 bool StepScratch::ok() const {
-  return std::all_of(threads_.begin(), threads_.end(), [](const auto& t) { return t->ok(); });
+  return std::all_of(threads_.begin(), threads_.end(), [](const auto& t) { return t->ok(); }) &&
+         std::all_of(slices_.begin(), slices_.end(), [](const auto& s) { return s->ok(); });
 }
 
-void begin_attention(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
-                     StepScratch::Thread& thread) {
-  kernels::softmax_clear(thread.rows(0, shape.head_dim), shape.n_head, shape.head_dim);
+void rotate_query(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
+                  StepScratch::Thread& thread) {
   float cos[kMaxHeadDim / 2];
   float sin[kMaxHeadDim / 2];
   rope.at(pos, cos, sin);
   kernels::ops().rope_rows(q, shape.n_head, shape.head_dim, rope.n_rot(), cos, sin, 0, false,
                            thread.q.data());
   for (int64_t i = 0; i < shape.n_head * shape.head_dim; ++i) thread.q[i] *= shape.scale;
+}
+
+bool open_slice(const AttentionShape& shape, StepScratch& scratch, int i, bool has_tokens,
+                StepScratch::Thread& thread) {
+  StepScratch::Slice& slice = scratch.slice(i);
+  thread.slice = &slice;
+  if (has_tokens) {
+    kernels::softmax_clear(slice.rows(0, shape.head_dim), shape.n_head, shape.head_dim);
+  } else {
+    std::fill_n(slice.sum.data(), shape.n_head, 0.0F);  // all that merging looks at
+  }
+  return has_tokens;
 }
 
 void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part blocks,
@@ -56,7 +66,7 @@ void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part bl
       const int64_t head = h * shape.group();
       kernels::ops().attend_f16(thread.q.data() + head * shape.head_dim, shape.group(), shape.head_dim,
                                 store.key_t(b, h), store.layout().block, store.value(b, h), shape.head_dim,
-                                store.block_tokens(b), thread.rows(head, shape.head_dim));
+                                store.block_tokens(b), thread.slice->rows(head, shape.head_dim));
     }
   }
 }
@@ -66,14 +76,26 @@ void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, i
   const int64_t head = head_kv * shape.group();
   kernels::ops().attend_f32(thread.q.data() + head * shape.head_dim, shape.group(), shape.head_dim,
                             thread.key_t.data(), kernels::kTile, v + head_kv * shape.head_dim, shape.width(),
-                            n, thread.rows(head, shape.head_dim));
+                            n, thread.slice->rows(head, shape.head_dim));
 }
 
-void merge_heads(const AttentionShape& shape, StepScratch& scratch, Part heads, int n_threads, float* out) {
+void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, StepScratch& scratch, int first_slice,
+                         Part slices, StepScratch::Thread& thread) {
+  for (int64_t i = slices.begin; i < slices.end; ++i) {
+    const Part blocks = part_of(exact.n_block(), static_cast<int>(i), kSlices);
+    if (open_slice(shape, scratch, first_slice + static_cast<int>(i), blocks.begin < blocks.end, thread)) {
+      attend_exact(shape, exact, blocks, thread);
+    }
+  }
+}
+
+void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out) {
   for (int64_t h = heads.begin; h < heads.end; ++h) {
-    const kernels::SoftmaxRows all = scratch.thread(0).rows(h, shape.head_dim);
-    for (int i = 1; i < n_threads; ++i)
-      kernels::softmax_merge(all, scratch.thread(i).rows(h, shape.head_dim), 1, shape.head_dim);
+    int first = 0;  // the state that the others are merged into must not be an uncleared empty one
+    while (first + 1 < n_slices && scratch.slice(first).sum[h] == 0) ++first;
+    const kernels::SoftmaxRows all = scratch.slice(first).rows(h, shape.head_dim);
+    for (int i = first + 1; i < n_slices; ++i)
+      kernels::softmax_merge(all, scratch.slice(i).rows(h, shape.head_dim), 1, shape.head_dim);
     kernels::softmax_normalise(all, 1, shape.head_dim, out + h * shape.head_dim);
   }
 }

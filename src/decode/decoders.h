@@ -9,8 +9,8 @@
 
 namespace narrows {
 
-/// F16 and KIVI layers: all tokens. Phase 0: the last thread stores the new token; each attends to its share
-/// of pages and blocks. Phase 1: merge.
+/// F16 and KIVI layers: all tokens. Phase 0: the last thread stores the new token; each attends to its slices of
+/// blocks and pages. Phase 1: merge.
 class DenseDecoder final : public LayerDecoder {
  public:
   explicit DenseDecoder(F16Layer& layer) : cache_(layer), exact_{&layer.store(), nullptr} {}
@@ -23,7 +23,7 @@ class DenseDecoder final : public LayerDecoder {
   void finish() override { cache_.finish_step(); }
 
  private:
-  void attend(const DecodeStep& step, StepScratch::Thread& thread, int ith, int n_threads);
+  void attend_pages(StepScratch& scratch, Part slices, StepScratch::Thread& thread);
 
   LayerCache& cache_;
   KiviLayer* kivi_ = nullptr;
@@ -47,7 +47,7 @@ class SalsDecoder final : public LayerDecoder {
 
  private:
   bool reads_all() const { return n_selected_ == layer_.n_in_pages(); }
-  void attend_share(StepScratch& scratch, int ith, int n_threads);
+  void attend_slices(StepScratch& scratch, Part slices, StepScratch::Thread& thread);
 
   SalsLayer& layer_;
   KvProfile profile_;

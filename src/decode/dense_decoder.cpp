@@ -10,34 +10,34 @@ Status DenseDecoder::prepare(StepScratch& scratch) {
 
 void DenseDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith,
                              int n_threads) {
+  const AttentionShape& shape = cache_.shape();
   if (phase == 0) {
-    // The newest block always falls to the last thread (part_of rounds down), so nobody else reads where it
-    // writes.
+    // The newest block always falls to the last slice (part_of rounds down), and that to the last thread: nobody else
+    // reads where it writes.
     if (ith == n_threads - 1) cache_.store_step(step.k, step.v);
-    attend(step, scratch.thread(ith), ith, n_threads);
+    rotate_query(shape, cache_.rope(), step.q, cache_.n_tokens(), scratch.thread(ith));
+    const Part slices = part_of(kSlices, ith, n_threads);
+    attend_exact_slices(shape, exact_, scratch, 0, slices, scratch.thread(ith));
+    if (kivi_) attend_pages(scratch, slices, scratch.thread(ith));
   } else {
-    merge_heads(cache_.shape(), scratch, part_of(cache_.shape().n_head, ith, n_threads), n_threads, step.out);
+    merge_heads(shape, scratch, kivi_ ? 2 * kSlices : kSlices, part_of(shape.n_head, ith, n_threads), step.out);
   }
 }
 
-void DenseDecoder::attend(const DecodeStep& step, StepScratch::Thread& thread, int ith, int n_threads) {
+void DenseDecoder::attend_pages(StepScratch& scratch, Part slices, StepScratch::Thread& thread) {
   const AttentionShape& shape = cache_.shape();
-  begin_attention(shape, cache_.rope(), step.q, cache_.n_tokens(), thread);
-  if (!kivi_) {
-    attend_exact(shape, exact_, part_of(exact_.n_block(), ith, n_threads), thread);
-    return;
-  }
-  // Pages and exact blocks are shared out apart: a page costs many times a block.
-  const Part pages = part_of(kivi_->n_page(), ith, n_threads);
-  for (int64_t p = pages.begin; p < pages.end; ++p) {
-    const int64_t n = kivi_->page_tokens(p);
-    kivi_->read_values(p, 0, n, thread.value.data());
-    for (int64_t h = 0; h < shape.n_head_kv; ++h) {
-      kivi_->read_keys(p, h, thread.key_t.data());
-      attend_tile(shape, h, thread.value.data(), n, thread);
+  for (int64_t i = slices.begin; i < slices.end; ++i) {
+    const Part pages = part_of(kivi_->n_page(), static_cast<int>(i), kSlices);
+    if (!open_slice(shape, scratch, kSlices + static_cast<int>(i), pages.begin < pages.end, thread)) continue;
+    for (int64_t p = pages.begin; p < pages.end; ++p) {
+      const int64_t n = kivi_->page_tokens(p);
+      kivi_->read_values(p, 0, n, thread.value.data());
+      for (int64_t h = 0; h < shape.n_head_kv; ++h) {
+        kivi_->read_keys(p, h, thread.key_t.data());
+        attend_tile(shape, h, thread.value.data(), n, thread);
+      }
     }
   }
-  attend_exact(shape, exact_, part_of(exact_.n_block(), ith, n_threads), thread);
 }
 
 }  // namespace narrows

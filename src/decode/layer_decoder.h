@@ -27,8 +27,10 @@ struct DecodeStep {
 class StepScratch {
  public:
   StepScratch(const AttentionShape& shape, int n_threads);
-  struct Thread;  ///< decode/scratch.h: tiles, partial softmax states of one thread
+  struct Thread;  ///< decode/scratch.h: tiles of one thread
   Thread& thread(int ith) { return *threads_[static_cast<size_t>(ith)]; }
+  struct Slice;   ///< decode/scratch.h: softmax states of one part of the tokens
+  Slice& slice(int i) { return *slices_[static_cast<size_t>(i)]; }
   int n_threads() const { return static_cast<int>(threads_.size()); }
   /// False if there was no memory for it; LayerDecoder::prepare() then fails.
   bool ok() const;
@@ -40,6 +42,7 @@ class StepScratch {
 
  private:
   std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<std::unique_ptr<Slice>> slices_;
 };
 
 class LayerDecoder {

@@ -7,7 +7,7 @@ namespace narrows {
 
 namespace {
 
-/// Selected tokens are shared out in runs of this many: finer than a tile, so that threads end together.
+/// Selected tokens are cut into slices in runs of this many: finer than a tile, so that threads end together.
 constexpr int64_t kRun = 16;
 
 }  // namespace
@@ -46,37 +46,39 @@ void SalsDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scra
       }
       break;
     case 1:
-      begin_attention(shape, layer_.rope(), step.q, layer_.n_tokens(), scratch.thread(ith));
+      rotate_query(shape, layer_.rope(), step.q, layer_.n_tokens(), scratch.thread(ith));
       if (ith == 0) {
         select_tokens(scratch.scores.data(), layer_.n_in_pages(), n_selected_, scratch.selected.data(),
                       scratch.select_work.data());
       }
       // Selection runs on one thread; the others see to the exact tokens meanwhile.
-      if (n_threads == 1 || ith > 0) {
-        const Part blocks =
-            n_threads == 1 ? Part{0, exact_.n_block()} : part_of(exact_.n_block(), ith - 1, n_threads - 1);
-        attend_exact(shape, exact_, blocks, scratch.thread(ith));
+      if (n_threads == 1) {
+        attend_exact_slices(shape, exact_, scratch, kSlices, {0, kSlices}, scratch.thread(0));
+      } else if (ith > 0) {
+        attend_exact_slices(shape, exact_, scratch, kSlices, part_of(kSlices, ith - 1, n_threads - 1),
+                            scratch.thread(ith));
       }
       break;
     case 2:
-      attend_share(scratch, ith, n_threads);
+      attend_slices(scratch, part_of(kSlices, ith, n_threads), scratch.thread(ith));
       break;
     default:
-      merge_heads(shape, scratch, part_of(shape.n_head, ith, n_threads), n_threads, step.out);
+      merge_heads(shape, scratch, 2 * kSlices, part_of(shape.n_head, ith, n_threads), step.out);
       break;
   }
 }
 
-void SalsDecoder::attend_share(StepScratch& scratch, int ith, int n_threads) {
-  const Part runs = part_of(ceil_div(n_selected_, kRun), ith, n_threads);
-  const int64_t begin = runs.begin * kRun;
-  const int64_t end = std::min(runs.end * kRun, n_selected_);
-  attend_selected(layer_, {scratch.selected.data() + begin, static_cast<size_t>(end - begin)},
-                  scratch.thread(ith));
-  if (sparse_) {  // for last_selection(): positions, which outlive this layer's turn with the scratch
-    for (int64_t i = begin; i < end; ++i) {
-      positions_[static_cast<size_t>(i)] =
-          static_cast<int32_t>(layer_.n_sink()) + scratch.selected[static_cast<size_t>(i)];
+void SalsDecoder::attend_slices(StepScratch& scratch, Part slices, StepScratch::Thread& thread) {
+  for (int64_t i = slices.begin; i < slices.end; ++i) {
+    const Part runs = part_of(ceil_div(n_selected_, kRun), static_cast<int>(i), kSlices);
+    const int64_t begin = runs.begin * kRun;
+    const int64_t end = std::min(runs.end * kRun, n_selected_);
+    if (!open_slice(layer_.shape(), scratch, static_cast<int>(i), begin < end, thread)) continue;
+    attend_selected(layer_, {scratch.selected.data() + begin, static_cast<size_t>(end - begin)}, thread);
+    if (!sparse_) continue;
+    for (int64_t t = begin; t < end; ++t) {  // positions outlive this layer's turn with the scratch
+      positions_[static_cast<size_t>(t)] =
+          static_cast<int32_t>(layer_.n_sink()) + scratch.selected[static_cast<size_t>(t)];
     }
   }
 }

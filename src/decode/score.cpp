@@ -37,6 +37,8 @@ void score_pages(const SalsLayer& layer, const float* q, Part pages, StepScratch
   if (!usable) std::fill(latent_q, latent_q + rank_score, 0.0F);
 
   for (int64_t p = pages.begin; p < pages.end; ++p) {
+    // Pages lie apart, so the CPU's own prefetcher starts anew at each: ask for the one after the next.
+    if (p + 2 < pages.end) layer.prefetch_index(p + 2);
     kernels::ops().gemm_f16(1, layer.page_tokens(p), rank_score, latent_q, rank_score,
                             layout.index(layer.page(p)), kPageTokens, scores + p * kPageTokens, kPageTokens,
                             false);

@@ -1,5 +1,5 @@
-// What one thread of a decode step works in. All sizes follow from the attention's shape; SALS and KIVI tiles
-// hold kTile tokens.
+// What a decode step works in: tiles of a thread, softmax states of a slice. All sizes follow from the attention's
+// shape; SALS and KIVI tiles hold kTile tokens.
 #pragma once
 
 #include "base/aligned.h"
@@ -8,13 +8,31 @@
 
 namespace narrows {
 
+/// Tokens of a step are cut into this many slices, each attended to by one thread into a state of its own, and the
+/// states are merged in order. The cut depends on the tokens alone: the sums, and so the text, are the same with any
+/// number of threads. 16 keep 16 threads busy and cost a merge of 16 states a layer.
+inline constexpr int kSlices = 16;
+
+/// Softmax state of all query heads over one slice; empty if it had no tokens.
+struct StepScratch::Slice {
+  explicit Slice(const AttentionShape& shape)
+      : max(shape.n_head), sum(shape.n_head), out(shape.n_head * shape.head_dim) {}
+
+  AlignedArray<float> max;  ///< [n_head]
+  AlignedArray<float> sum;  ///< [n_head]
+  AlignedArray<float> out;  ///< [n_head, head_dim]; not cleared while the slice is empty
+
+  bool ok() const { return max.ok() && sum.ok() && out.ok(); }
+  /// State of the query heads from `head` on.
+  kernels::SoftmaxRows rows(int64_t head, int64_t head_dim) {
+    return {max.data() + head, sum.data() + head, out.data() + head * head_dim};
+  }
+};
+
 struct StepScratch::Thread {
   explicit Thread(const AttentionShape& shape);
 
-  // This thread's share of the attention: every query head, empty if it had no tokens.
-  AlignedArray<float> max;  ///< [n_head]
-  AlignedArray<float> sum;  ///< [n_head]
-  AlignedArray<float> out;  ///< [n_head, head_dim]
+  Slice* slice = nullptr;        ///< where attention adds up now
 
   AlignedArray<float> q;         ///< [n_head, head_dim] rotated, scaled by shape.scale
   AlignedArray<float> joint;     ///< [D] query heads of a KV head summed, before RoPE
@@ -29,13 +47,8 @@ struct StepScratch::Thread {
   AlignedArray<float> sin;
 
   bool ok() const {
-    return max.ok() && sum.ok() && out.ok() && q.ok() && joint.ok() && latent_q.ok() && half.ok() &&
+    return q.ok() && joint.ok() && latent_q.ok() && half.ok() &&
            latent.ok() && key_t.ok() && value.ok() && cos.ok() && sin.ok();
-  }
-
-  /// State of the query heads from `head` on.
-  kernels::SoftmaxRows rows(int64_t head, int64_t head_dim) {
-    return {max.data() + head, sum.data() + head, out.data() + head * head_dim};
   }
 };
 

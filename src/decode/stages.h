@@ -50,9 +50,14 @@ void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, 
 // --- attend.cpp
 // --------------------------------------------------------------------------------------------------
 
-/// Empties the thread's state and rotates the query [n_head, head_dim] to position pos.
-void begin_attention(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
-                     StepScratch::Thread& thread);
+/// Rotates the query [n_head, head_dim] to position pos, scales it and keeps it in thread.q.
+void rotate_query(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
+                  StepScratch::Thread& thread);
+
+/// Makes slice i the one that the thread adds up in, empty. Returns has_tokens; if not, only merge_heads() may use
+/// the slice.
+bool open_slice(const AttentionShape& shape, StepScratch& scratch, int i, bool has_tokens,
+                StepScratch::Thread& thread);
 
 /// Exact blocks of a layer in order: those of `first`, then those of `second` (may be null).
 struct ExactBlocks {
@@ -65,12 +70,17 @@ struct ExactBlocks {
 void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part blocks,
                   StepScratch::Thread& thread);
 
+/// The same for slices [slices.begin, slices.end) of kSlices equal parts of the blocks; part i adds up in slice
+/// first_slice + i.
+void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, StepScratch& scratch, int first_slice,
+                         Part slices, StepScratch::Thread& thread);
+
 /// Attends to n tokens in float32: thread.key_t holds the keys of one KV head, v [n, D] all values.
 void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, int64_t n,
                  StepScratch::Thread& thread);
 
-/// Merges the states of all threads for query heads [heads.begin, heads.end) and writes them to out [n_head,
+/// Merges slices [0, n_slices) for query heads [heads.begin, heads.end) in order and writes them to out [n_head,
 /// head_dim]. The states of these heads are used up.
-void merge_heads(const AttentionShape& shape, StepScratch& scratch, Part heads, int n_threads, float* out);
+void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out);
 
 }  // namespace narrows
