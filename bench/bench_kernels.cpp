@@ -1,9 +1,11 @@
-// Speed of every kernel on every CPU target, beside what the machine can do: "share" is the part of the measured
-// FMA peak of the same target (gemm, attention) or of the measured memory reading speed (attend_f16_cold).
+// Speed of every kernel on every CPU target, beside what the machine can do: "share" is the part of the
+// measured FMA peak of the same target (gemm, attention) or of the measured memory reading speed
+// (attend_f16_cold).
 //
 //   build/bench/bench_kernels --benchmark_filter='AVX3_DL/'
 //
-// Numbers are of one thread. Peaks are measured when the program starts; a busy machine makes both sides noisy.
+// Numbers are of one thread. Peaks are measured when the program starts; a busy machine makes both sides
+// noisy.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -30,7 +32,8 @@ double cpu_seconds() { return static_cast<double>(std::clock()) / CLOCKS_PER_SEC
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : at_(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), kAlign))) {
+  explicit Buffer(int64_t n)
+      : at_(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), kAlign))) {
     std::fill(at_, at_ + n, T{});
   }
   ~Buffer() { ::operator delete(at_, kAlign); }
@@ -57,28 +60,30 @@ std::unique_ptr<Buffer<f16_t>> halves(const Ops& ops, Buffer<float>& x, int64_t 
   return y;
 }
 
-// ---- Peaks -------------------------------------------------------------------------------------------------------
+// ---- Peaks
+// -------------------------------------------------------------------------------------------------------
 
-// Independent chains of multiply-add in GCC's vector types: the compiler keeps them in registers, and the target
-// attribute stands for the one Highway sets. 14 chains cover 4 cycles of latency at 2 (or, in 512 bits, 1) a cycle.
-#define NARROWS_PEAK(name, isa, bytes)                                                      \
-  __attribute__((target(isa), noinline)) double name() {                                    \
-    typedef float V __attribute__((vector_size(bytes)));                                    \
-    constexpr int64_t kSteps = 20000000;                                                    \
-    V c[14];                                                                                \
-    for (int i = 0; i < 14; ++i) c[i] = V{} + static_cast<float>(i);                        \
-    V a = V{} + 0.999F;                                                                     \
-    V b = V{} + 0.001F;                                                                     \
-    __asm__ volatile("" : "+x"(a), "+x"(b));                                                \
-    const double start = cpu_seconds();                                                     \
-    for (int64_t step = 0; step < kSteps; ++step) {                                         \
-      _Pragma("GCC unroll 14") for (int i = 0; i < 14; ++i) c[i] = c[i] * a + b;            \
-    }                                                                                       \
-    const double seconds = cpu_seconds() - start;                                           \
-    V sum{};                                                                                \
-    for (int i = 0; i < 14; ++i) sum += c[i];                                               \
-    benchmark::DoNotOptimize(sum[0]);                                                       \
-    return static_cast<double>(kSteps) * 14 * 2 * (bytes / 4) / seconds;                    \
+// Independent chains of multiply-add in GCC's vector types: the compiler keeps them in registers, and the
+// target attribute stands for the one Highway sets. 14 chains cover 4 cycles of latency at 2 (or, in 512
+// bits, 1) a cycle.
+#define NARROWS_PEAK(name, isa, bytes)                                           \
+  __attribute__((target(isa), noinline)) double name() {                         \
+    typedef float V __attribute__((vector_size(bytes)));                         \
+    constexpr int64_t kSteps = 20000000;                                         \
+    V c[14];                                                                     \
+    for (int i = 0; i < 14; ++i) c[i] = V{} + static_cast<float>(i);             \
+    V a = V{} + 0.999F;                                                          \
+    V b = V{} + 0.001F;                                                          \
+    __asm__ volatile("" : "+x"(a), "+x"(b));                                     \
+    const double start = cpu_seconds();                                          \
+    for (int64_t step = 0; step < kSteps; ++step) {                              \
+      _Pragma("GCC unroll 14") for (int i = 0; i < 14; ++i) c[i] = c[i] * a + b; \
+    }                                                                            \
+    const double seconds = cpu_seconds() - start;                                \
+    V sum{};                                                                     \
+    for (int i = 0; i < 14; ++i) sum += c[i];                                    \
+    benchmark::DoNotOptimize(sum[0]);                                            \
+    return static_cast<double>(kSteps) * 14 * 2 * (bytes / 4) / seconds;         \
   }
 #if defined(__x86_64__)
 NARROWS_PEAK(peak_avx512, "avx512f,fma", 64)
@@ -128,14 +133,16 @@ double read_peak() {
 
 void report_flops(benchmark::State& state, const Ops& ops, double flop) {
   state.counters["GFLOP/s"] = benchmark::Counter(flop / 1e9, benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["share"] = benchmark::Counter(flop / fma_peak(ops), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["share"] =
+      benchmark::Counter(flop / fma_peak(ops), benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void report_bytes(benchmark::State& state, double bytes) {
   state.counters["GB/s"] = benchmark::Counter(bytes / 1e9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-// ---- Kernels -----------------------------------------------------------------------------------------------------
+// ---- Kernels
+// -----------------------------------------------------------------------------------------------------
 
 void bench_gemm(benchmark::State& state, const Ops& ops, int64_t k, bool half) {
   constexpr int64_t kSize = 64;
@@ -155,7 +162,8 @@ void bench_gemm(benchmark::State& state, const Ops& ops, int64_t k, bool half) {
 }
 
 /// n_tile tiles after each other: 4 stay in L2, 8192 (at least 128 MB) come from memory.
-void bench_attend(benchmark::State& state, const Ops& ops, int64_t n_row, int64_t head_dim, bool half, int64_t n_tile) {
+void bench_attend(benchmark::State& state, const Ops& ops, int64_t n_row, int64_t head_dim, bool half,
+                  int64_t n_tile) {
   const int64_t tile = head_dim * kTile;
   const auto q = normal(n_row * head_dim, 1 / std::sqrt(static_cast<float>(head_dim)));
   const auto kv = normal(2 * tile);
@@ -186,7 +194,8 @@ void bench_attend(benchmark::State& state, const Ops& ops, int64_t n_row, int64_
   report_flops(state, ops, 4.0 * static_cast<double>(n_row * tile));
   const double bytes = static_cast<double>(2 * tile) * (half ? 2 : 4);
   report_bytes(state, bytes);
-  state.counters["of_read"] = benchmark::Counter(bytes / read_peak(), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["of_read"] =
+      benchmark::Counter(bytes / read_peak(), benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void bench_prefill(benchmark::State& state, const Ops& ops, int64_t head_dim, int64_t first) {
@@ -199,8 +208,8 @@ void bench_prefill(benchmark::State& state, const Ops& ops, int64_t head_dim, in
   Buffer<float> scratch(prefill_scratch_floats(kRows, head_dim));
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
   for (auto _ : state) {
-    ops.prefill_attend(q->get(), head_dim, kRows, head_dim, k_t->get(), head_dim * kTile, v->get(), head_dim, first, 0,
-                       scale, out.get(), head_dim, scratch.get());
+    ops.prefill_attend(q->get(), head_dim, kRows, head_dim, k_t->get(), head_dim * kTile, v->get(), head_dim,
+                       first, 0, scale, out.get(), head_dim, scratch.get());
     benchmark::ClobberMemory();
   }
   const double n_score = static_cast<double>(kRows) * (static_cast<double>(first) + (kRows + 1) / 2.0);

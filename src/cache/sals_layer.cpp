@@ -24,6 +24,12 @@ int64_t first_beyond_f16(const float* z, int64_t n, int64_t rank) {
   return n;
 }
 
+void prefetch_bytes(const void* from, int64_t bytes) {
+  const char* first = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i);
+  __builtin_prefetch(first + bytes - 1);  // the line that an unaligned end reaches into
+}
+
 }  // namespace
 
 Status SalsLayer::make_codec(const Incoming& incoming) {
@@ -124,16 +130,17 @@ void SalsLayer::gather_latents(const int32_t* tokens, int64_t n, f16_t* z, int64
   transpose_rows(rest, n, layout_.n_rest(), z + layout_.rank_score * ld, ld);
 }
 
+void SalsLayer::prefetch_index(int64_t p) const {
+  prefetch_bytes(layout_.index(page(p)), layout_.rank_score * kPageTokens * int64_t{sizeof(f16_t)});
+}
+
 void SalsLayer::prefetch(const int32_t* tokens, int64_t n) const {
   for (int64_t t = 0; t < n; ++t) {
     const std::byte* p = page(tokens[t] / kPageTokens);
     const int64_t slot = tokens[t] % kPageTokens;
-    const auto ask = [](const void* from, int64_t bytes) {
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
-    };
-    ask(layout_.rest(p, slot), layout_.n_rest() * int64_t{sizeof(f16_t)});
-    ask(layout_.values.codes(p, slot), layout_.values.code_bytes());
-    ask(layout_.values.params(p, slot), layout_.values.n_group() * 2 * int64_t{sizeof(f16_t)});
+    prefetch_bytes(layout_.rest(p, slot), layout_.n_rest() * int64_t{sizeof(f16_t)});
+    prefetch_bytes(layout_.values.codes(p, slot), layout_.values.code_bytes());
+    prefetch_bytes(layout_.values.params(p, slot), layout_.values.n_group() * 2 * int64_t{sizeof(f16_t)});
   }
 }
 

@@ -42,6 +42,8 @@ class SalsLayer final : public WindowedLayer {
 
   /// Latents of n <= kTile tokens of the pages, as stored: z [rank, ld], a column a token.
   void gather_latents(const int32_t* tokens, int64_t n, kernels::f16_t* z, int64_t ld) const;
+  /// Asks for the index part of a page.
+  void prefetch_index(int64_t p) const;
   /// Asks for what gather_latents() and read_value() will need and score() did not touch.
   void prefetch(const int32_t* tokens, int64_t n) const;
   /// Value row [D] of a token of the pages.

@@ -1,6 +1,7 @@
-// attend_f32, attend_f16: one tile of n <= kTile keys for all query rows of one KV head, into a softmax state.
-// Scores q k_t and the sum of weighted values are register blocks whose rows are the query rows, so that each vector
-// of K or V is loaded (and converted) once for up to 8 of them: decode is bound by reading the cache.
+// attend_f32, attend_f16: one tile of n <= kTile keys for all query rows of one KV head, into a softmax
+// state. Scores q k_t and the sum of weighted values are register blocks whose rows are the query rows, so
+// that each vector of K or V is loaded (and converted) once for up to 8 of them: decode is bound by reading
+// the cache.
 #include "kernels/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -80,8 +81,8 @@ HWY_INLINE void value_block(const float* weight, int64_t n, const T* v, int64_t 
 }
 
 template <int MR, class T>
-HWY_NOINLINE void attend_rows(const float* q, int64_t head_dim, const T* k_t, int64_t ldk, const T* v, int64_t ldv,
-                              int64_t n, const SoftmaxRows& state) {
+HWY_NOINLINE void attend_rows(const float* q, int64_t head_dim, const T* k_t, int64_t ldk, const T* v,
+                              int64_t ldv, int64_t n, const SoftmaxRows& state) {
   constexpr int NV = vectors_for_rows<MR>();
   constexpr int64_t kColumns = NV * kLanes;
   const DF d;
@@ -119,39 +120,32 @@ HWY_NOINLINE void attend_rows(const float* q, int64_t head_dim, const T* k_t, in
 }
 
 template <class T>
-void attend(const float* q, int64_t n_row, int64_t head_dim, const T* k_t, int64_t ldk, const T* v, int64_t ldv,
-            int64_t n, const SoftmaxRows& state) {
+void attend(const float* q, int64_t n_row, int64_t head_dim, const T* k_t, int64_t ldk, const T* v,
+            int64_t ldv, int64_t n, const SoftmaxRows& state) {
   if (n <= 0) return;
-  // Blocks of nearly equal size: 9 rows are 5 + 4, not 8 + 1, which would read the tile a second time for one row.
+  static constexpr decltype(&attend_rows<1, T>) kByRows[kMaxRows] = {
+      attend_rows<1, T>, attend_rows<2, T>, attend_rows<3, T>, attend_rows<4, T>,
+      attend_rows<5, T>, attend_rows<6, T>, attend_rows<7, T>, attend_rows<8, T>};
+  // Blocks of nearly equal size: 9 rows are 4 + 5, not 8 + 1, where one row would read the tile alone.
   const int64_t n_block = (n_row + kMaxRows - 1) / kMaxRows;
   int64_t row = 0;
   for (int64_t b = 0; b < n_block; ++b) {
     const int64_t rows = (n_row - row) / (n_block - b);
-    const float* q_block = q + row * head_dim;
     const SoftmaxRows block = {state.max + row, state.sum + row, state.out + row * head_dim};
-    switch (rows) {
-      case 1: attend_rows<1>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      case 2: attend_rows<2>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      case 3: attend_rows<3>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      case 4: attend_rows<4>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      case 5: attend_rows<5>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      case 6: attend_rows<6>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      case 7: attend_rows<7>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-      default: attend_rows<8>(q_block, head_dim, k_t, ldk, v, ldv, n, block); break;
-    }
+    kByRows[rows - 1](q + row * head_dim, head_dim, k_t, ldk, v, ldv, n, block);
     row += rows;
   }
 }
 
 }  // namespace
 
-void attend_f32(const float* q, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ldk, const float* v,
-                int64_t ldv, int64_t n, const SoftmaxRows& state) {
+void attend_f32(const float* q, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ldk,
+                const float* v, int64_t ldv, int64_t n, const SoftmaxRows& state) {
   attend(q, n_row, head_dim, k_t, ldk, v, ldv, n, state);
 }
 
-void attend_f16(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk, const f16_t* v,
-                int64_t ldv, int64_t n, const SoftmaxRows& state) {
+void attend_f16(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk,
+                const f16_t* v, int64_t ldv, int64_t n, const SoftmaxRows& state) {
   attend(q, n_row, head_dim, k_t, ldk, v, ldv, n, state);
 }
 

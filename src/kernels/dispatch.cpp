@@ -84,8 +84,9 @@ Choice choose() {
     names += names.empty() ? "" : ", ";
     names += table->name;
   }
-  return {&ref::kTable, Status(StatusCode::invalid_argument, std::string("NARROWS_FORCE_TARGET is \"") + forced +
-                                                                 "\", but this CPU runs only " + names)};
+  return {&ref::kTable,
+          Status(StatusCode::invalid_argument,
+                 std::string("NARROWS_FORCE_TARGET is \"") + forced + "\", but this CPU runs only " + names)};
 }
 
 const Choice& chosen() {

@@ -1,10 +1,10 @@
-// The register block under gemm, attend and prefill_attend: a few rows of c times a few vectors of columns stay in
-// registers while k runs; a is broadcast one element a row, b is streamed one vector a column block.
+// The register block under gemm, attend and prefill_attend: a few rows of c times a few vectors of columns
+// stay in registers while k runs; a is broadcast one element a row, b is streamed one vector a column block.
 //
-//        b [k, n]   NV vectors ->      Block sizes: AVX-512 and NEON have 32 registers: 6 rows x 4 vectors = 24
-//   a  +------------------------+      accumulators + 4 of b + 1 of a = 29. 16 registers: 6 x 2 + 2 + 1 = 15.
-//   MR |  c block, in registers |      24 (12) independent chains also cover the latency of the FMA: 4 cycles at
-//      +------------------------+      1 (2) a cycle need 4 (8).
+//        b [k, n]   NV vectors ->      32 registers (AVX-512, NEON): 6 rows x 4 vectors = 24 accumulators,
+//   a  +------------------------+      and 4 of b and 1 of a = 29. 16 registers: 6 x 2 + 2 + 1 = 15.
+//   MR |  c block, in registers |      24 (12) independent chains also cover the latency of the FMA: 4
+//      +------------------------+      cycles at 1 (2) a cycle need 4 (8).
 
 // clang-format off
 #if defined(NARROWS_KERNELS_GEMM_INL_H) == defined(HWY_TARGET_TOGGLE)
@@ -27,9 +27,9 @@ inline constexpr int kBlockVectors = 2;
 inline constexpr int kBlockVectors = 4;
 #endif
 
-// Zen 4 loses up to a third of its 512-bit multiply-adds in short loops of other than 12 or 24 of them (measured with
-// 4 x 4, 5 x 4 and 8 x 2 blocks); four steps of k in a row bring them back. With narrower vectors this costs more
-// in spilled registers than it gains.
+// Zen 4 loses up to a third of its 512-bit multiply-adds in short loops of other than 12 or 24 of them
+// (measured with 4 x 4, 5 x 4 and 8 x 2 blocks); four steps of k in a row bring them back. With narrower
+// vectors this costs more in spilled registers than it gains.
 #undef NARROWS_UNROLL_DEPTH
 #if !(HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL)
 #define NARROWS_UNROLL_DEPTH
@@ -50,7 +50,8 @@ HWY_INLINE void block_step(const float* HWY_RESTRICT a, int64_t lda, const T* HW
   VF column[NV];
   NARROWS_UNROLL
   for (int j = 0; j < NV; ++j) {
-    column[j] = kTail && j == NV - 1 ? load_float_n(d, b + j * kLanes, n_tail) : load_float(d, b + j * kLanes);
+    column[j] =
+        kTail && j == NV - 1 ? load_float_n(d, b + j * kLanes, n_tail) : load_float(d, b + j * kLanes);
   }
   NARROWS_UNROLL
   for (int i = 0; i < MR; ++i) {
@@ -70,8 +71,9 @@ HWY_INLINE void block_product(int64_t k, const float* HWY_RESTRICT a, int64_t ld
 
 /// c [MR, NV vectors] (+)= a [MR, k] b.
 template <int MR, int NV, bool kTail, class T>
-HWY_INLINE void block_store(int64_t k, const float* HWY_RESTRICT a, int64_t lda, const T* HWY_RESTRICT b, int64_t ldb,
-                            int64_t n_tail, float* HWY_RESTRICT c, int64_t ldc, bool accumulate) {
+HWY_INLINE void block_store(int64_t k, const float* HWY_RESTRICT a, int64_t lda, const T* HWY_RESTRICT b,
+                            int64_t ldb, int64_t n_tail, float* HWY_RESTRICT c, int64_t ldc,
+                            bool accumulate) {
   const DF d;
   VF acc[MR][NV];
   NARROWS_UNROLL
@@ -104,12 +106,18 @@ HWY_INLINE void column_block(int64_t m, int64_t k, const float* a, int64_t lda, 
     block_store<kBlockRows, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
   }
   switch (m) {
-    case 1: return block_store<1, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
-    case 2: return block_store<2, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
-    case 3: return block_store<3, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
-    case 4: return block_store<4, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
-    case 5: return block_store<5, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
-    default: return;
+    case 1:
+      return block_store<1, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
+    case 2:
+      return block_store<2, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
+    case 3:
+      return block_store<3, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
+    case 4:
+      return block_store<4, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
+    case 5:
+      return block_store<5, NV, kTail>(k, a, lda, b, ldb, n_tail, c, ldc, accumulate);
+    default:
+      return;
   }
 }
 
@@ -135,12 +143,20 @@ void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const
     const int64_t n_tail = n - j - (n_vector - 1) * kLanes;
     const T* b_tail = b + p * ldb + j;
     switch (n_vector) {
-      case 1: column_block<1, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add); break;
+      case 1:
+        column_block<1, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add);
+        break;
 #if !(HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4)
-      case 2: column_block<2, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add); break;
-      case 3: column_block<3, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add); break;
+      case 2:
+        column_block<2, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add);
+        break;
+      case 3:
+        column_block<3, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add);
+        break;
 #endif
-      default: column_block<kBlockVectors, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add); break;
+      default:
+        column_block<kBlockVectors, true>(m, depth, a + p, lda, b_tail, ldb, n_tail, c + j, ldc, add);
+        break;
     }
   }
 }

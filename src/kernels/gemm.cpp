@@ -16,8 +16,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const fl
   product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
-void gemm_f16(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const f16_t* b, int64_t ldb, float* c,
-              int64_t ldc, bool accumulate) {
+void gemm_f16(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const f16_t* b, int64_t ldb,
+              float* c, int64_t ldc, bool accumulate) {
   product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 

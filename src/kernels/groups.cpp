@@ -1,5 +1,6 @@
-// quant_groups, dequant_groups: asymmetric groups of kGroup values, 2 or 4 bits a code (KIVI, arXiv:2402.02750).
-// Value i of a group is in byte i % w, so that a vector of bytes, shifted, is a vector of consecutive values:
+// quant_groups, dequant_groups: asymmetric groups of kGroup values, 2 or 4 bits a code (KIVI,
+// arXiv:2402.02750). Value i of a group is in byte i % w, so that a vector of bytes, shifted, is a vector of
+// consecutive values:
 //
 //   bits 4, w 16:  byte 0 = values 0, 16;          byte 1 = values 1, 17;         ..
 //   bits 2, w  8:  byte 0 = values 0, 8, 16, 24;   byte 1 = values 1, 9, 17, 25;  ..
@@ -21,7 +22,7 @@ namespace narrows::kernels::HWY_NAMESPACE {
 namespace {
 
 template <int kBits>
-inline constexpr int64_t kWidth = kGroup * kBits / 8;  ///< bytes of a group
+inline constexpr int64_t kWidth = kGroup* kBits / 8;  ///< bytes of a group
 
 /// As many lanes as fit the bytes of a group, at most a vector.
 template <int kBits>
@@ -60,9 +61,11 @@ HWY_INLINE void dequant(const uint8_t* codes, const f16_t* params, int64_t n, fl
     for (; i + kLanes <= 2 * batch; i += kLanes) {
       hn::Store(to_float(df, hn::LoadU(DH(), params + 2 * g0 + i)), df, param + i);
     }
-    if (i < 2 * batch) hn::Store(to_float(df, load_n(DH(), params + 2 * g0 + i, 2 * batch - i)), df, param + i);
+    if (i < 2 * batch)
+      hn::Store(to_float(df, load_n(DH(), params + 2 * g0 + i, 2 * batch - i)), df, param + i);
     for (int64_t g = 0; g < batch; ++g) {
-      dequant_group<kBits>(codes + (g0 + g) * kWidth<kBits>, param[2 * g], param[2 * g + 1], y + (g0 + g) * kGroup);
+      dequant_group<kBits>(codes + (g0 + g) * kWidth<kBits>, param[2 * g], param[2 * g + 1],
+                           y + (g0 + g) * kGroup);
     }
   }
   const int64_t done = n_group * kGroup;
@@ -86,8 +89,8 @@ HWY_INLINE bool group_range(const float* x, float& low, float& high) {
     low_lane = hn::Min(low_lane, v);
     high_lane = hn::Max(high_lane, v);
   }
-  low = hn::GetLane(hn::MinOfLanes(d, low_lane));
-  high = hn::GetLane(hn::MaxOfLanes(d, high_lane));
+  low = hn::GetLane(hn::MinOfLanes(d, low_lane)) + 0.0F;  // -0 becomes +0, as in ref/
+  high = hn::GetLane(hn::MaxOfLanes(d, high_lane)) + 0.0F;
   return hn::AllTrue(d, fits);
 }
 
@@ -102,7 +105,7 @@ HWY_INLINE bool quant_group(const float* x, uint8_t* code, f16_t* param) {
   float high = 0;
   if (!group_range(x, low, high)) return false;
   param[0] = float_to_half((high - low) / static_cast<float>(kTop));
-  param[1] = float_to_half(low + 0.0F);  // -0 as +0
+  param[1] = float_to_half(low);
   const float scale = half_to_float(param[0]);
   if (scale == 0) {
     std::memset(code, 0, static_cast<size_t>(kWidth<kBits>));
@@ -132,8 +135,8 @@ HWY_INLINE bool quant(const float* x, int64_t n, uint8_t* codes, f16_t* params) 
     if (!quant_group<kBits>(x + g * kGroup, codes + g * kWidth<kBits>, params + 2 * g)) return false;
   }
   const int64_t done = n_group * kGroup;
-  return done == n || ref::quant_groups(x + done, n - done, kBits, codes + n_group * kWidth<kBits>,
-                                        params + 2 * n_group);
+  return done == n ||
+         ref::quant_groups(x + done, n - done, kBits, codes + n_group * kWidth<kBits>, params + 2 * n_group);
 }
 
 }  // namespace

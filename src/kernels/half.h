@@ -1,5 +1,6 @@
-// One half-precision value at a time: IEEE binary16 bits <-> float, in integer arithmetic, so that the answer does
-// not depend on the target or the rounding mode. Used by the oracle (ref/) and for the parameters of a group.
+// One half-precision value at a time: IEEE binary16 bits <-> float, in integer arithmetic, so that the answer
+// does not depend on the target or the rounding mode. Used by the oracle (ref/) and for the parameters of a
+// group.
 #pragma once
 
 #include <bit>
@@ -36,7 +37,8 @@ inline f16_t float_to_half(float value) {
     half = 0x7E00U | ((rest >> 13) & 0x3FFU);
   } else if (rest >= 0x477FF000U) {  // 65520 = half way between 65504 and 65536: the tie goes to even, up
     half = 0x7C00U;
-  } else if (rest < 0x38800000U) {  // below 2^-14: adding 0.5 rounds to multiples of 2^-24, the subnormal step
+  } else if (rest <
+             0x38800000U) {  // below 2^-14: adding 0.5 rounds to multiples of 2^-24, the subnormal step
     half = std::bit_cast<uint32_t>(std::bit_cast<float>(rest) + 0.5F) - 0x3F000000U;
   } else {
     half = (rest + 0xFFFU + ((rest >> 13) & 1U) - 0x38000000U) >> 13;

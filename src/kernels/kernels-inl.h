@@ -1,6 +1,7 @@
 // Declares the kernels of one target in its namespace (N_AVX2, N_AVX3, ..), by the types in ops.h, so that a
-// signature is written once and a definition that differs from it does not compile or link. Re-included once a target.
-// NARROWS_SIMD is 0 for Highway's one-lane fallback targets: they would be slower than "ref" is exact.
+// signature is written once and a definition that differs from it does not compile or link. Re-included once
+// a target. NARROWS_SIMD is 0 for Highway's one-lane fallback targets: they would be slower than "ref" is
+// exact.
 
 // clang-format off
 #if defined(NARROWS_KERNELS_KERNELS_INL_H) == defined(HWY_TARGET_TOGGLE)

@@ -1,9 +1,9 @@
 // Every kernel signature once: shapes, units, alignment, what may alias. Raw pointers only: no ggml type, no
 // allocation, no exception. Callers have checked the shapes. Used by prefill/, cache/ and decode/.
 //
-// Shapes are row-major, fastest dimension last. "ld" is the distance between rows in elements. Pointers need only
-// the alignment of their element; no argument may alias an output unless it says so. Nothing is read beyond the
-// counts given: cache tails may hold NaN.
+// Shapes are row-major, fastest dimension last. "ld" is the distance between rows in elements. Pointers need
+// only the alignment of their element; no argument may alias an output unless it says so. Nothing is read
+// beyond the counts given: cache tails may hold NaN.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@ namespace narrows::kernels {
 
 using f16_t = uint16_t;  ///< IEEE binary16, as bits
 
-/// Tokens in one tile of attention work. 64 float lanes are 4 AVX-512 registers; with 6 rows of a product that
-/// makes 24 accumulators, which hides the FMA latency and still fits the 32 registers.
+/// Tokens in one tile of attention work. 64 float lanes are 4 AVX-512 registers; with 6 rows of a product
+/// that makes 24 accumulators, which hides the FMA latency and still fits the 32 registers.
 inline constexpr int64_t kTile = 64;
 
 /// Values in one quantisation group (KIVI, SALS): 32, as in DESIGN.md's table of profiles.
@@ -28,67 +28,71 @@ inline constexpr int64_t kGroup = 32;
 /// row i: max [i], sum [i] of exp(s - max), out [i, head_dim] = sum of exp(s - max) v, not yet divided.
 /// Empty state: max = -infinity, sum = 0, out = 0. See softmax_state.h for merge and normalise.
 struct SoftmaxRows {
-  float* max;      ///< [n_row]
-  float* sum;      ///< [n_row]
-  float* out;      ///< [n_row, head_dim]
+  float* max;  ///< [n_row]
+  float* sum;  ///< [n_row]
+  float* out;  ///< [n_row, head_dim]
 };
 
 struct Ops {
   const char* name;  ///< "ref", "SSE4", "AVX2", "AVX3", "AVX3_DL", ...
 
-  void (*f32_to_f16)(const float* x, f16_t* y, int64_t n);   ///< round to nearest even; overflow gives infinity
+  void (*f32_to_f16)(const float* x, f16_t* y,
+                     int64_t n);  ///< round to nearest even; overflow gives infinity
   void (*f16_to_f32)(const f16_t* x, float* y, int64_t n);
 
   /// c [m, n] = a [m, k] b [k, n], or += if accumulate.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-               int64_t ldc, bool accumulate);
+  void (*gemm)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+               float* c, int64_t ldc, bool accumulate);
 
   /// The same with b in half precision.
   void (*gemm_f16)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const f16_t* b, int64_t ldb,
                    float* c, int64_t ldc, bool accumulate);
 
-  /// Rotates rows of head vectors, halves layout: pair (i, i + n_rot/2), angle of row r from cos/sin [n_rot/2] at
-  /// r * ld_angle (0: all rows the same angle). x, y [n_row, head_dim]; y may be x. Coordinates from n_rot on are
-  /// copied. inverse turns by the negative angle and divides by the magnitude that cos/sin carry.
+  /// Rotates rows of head vectors, halves layout: pair (i, i + n_rot/2), angle of row r from cos/sin
+  /// [n_rot/2] at r * ld_angle (0: all rows the same angle). x, y [n_row, head_dim]; y may be x. Coordinates
+  /// from n_rot on are copied. inverse turns by the negative angle and divides by the magnitude that cos/sin
+  /// carry.
   void (*rope_rows)(const float* x, int64_t n_row, int64_t head_dim, int64_t n_rot, const float* cos,
                     const float* sin, int64_t ld_angle, bool inverse, float* y);
 
-  /// The same for a transposed tile of n <= kTile tokens, in place: x [head_dim, ld], cos/sin [n_rot/2, ld_angle],
-  /// a column a token.
+  /// The same for a transposed tile of n <= kTile tokens, in place: x [head_dim, ld], cos/sin [n_rot/2,
+  /// ld_angle], a column a token.
   void (*rope_tile)(float* x, int64_t ld, int64_t n, int64_t head_dim, int64_t n_rot, const float* cos,
                     const float* sin, int64_t ld_angle);
 
-  /// One KV head, one tile of n <= kTile tokens, all query rows of its group. q [n_row, head_dim] rotated and scaled
-  /// by 1/sqrt(head_dim); k_t [head_dim, ldk] (transposed: a column a token); v [n, ldv]. Updates state.
-  /// n = 0 leaves it as it is.
-  void (*attend_f32)(const float* q, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ldk, const float* v,
-                     int64_t ldv, int64_t n, const SoftmaxRows& state);
+  /// One KV head, one tile of n <= kTile tokens, all query rows of its group. q [n_row, head_dim] rotated and
+  /// scaled by 1/sqrt(head_dim); k_t [head_dim, ldk] (transposed: a column a token); v [n, ldv]. Updates
+  /// state. n = 0 leaves it as it is.
+  void (*attend_f32)(const float* q, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ldk,
+                     const float* v, int64_t ldv, int64_t n, const SoftmaxRows& state);
   void (*attend_f16)(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk,
                      const f16_t* v, int64_t ldv, int64_t n, const SoftmaxRows& state);
 
-  /// Causal prefill attention of n_row consecutive query positions of ONE query head, online softmax in tiles of
-  /// kTile keys. q [n_row, ldq], rotated, not scaled; k_t is tiled: tile t holds [head_dim, kTile] at t * ld_tile
-  /// (whole tiles are read, but columns beyond the last key are not used: they may hold NaN); v [n_kv, ldv]. Row r
-  /// sees keys 0 .. first + r inclusive, first >= 0, n_kv >= first + n_row. window > 0: only the last `window` of them;
-  /// k_t and v of keys before every row's window may hold NaN. A NaN in v may reach rows before it in the same call.
-  /// out [n_row, ldo]. scratch: prefill_scratch_floats(n_row, head_dim) floats, 64-byte aligned.
+  /// Causal prefill attention of n_row consecutive query positions of ONE query head, online softmax in tiles
+  /// of kTile keys. q [n_row, ldq], rotated, not scaled; k_t is tiled: tile t holds [head_dim, kTile] at t *
+  /// ld_tile (whole tiles are read, but columns beyond the last key are not used: they may hold NaN); v
+  /// [n_kv, ldv]. Row r sees keys 0 .. first + r inclusive, first >= 0, n_kv >= first + n_row. window > 0:
+  /// only the last `window` of them; k_t and v of keys before every row's window may hold NaN. A NaN in v may
+  /// reach rows before it in the same call. out [n_row, ldo]. scratch: prefill_scratch_floats(n_row,
+  /// head_dim) floats, 64-byte aligned.
   void (*prefill_attend)(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t,
-                         int64_t ld_tile, const float* v, int64_t ldv, int64_t first, int64_t window, float scale,
-                         float* out, int64_t ldo, float* scratch);
+                         int64_t ld_tile, const float* v, int64_t ldv, int64_t first, int64_t window,
+                         float scale, float* out, int64_t ldo, float* scratch);
 
-  /// Asymmetric groups of kGroup, `bits` 2 or 4: y = zero + scale * code. n values make ceil(n / kGroup) groups; the last
-  /// may be short. codes: group g at g * kGroup * bits / 8 bytes, value i of a group in byte i % w, bits
-  /// (i / w) * bits.., with w = kGroup * bits / 8. params [n_group, 2]: scale, zero as f16.
+  /// Asymmetric groups of kGroup, `bits` 2 or 4: y = zero + scale * code. n values make ceil(n / kGroup)
+  /// groups; the last may be short. codes: group g at g * kGroup * bits / 8 bytes, value i of a group in byte
+  /// i % w, bits (i / w) * bits.., with w = kGroup * bits / 8. params [n_group, 2]: scale, zero as f16.
   void (*dequant_groups)(const uint8_t* codes, const f16_t* params, int64_t n, int bits, float* y);
 
-  /// The inverse: per group zero = f16(min), scale = f16((max - min) / (2^bits - 1)); then, with the rounded two, code =
-  /// (x - zero) / scale in float, to nearest even, clamped to the codes. Scale 0 (a constant group, or one too narrow
-  /// for f16): all codes 0. Unused codes of a short group are 0. Every target writes the same bytes. Returns false
-  /// if a value is NaN or beyond +-65504, the range of f16 (codes and params are then unspecified).
+  /// The inverse: per group zero = f16(min), scale = f16((max - min) / (2^bits - 1)); then, with the rounded
+  /// two, code = (x - zero) / scale in float, to nearest even, clamped to the codes. Scale 0 (a constant
+  /// group, or one too narrow for f16): all codes 0. Unused codes of a short group are 0. Every target writes
+  /// the same bytes. Returns false if a value is NaN or beyond +-65504, the range of f16 (codes and params
+  /// are then unspecified).
   bool (*quant_groups)(const float* x, int64_t n, int bits, uint8_t* codes, f16_t* params);
 
-  /// Indices of the `count` largest of score [n] (count <= n), ties to the lower index, written in ascending order
-  /// of index. Scores are finite. scratch: select_scratch_bytes(n) bytes, 8-byte aligned.
+  /// Indices of the `count` largest of score [n] (count <= n), ties to the lower index, written in ascending
+  /// order of index. Scores are finite. scratch: select_scratch_bytes(n) bytes, 8-byte aligned.
   void (*select_top)(const float* score, int64_t n, int64_t count, int32_t* index, void* scratch);
 };
 

@@ -1,9 +1,10 @@
-// prefill_attend: exact causal attention of consecutive query rows of one head, online softmax over tiles of keys.
+// prefill_attend: exact causal attention of consecutive query rows of one head, online softmax over tiles of
+// keys.
 //
-// For a block of kQueryBlock rows and each tile of kTile keys: scores = q k_t by the register block of gemm-inl.h,
-// softmax step a row, out += weights v by the same block. Per score that is 2 head_dim FMAs against one exp, so the
-// products set the pace. Tiles after the diagonal or before the window are not visited; tiles on either edge only
-// for the rows that see part of them, and only these tiles are masked.
+// For a block of kQueryBlock rows and each tile of kTile keys: scores = q k_t by the register block of
+// gemm-inl.h, softmax step a row, out += weights v by the same block. Per score that is 2 head_dim FMAs
+// against one exp, so the products set the pace. Tiles after the diagonal or before the window are not
+// visited; tiles on either edge only for the rows that see part of them, and only these tiles are masked.
 #include "kernels/prefill_block.h"
 #include "kernels/targets.h"
 
@@ -35,8 +36,8 @@ struct Keys {
 };
 
 /// Rows [row, row + n_row) of the call, n_row <= kQueryBlock.
-void attend_block(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const Keys& keys, int64_t first,
-                  int64_t window, float scale, float* out, int64_t ldo, float* scratch) {
+void attend_block(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const Keys& keys,
+                  int64_t first, int64_t window, float scale, float* out, int64_t ldo, float* scratch) {
   const DF d;
   const PrefillScratch at(head_dim);
   float* q_scaled = scratch + at.q;
@@ -64,8 +65,8 @@ void attend_block(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, 
     int64_t r1 = n_row;
     if (window > 0 && key_end - 1 + window - first < r1) r1 = key_end - 1 + window - first;
     if (r0 >= r1) continue;
-    product(r1 - r0, kTile, head_dim, q_scaled + r0 * head_dim, head_dim, keys.k_t + tile * keys.ld_tile, kTile,
-            score + r0 * kTile, kTile, false);
+    product(r1 - r0, kTile, head_dim, q_scaled + r0 * head_dim, head_dim, keys.k_t + tile * keys.ld_tile,
+            kTile, score + r0 * kTile, kTile, false);
     const bool whole = first + r0 >= key + kTile - 1 && begin(r1 - 1) <= key;
     for (int64_t r = r0; r < r1; ++r) {
       float* s = score + r * kTile;
@@ -92,8 +93,8 @@ void attend_block(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, 
       v = value;
       ldv = head_dim;
     }
-    product(r1 - r0, head_dim, n_value, score + r0 * kTile + skip, kTile, v, ldv, sum_v + r0 * head_dim, head_dim,
-            true);
+    product(r1 - r0, head_dim, n_value, score + r0 * kTile + skip, kTile, v, ldv, sum_v + r0 * head_dim,
+            head_dim, true);
   }
   for (int64_t r = 0; r < n_row; ++r) {
     const float total = hn::GetLane(hn::SumOfLanes(d, hn::LoadU(d, sum + r * kMaxLanes)));
@@ -104,13 +105,14 @@ void attend_block(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, 
 
 }  // namespace
 
-void prefill_attend(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ld_tile,
-                    const float* v, int64_t ldv, int64_t first, int64_t window, float scale, float* out, int64_t ldo,
-                    float* scratch) {
+void prefill_attend(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t,
+                    int64_t ld_tile, const float* v, int64_t ldv, int64_t first, int64_t window, float scale,
+                    float* out, int64_t ldo, float* scratch) {
   const Keys keys = {k_t, ld_tile, v, ldv};
   for (int64_t r = 0; r < n_row; r += kQueryBlock) {
     const int64_t rows = n_row - r < kQueryBlock ? n_row - r : kQueryBlock;
-    attend_block(q + r * ldq, ldq, rows, head_dim, keys, first + r, window, scale, out + r * ldo, ldo, scratch);
+    attend_block(q + r * ldq, ldq, rows, head_dim, keys, first + r, window, scale, out + r * ldo, ldo,
+                 scratch);
   }
 }
 

@@ -7,9 +7,9 @@
 
 namespace narrows::kernels {
 
-/// Query rows worked on together. At head_dim 128 a block is 128 x (128 q + 128 out + 64 scores) floats = 160 KB, and
-/// a tile of K and V 64 KB: both stay in an L2 of 256 KB or more while the tile is used. Larger blocks would read K
-/// and V less often, but at 128 rows that is 1 byte in 64 operations already.
+/// Query rows worked on together. At head_dim 128 a block is 128 x (128 q + 128 out + 64 scores) floats = 160
+/// KB, and a tile of K and V 64 KB: both stay in an L2 of 256 KB or more while the tile is used. Larger
+/// blocks would read K and V less often, but at 128 rows that is 1 byte in 64 operations already.
 inline constexpr int64_t kQueryBlock = 128;
 
 /// Most float lanes of any target: the running sum of a row is kept a lane.

@@ -62,8 +62,8 @@ HWY_INLINE void rows(const float* x, int64_t n_row, int64_t head_dim, int64_t n_
 
 }  // namespace
 
-void rope_rows(const float* x, int64_t n_row, int64_t head_dim, int64_t n_rot, const float* cos, const float* sin,
-               int64_t ld_angle, bool inverse, float* y) {
+void rope_rows(const float* x, int64_t n_row, int64_t head_dim, int64_t n_rot, const float* cos,
+               const float* sin, int64_t ld_angle, bool inverse, float* y) {
   if (inverse) {
     rows<true>(x, n_row, head_dim, n_rot, cos, sin, ld_angle, y);
   } else {
@@ -89,8 +89,8 @@ void rope_tile(float* x, int64_t ld, int64_t n, int64_t /*head_dim*/, int64_t n_
     }
     if (j < n) {
       const int64_t m = n - j;
-      const Pair p = rotate(load_n(d, first + j, m), load_n(d, second + j, m), load_n(d, c + j, m),
-                            load_n(d, s + j, m));
+      const Pair p =
+          rotate(load_n(d, first + j, m), load_n(d, second + j, m), load_n(d, c + j, m), load_n(d, s + j, m));
       store_n(p.first, d, first + j, m);
       store_n(p.second, d, second + j, m);
     }

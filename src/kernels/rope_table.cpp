@@ -1,5 +1,5 @@
-// cos and sin of a position by the angle sum of two small tables. Frequencies follow the GGUF convention: base,
-// frequency factors, linear scaling, YaRN (arXiv:2309.00071).
+// cos and sin of a position by the angle sum of two small tables. Frequencies follow the GGUF convention:
+// base, frequency factors, linear scaling, YaRN (arXiv:2309.00071).
 #include "kernels/rope_table.h"
 
 #include <algorithm>
@@ -11,20 +11,20 @@ namespace {
 
 constexpr int64_t kFine = 256;  ///< positions in the fine table; both tables have about this length at 64K
 
-/// Coordinate (counted in single coordinates, hence not divided by 2 here: n_rot / (2 ln base)) whose wave turns `turns`
-/// times over the original context.
-double coordinate_of(double turns, const RopeParams& p) {
+/// The pair, as a real number, whose wave turns `turns` times over the original context:
+/// freq_base^(2 i / n_rot) = n_ctx_orig / (2 pi turns).
+double pair_of(double turns, const RopeParams& p) {
   return static_cast<double>(p.n_rot) *
          std::log(static_cast<double>(p.n_ctx_orig) / (turns * 2 * std::numbers::pi)) /
          (2 * std::log(p.freq_base));
 }
 
-/// YaRN's share of extrapolation (the unscaled angle) for pair i: 1 for waves that turn more than beta_fast times
-/// over the original context, 0 for those that turn less than beta_slow times, linear between.
+/// YaRN's share of extrapolation (the unscaled angle) for pair i: 1 for waves that turn more than beta_fast
+/// times over the original context, 0 for those that turn less than beta_slow times, linear between.
 double extrapolation(int64_t i, const RopeParams& p) {
-  const double low = std::max(0.0, std::floor(coordinate_of(p.beta_fast, p)));
-  const double high = std::min(static_cast<double>(p.n_rot - 1), std::ceil(coordinate_of(p.beta_slow, p)));
-  // 0.001: the usual guard against low == high.
+  const double low = std::max(0.0, std::floor(pair_of(p.beta_fast, p)));
+  const double high = std::min(static_cast<double>(p.n_rot - 1), std::ceil(pair_of(p.beta_slow, p)));
+  // The clamps to n_rot - 1 and 0.001 (low == high) are part of the convention.
   const double ramp = (static_cast<double>(i) - low) / std::max(0.001, high - low);
   return 1 - std::clamp(ramp, 0.0, 1.0);
 }

@@ -1,10 +1,10 @@
 // select_top: indices of the `count` largest scores, ties to the lower index, ascending; exact and O(n).
 //
-// Floats become unsigned keys in the same order. The count-th largest key is found digit by digit from the top
-// (11 + 11 + 10 bits): a histogram tells which bin holds it, and only the keys of that bin are looked at again. One
-// pass in order then emits every index whose key is larger, and as many equal ones as are still due. Comparisons give
-// 64 bits at a time, whose ones are walked; Highway's Compress is no faster on AVX-512 and on AVX2 copies a table
-// of 1 KB at each call (GCC 12).
+// Floats become unsigned keys in the same order. The count-th largest key is found digit by digit from the
+// top (11 + 11 + 10 bits): a histogram tells which bin holds it, and only the keys of that bin are looked at
+// again. One pass in order then emits every index whose key is larger, and as many equal ones as are still
+// due. Comparisons give 64 bits at a time, whose ones are walked; Highway's Compress is no faster on AVX-512
+// and on AVX2 copies a table of 1 KB at each call (GCC 12).
 #include <bit>
 
 #include "kernels/select_scratch.h"
@@ -94,8 +94,9 @@ HWY_INLINE int64_t keep_digit(const uint32_t* key, int64_t n, int shift, uint32_
   return n_out;
 }
 
-/// The digit of the count-th largest key, from the tables that count_digits filled; makes count relative to the
-/// keys with that digit. Whole vectors of bins are skipped while their keys are all among the selected ones.
+/// The digit of the count-th largest key, from the tables that count_digits filled; makes count relative to
+/// the keys with that digit. Whole vectors of bins are skipped while their keys are all among the selected
+/// ones.
 HWY_INLINE uint32_t find_digit(const uint32_t* bin, uint32_t mask, int64_t& count) {
   static_assert(kSelectTables == 2);
   const DU d;
@@ -157,7 +158,8 @@ void select_top(const float* score, int64_t n, int64_t count, int32_t* index, vo
     const uint64_t exist = existing_bits(i, n);
     uint64_t bits = above_bits(key + i, due.key) & exist;
     if (due.n_equal > 0) {
-      for (uint64_t equal = equal_bits(key + i, ~0U, due.key) & exist; equal != 0 && due.n_equal > 0; --due.n_equal) {
+      for (uint64_t equal = equal_bits(key + i, ~0U, due.key) & exist; equal != 0 && due.n_equal > 0;
+           --due.n_equal) {
         bits |= equal & -equal;
         equal &= equal - 1;
       }

@@ -1,5 +1,5 @@
-// The small vector vocabulary of the kernels, once a target: loads and stores of the first n lanes that touch no
-// other memory, half precision, exp of non-positive numbers. Re-included by foreach_target.
+// The small vector vocabulary of the kernels, once a target: loads and stores of the first n lanes that touch
+// no other memory, half precision, exp of non-positive numbers. Re-included by foreach_target.
 
 // clang-format off
 #if defined(NARROWS_KERNELS_SIMD_INL_H) == defined(HWY_TARGET_TOGGLE)
@@ -39,8 +39,8 @@ using VH = hn::Vec<DH>;
 /// Floats in a vector. Fixed at compile time: scalable targets are excluded in targets.h.
 inline constexpr int64_t kLanes = HWY_LANES(float);
 
-// Highway 1.0.3 emulates masked loads by full ones where the CPU has none, which may cross into an unmapped page:
-// there the lanes are put together from smaller loads.
+// Highway 1.0.3 emulates masked loads by full ones where the CPU has none, which may cross into an unmapped
+// page: there the lanes are put together from smaller loads.
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
 #define NARROWS_MASKED_F32 1
 #define NARROWS_MASKED_F16 1
@@ -131,7 +131,8 @@ HWY_INLINE VF to_float(DF d, VH half) {
   const VU rest = hn::And(bits, hn::Set(du, 0x7FFFU));
   const VU wide = hn::ShiftLeft<13>(rest);
   const VU smallest_normal = hn::Set(du, 0x38800000U);  // 2^-14
-  const VF subnormal = hn::Sub(hn::BitCast(d, hn::Add(wide, smallest_normal)), hn::BitCast(d, smallest_normal));
+  const VF subnormal =
+      hn::Sub(hn::BitCast(d, hn::Add(wide, smallest_normal)), hn::BitCast(d, smallest_normal));
   const DI di;  // signed comparisons: all values are below 2^31
   const auto rest_i = hn::BitCast(di, rest);
   const auto is_subnormal = hn::RebindMask(du, hn::Lt(rest_i, hn::Set(di, 0x0400)));
@@ -182,12 +183,12 @@ HWY_INLINE VF load_float(DF d, const f16_t* p) { return to_float(d, hn::LoadU(DH
 HWY_INLINE VF load_float_n(DF d, const float* p, int64_t n) { return load_n(d, p, n); }
 HWY_INLINE VF load_float_n(DF d, const f16_t* p, int64_t n) { return to_float(d, load_n(DH(), p, n)); }
 
-/// exp(x) for x <= 0: exactly 0 for x < -87.3 (the result would be subnormal, and beside the 1 of the maximum it
-/// is nothing), exactly 1 for 0, NaN for NaN. Relative error below 2^-22.
+/// exp(x) for x <= 0: exactly 0 for x < -87.3 (the result would be subnormal, and beside the 1 of the maximum
+/// it is nothing), exactly 1 for 0, NaN for NaN. Relative error below 2^-22.
 ///
-/// x = q ln 2 + r, |r| <= ln(2)/2. Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits; with the exponent
-/// bias added as well, those bits shifted into the exponent field are 2^q. The last step is a product, not an
-/// integer addition to the exponent, so that NaN survives it.
+/// x = q ln 2 + r, |r| <= ln(2)/2. Adding 1.5 * 2^23 rounds to an integer in the low mantissa bits; with the
+/// exponent bias added as well, those bits shifted into the exponent field are 2^q. The last step is a
+/// product, not an integer addition to the exponent, so that NaN survives it.
 HWY_INLINE VF exp_nonpositive(DF d, VF x) {
   const DU du;
   const VF magic = hn::Set(d, 12582912.0F + 127.0F);

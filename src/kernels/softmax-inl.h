@@ -20,9 +20,10 @@ namespace narrows::kernels::HWY_NAMESPACE {
 
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-/// Turns the scores s [kTile] of a row into weights exp(s - max) in place, after raising max to cover them; adds the
-/// weights to sum [lanes]. Masked columns hold -infinity and get exactly 0. Returns the factor that what was summed
-/// before must be multiplied with (sum already is): 1 unless the maximum moved, 0 if there was nothing before.
+/// Turns the scores s [kTile] of a row into weights exp(s - max) in place, after raising max to cover them;
+/// adds the weights to sum [lanes]. Masked columns hold -infinity and get exactly 0. Returns the factor that
+/// what was summed before must be multiplied with (sum already is): 1 unless the maximum moved, 0 if there
+/// was nothing before.
 HWY_INLINE float softmax_step(float* HWY_RESTRICT s, float& max, VF& sum) {
   const DF d;
   VF top_lane = hn::LoadU(d, s);

@@ -1,5 +1,5 @@
-// Algebra of the online-softmax state (SoftmaxRows): empty, merge, normalise. Decode merges one state a thread,
-// prefill tiles update one in place. (Milakov & Gimelshein, arXiv:1805.02867.)
+// Algebra of the online-softmax state (SoftmaxRows): empty, merge, normalise. Decode merges one state a
+// thread, prefill tiles update one in place. (Milakov & Gimelshein, arXiv:1805.02867.)
 #pragma once
 
 #include <cmath>

@@ -1,12 +1,13 @@
-// Which CPU targets the kernels are compiled for. Include before any Highway header: Highway reads these macros
-// when it first looks at the compiler.
+// Which CPU targets the kernels are compiled for. Include before any Highway header: Highway reads these
+// macros when it first looks at the compiler.
 #pragma once
 
 // SSSE3 and older: no CPU with enough memory for a long context lacks SSE4 (2008); "ref" still runs there.
 // SVE and RVV: vectors of unknown size cannot be members of the register blocks in gemm-inl.h.
 // WASM, PPC8: never tried.
-#define HWY_DISABLED_TARGETS                                                                                   \
-  (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_WASM | HWY_WASM_EMU256 | HWY_PPC8)
+#define HWY_DISABLED_TARGETS                                                                            \
+  (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_WASM | HWY_WASM_EMU256 | \
+   HWY_PPC8)
 
 // Highway 1.0.3 leaves AVX3_DL (Ice Lake, Zen 4) out unless asked.
 #define HWY_WANT_AVX3_DL

@@ -1,6 +1,6 @@
-// Steps on real threads with a barrier between phases, as in ggml's graph: the same numbers as in turn, bit
-// for bit, and nothing for ThreadSanitizer to report. Between thread counts only the order of sums may
-// differ.
+// Steps on real threads with a barrier between phases, as in ggml's graph: the same numbers as in turn and with any
+// number of threads, bit for bit (one differing bit flips roundings of the next product and ends in another
+// text), and nothing for ThreadSanitizer to report.
 #include "decode/step_runner.h"
 
 namespace narrows::test {
@@ -11,7 +11,7 @@ class Concurrent : public testing::TestWithParam<const char*> {};
 TEST_P(Concurrent, ThreadsGiveTheNumbersOfOneByOne) {
   const Heads s(6, 3, 32);
   const KvProfile profile = profile_of(GetParam());
-  const int64_t n = 700;  // crosses the conversion of SALS at 512
+  const int64_t n = 570;  // crosses the conversion of SALS at 512
   const Tokens tokens(s, n);
   std::vector<std::vector<float>> reference;  // of one thread
   for (const int n_threads : {1, 2, 3, 4}) {
@@ -21,11 +21,11 @@ TEST_P(Concurrent, ThreadsGiveTheNumbersOfOneByOne) {
     const auto in_turn = make_layer_decoder(b->layer(kCompressed), profile);
     StepScratch scratch_a(s.shape, n_threads);
     StepScratch scratch_b(s.shape, n_threads);
-    const int64_t prompt = 440;
+    const int64_t prompt = 490;
     for (const auto* cache : {&a, &b}) {
       ASSERT_TRUE((*cache)->layer(kCompressed).append(tokens.key(0), tokens.value(0), prompt).ok());
     }
-    for (int64_t t = prompt; t < n; t += 1) {
+    for (int64_t t = prompt; t < n; ++t) {
       const auto q = random_query(s, static_cast<uint32_t>(t));
       const auto got = run_step(*on_threads, scratch_a, tokens, t, q, Run::on_threads);
       const auto want = run_step(*in_turn, scratch_b, tokens, t, q, Run::in_turn);
@@ -34,9 +34,7 @@ TEST_P(Concurrent, ThreadsGiveTheNumbersOfOneByOne) {
         reference.push_back(got);
         continue;
       }
-      const auto& one = reference[static_cast<size_t>(t - prompt)];
-      for (size_t i = 0; i < got.size(); ++i)
-        ASSERT_NEAR(got[i], one[i], 1e-5) << "token " << t << " threads " << n_threads;
+      ASSERT_EQ(got, reference[static_cast<size_t>(t - prompt)]) << "token " << t << " threads " << n_threads;
     }
   }
 }

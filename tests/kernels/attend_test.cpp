@@ -1,5 +1,6 @@
-// attend_f32, attend_f16 on every target: a sequence cut into tiles must give the softmax of the whole, computed in
-// double; also the algebra of softmax_state.h, since decode merges states that these kernels made.
+// attend_f32, attend_f16 on every target: a sequence cut into tiles must give the softmax of the whole,
+// computed in double; also the algebra of softmax_state.h, since decode merges states that these kernels
+// made.
 #include <algorithm>
 #include <vector>
 
@@ -49,7 +50,8 @@ Tile<T> make_tile(int64_t n, int64_t head_dim, Random& random) {
 }
 
 template <class T>
-void run(const Ops& ops, const Array<float>& q, int64_t n_row, int64_t head_dim, const Tile<T>& tile, State& state) {
+void run(const Ops& ops, const Array<float>& q, int64_t n_row, int64_t head_dim, const Tile<T>& tile,
+         State& state) {
   if constexpr (std::is_same_v<T, float>) {
     ops.attend_f32(q.data(), n_row, head_dim, tile.k_t.data(), tile.ldk, tile.v.data(), tile.ldv, tile.n,
                    state.rows());
@@ -61,9 +63,10 @@ void run(const Ops& ops, const Array<float>& q, int64_t n_row, int64_t head_dim,
 
 /// Compares out / sum and max + ln sum with the exact softmax over all tiles.
 ///
-/// Bound: a score is off by at most ds = gamma(head_dim + 1) sum |q||k| (the larger of all keys); a weight relative to
-/// the others by 2 ds, the rounding of its argument u |s - max|, and 2^-22 for exp; sums over n keys add gamma(n);
-/// each tile may rescale once (2 more roundings). An average of values with weights off by e moves by 2 e max |v|.
+/// Bound: a score is off by at most ds = gamma(head_dim + 1) sum |q||k| (the larger of all keys); a weight
+/// relative to the others by 2 ds, the rounding of its argument u |s - max|, and 2^-22 for exp; sums over n
+/// keys add gamma(n); each tile may rescale once (2 more roundings). An average of values with weights off by
+/// e moves by 2 e max |v|.
 template <class T>
 void expect_softmax(const Array<float>& q, int64_t n_row, int64_t head_dim, const std::vector<Tile<T>>& tiles,
                     State& state) {
@@ -123,7 +126,8 @@ Array<float> make_query(int64_t n_row, int64_t head_dim, Random& random, float s
 }
 
 template <class T>
-void check(const Ops& ops, int64_t n_row, int64_t head_dim, const std::vector<int64_t>& lengths, float sigma = 1) {
+void check(const Ops& ops, int64_t n_row, int64_t head_dim, const std::vector<int64_t>& lengths,
+           float sigma = 1) {
   Random random(static_cast<uint32_t>(n_row * 1000 + head_dim));
   const Array<float> q = make_query(n_row, head_dim, random, sigma);
   State state(n_row, head_dim);
@@ -167,6 +171,31 @@ TEST_P(Attend, OneKeyGivesItsValue) {
   for (int64_t r = 0; r < 2; ++r) {
     EXPECT_EQ(state.sum[r], 1);
     for (int64_t d = 0; d < 64; ++d) EXPECT_EQ(state.out[r * 64 + d], tile.v[d]);
+  }
+}
+
+// Weights one by one: key 0 scores 0, key j scores x_j <= 0, v is the identity, so out[j] = exp(x_j).
+TEST_P(Attend, WeightsAreExponentials) {
+  constexpr int64_t kDim = kTile;
+  Array<float> q(kDim);
+  Array<float> k_t(kDim * kTile);
+  Array<float> v(kTile * kDim);
+  for (int64_t i = 0; i < kDim * kTile; ++i) {
+    k_t[i] = 0;
+    v[i] = i % (kDim + 1) == 0 ? 1.0F : 0.0F;
+  }
+  for (int64_t d = 0; d < kDim; ++d) q[d] = d == 0 ? 1.0F : 0.0F;
+  Random random(12);
+  std::uniform_real_distribution<float> exponent(-25, 6.6F);
+  for (int round = 0; round < 500; ++round) {
+    for (int64_t j = 1; j < kTile; ++j) k_t[j] = -std::exp2(exponent(random));  // -97 .. -3e-8
+    State state(1, kDim);
+    ops().attend_f32(q.data(), 1, kDim, k_t.data(), kTile, v.data(), kDim, kTile, state.rows());
+    ASSERT_EQ(state.out[0], 1);
+    for (int64_t j = 1; j < kTile; ++j) {
+      const double expected = std::exp(double{k_t[j]});
+      ASSERT_NEAR(state.out[j], expected, expected * 0x1p-22 + 0x1p-125) << k_t[j];
+    }
   }
 }
 

@@ -1,4 +1,5 @@
-// f16 <-> f32 on every target: all 65536 halves, the rounding boundaries of every pair of neighbours, odd lengths.
+// f16 <-> f32 on every target: all 65536 halves, the rounding boundaries of every pair of neighbours, odd
+// lengths.
 #include <bit>
 #include <vector>
 
@@ -58,8 +59,8 @@ TEST_P(Convert, EveryHalfSurvivesTheRoundTrip) {
   }
 }
 
-// Between neighbours a < b of the positive halves (b may be "65536", the first that overflows): the midpoint goes
-// to the even one, the floats on either side of it to the nearer one.
+// Between neighbours a < b of the positive halves (b may be "65536", the first that overflows): the midpoint
+// goes to the even one, the floats on either side of it to the nearer one.
 TEST_P(Convert, RoundsToNearestEven) {
   std::vector<float> x;
   std::vector<f16_t> expected;
@@ -85,7 +86,7 @@ TEST_P(Convert, RoundsToNearestEven) {
 }
 
 TEST_P(Convert, ExtremeFloats) {
-  const std::vector<float> x = {0.0F,  -0.0F, 0x1p-149F, 0x1p-126F, 0x1p-25F, 0x1.000002p-25F, 1e30F,
+  const std::vector<float> x = {0.0F,   -0.0F, 0x1p-149F, 0x1p-126F, 0x1p-25F, 0x1.000002p-25F, 1e30F,
                                 -1e30F, kInf,  -kInf,     kNaN,      -kNaN,    3.4e38F};
   std::vector<f16_t> y(x.size());
   ops().f32_to_f16(x.data(), y.data(), static_cast<int64_t>(x.size()));

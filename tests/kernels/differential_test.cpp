@@ -1,5 +1,5 @@
-// Random sizes, strides and values with a fixed seed: every target against "ref". Copies and codes must agree to the
-// bit, products and attention within the rounding bounds of gemm_test.cpp and attend_test.cpp.
+// Random sizes, strides and values with a fixed seed: every target against "ref". Copies and codes must agree
+// to the bit, products and attention within the rounding bounds of gemm_test.cpp and attend_test.cpp.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -14,7 +14,9 @@ class Differential : public EachTarget {
  protected:
   static constexpr int kRounds = 160;
 
-  int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_); }
+  int64_t draw(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_);
+  }
 
   /// Normal values [m, n] in rows of ld, at an odd offset.
   Array<float> normal(int64_t m, int64_t n, int64_t ld, float sigma = 1) {
@@ -49,7 +51,8 @@ TEST_P(Differential, Conversions) {
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t bits = static_cast<uint32_t>(random_());
       std::memcpy(&x[i], &bits, sizeof bits);
-      if (draw(0, 3) > 0 && std::isfinite(x[i])) x[i] = std::ldexp(x[i], -std::ilogb(x[i]) + static_cast<int>(draw(-28, 17)));
+      if (draw(0, 3) > 0 && std::isfinite(x[i]))
+        x[i] = std::ldexp(x[i], -std::ilogb(x[i]) + static_cast<int>(draw(-28, 17)));
     }
     std::vector<f16_t> half(static_cast<size_t>(n));
     std::vector<f16_t> half_ref(static_cast<size_t>(n));
@@ -133,8 +136,8 @@ TEST_P(Differential, Attention) {
       largest_score = std::max(largest_score, static_cast<double>(head_dim) * max_abs(q) * max_abs(k_t));
       largest_v = std::max(largest_v, max_abs(v));
     }
-    const double e = 2 * gamma(static_cast<double>(head_dim) + 2) * largest_score + kUnit * 2 * largest_score + 0x1p-22 +
-                     gamma(static_cast<double>(n * n_tile) + 20);
+    const double e = 2 * gamma(static_cast<double>(head_dim) + 2) * largest_score +
+                     kUnit * 2 * largest_score + 0x1p-22 + gamma(static_cast<double>(n * n_tile) + 20);
     for (int64_t r = 0; r < n_row; ++r) {
       ASSERT_NEAR(rows[0].max[r] + std::log(rows[0].sum[r]), rows[1].max[r] + std::log(rows[1].sum[r]), e);
       for (int64_t d = 0; d < head_dim; ++d) {
@@ -162,15 +165,16 @@ TEST_P(Differential, Prefill) {
     const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
     Array<float> got(n_row * head_dim);
     Array<float> expected(n_row * head_dim);
-    ops().prefill_attend(q.data(), ld, n_row, head_dim, k_t.data(), ld_tile, v.data(), ld, first, window, scale,
-                         got.data(), head_dim, scratch.floats());
-    ref().prefill_attend(q.data(), ld, n_row, head_dim, k_t.data(), ld_tile, v.data(), ld, first, window, scale,
-                         expected.data(), head_dim, scratch.floats());
+    ops().prefill_attend(q.data(), ld, n_row, head_dim, k_t.data(), ld_tile, v.data(), ld, first, window,
+                         scale, got.data(), head_dim, scratch.floats());
+    ref().prefill_attend(q.data(), ld, n_row, head_dim, k_t.data(), ld_tile, v.data(), ld, first, window,
+                         scale, expected.data(), head_dim, scratch.floats());
     const double score = double{scale} * static_cast<double>(head_dim) * max_abs(q) * max_abs(k_t);
     const double e = 2 * gamma(static_cast<double>(head_dim) + 3) * score + kUnit * 2 * score + 0x1p-22 +
                      gamma(1.1 * static_cast<double>(n_kv) + 20);
     for (int64_t i = 0; i < got.size(); ++i) {
-      ASSERT_NEAR(got[i], expected[i], 2 * e * max_abs(v)) << n_row << " " << head_dim << " " << first << " " << window;
+      ASSERT_NEAR(got[i], expected[i], 2 * e * max_abs(v))
+          << n_row << " " << head_dim << " " << first << " " << window;
     }
   }
 }

@@ -31,8 +31,8 @@ TEST(Dispatch, RefIsLastAndNamesAreDistinct) {
   EXPECT_EQ(available_names().size(), tables.size());
 }
 
-// A target that this CPU supports but that is missing from the tables would otherwise go unnoticed: every test
-// loops over what is available.
+// A target that this CPU supports but that is missing from the tables would otherwise go unnoticed: every
+// test loops over what is available.
 TEST(Dispatch, EveryTargetOfThisCpuIsThereBestFirst) {
 #if HWY_ARCH_X86
   std::vector<std::string> expected;
@@ -68,8 +68,8 @@ TEST(Dispatch, SameTableFromEveryThread) {
   for (const Ops* table : got) EXPECT_EQ(table, &ops());
 }
 
-// NARROWS_TEST_EXPECT: empty (nothing forced: the best), "ran" (the forced table, or the error if this CPU lacks it),
-// "must_run" (the forced table on every CPU), "error".
+// NARROWS_TEST_EXPECT: empty (nothing forced: the best), "ran" (the forced table, or the error if this CPU
+// lacks it), "must_run" (the forced table on every CPU), "error".
 TEST(Dispatch, ForcedTargetRanOrIsAnError) {
   const std::string forced = environment("NARROWS_FORCE_TARGET");
   const std::string expect = environment("NARROWS_TEST_EXPECT");

@@ -13,8 +13,8 @@ struct Shape {
 };
 
 template <class T>
-void run(const Ops& ops, const Shape& s, const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
-         bool accumulate) {
+void run(const Ops& ops, const Shape& s, const float* a, int64_t lda, const T* b, int64_t ldb, float* c,
+         int64_t ldc, bool accumulate) {
   if constexpr (std::is_same_v<T, float>) {
     ops.gemm(s.m, s.n, s.k, a, lda, b, ldb, c, ldc, accumulate);
   } else {
@@ -22,10 +22,11 @@ void run(const Ops& ops, const Shape& s, const float* a, int64_t lda, const T* b
   }
 }
 
-/// b as T. Every element of c within the bound of a float dot product; what is behind the rows of c untouched.
+/// b as T. Every element of c within the bound of a float dot product; what is behind the rows of c
+/// untouched.
 template <class T>
-void check(const Ops& ops, const Shape& s, bool accumulate, const Array<float>& a, int64_t lda, const Array<T>& b,
-           int64_t ldb, Random& random) {
+void check(const Ops& ops, const Shape& s, bool accumulate, const Array<float>& a, int64_t lda,
+           const Array<T>& b, int64_t ldb, Random& random) {
   const int64_t ldc = s.n + 5;
   Array<float> c((s.m - 1) * ldc + s.n);
   if (accumulate) fill_normal(c, s.m, s.n, ldc, random);

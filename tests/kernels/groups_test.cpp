@@ -1,5 +1,5 @@
-// quant_groups, dequant_groups on every target: the layout by hand, the rule value by value, and the same bytes from
-// every target (a snapshot of the cache may move between machines).
+// quant_groups, dequant_groups on every target: the layout by hand, the rule value by value, and the same
+// bytes from every target (a snapshot of the cache may move between machines).
 #include <algorithm>
 #include <vector>
 
@@ -56,8 +56,10 @@ void check(const Ops& ops, const Array<float>& x, int bits) {
       low = std::min(low, x[i]);
       high = std::max(high, x[i]);
     }
+    low += 0.0F;  // -0 counts as +0
+    high += 0.0F;
     ASSERT_EQ(params[2 * g], float_to_half((high - low) / static_cast<float>(top)));
-    ASSERT_EQ(params[2 * g + 1], float_to_half(low + 0.0F));
+    ASSERT_EQ(params[2 * g + 1], float_to_half(low));
     const double scale = half_to_float(params[2 * g]);
     const double zero = half_to_float(params[2 * g + 1]);
     for (int64_t i = 0; i < kGroup; ++i) {
@@ -115,8 +117,10 @@ TEST_P(Groups, EdgesOfTheRange) {
     check(ops(), x, bits);
     for (int64_t i = 0; i < kGroup; ++i) x[i] = 1000.3F + static_cast<float>(i) * 0x1p-12F;  // codes clamp
     check(ops(), x, bits);
-    for (int64_t i = 0; i < kGroup; ++i) x[i] = i % 2 == 0 ? 0.0F : -0.0F;
-    check(ops(), x, bits);
+    for (const int64_t negative : {0, 1}) {  // both orders: a minimum of 0 and -0 may be either
+      for (int64_t i = 0; i < kGroup; ++i) x[i] = i % 2 == negative ? -0.0F : 0.0F;
+      check(ops(), x, bits);
+    }
   }
 }
 
@@ -132,7 +136,8 @@ TEST_P(Groups, RefusesWhatHalfCannotHold) {
           Array<f16_t> params(2 * n_group(n));
           ASSERT_TRUE(ops().quant_groups(x.data(), n, bits, codes.data(), params.data()));
           x[where] = bad;
-          ASSERT_FALSE(ops().quant_groups(x.data(), n, bits, codes.data(), params.data())) << bad << " at " << where;
+          ASSERT_FALSE(ops().quant_groups(x.data(), n, bits, codes.data(), params.data()))
+              << bad << " at " << where;
         }
       }
     }

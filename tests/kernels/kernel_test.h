@@ -1,6 +1,6 @@
 // Helpers of the kernel tests: one run a target, arrays that expose reads out of range, error bounds.
-// Bounds are the standard ones of rounding analysis (Higham, ch. 3): a float dot product of k terms in any order is
-// within k u / (1 - k u) times sum |a| |b| of the exact one, u = 2^-24.
+// Bounds are the standard ones of rounding analysis (Higham, ch. 3): a float dot product of k terms in any
+// order is within k u / (1 - k u) times sum |a| |b| of the exact one, u = 2^-24.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -25,8 +25,8 @@ inline constexpr float kInf = std::numeric_limits<float>::infinity();
 /// Growth of rounding errors over n operations.
 inline double gamma(double n) { return n * kUnit / (1 - n * kUnit); }
 
-/// Elements that end exactly where the allocation ends, so that AddressSanitizer sees one read too far; begins
-/// `offset` elements after an aligned address. Filled with NaN (all bits set) until written.
+/// Elements that end exactly where the allocation ends, so that AddressSanitizer sees one read too far;
+/// begins `offset` elements after an aligned address. Filled with NaN (all bits set) until written.
 template <class T>
 class Array {
  public:
@@ -75,7 +75,7 @@ inline double as_double(f16_t x) { return half_to_float(x); }
 /// 64-byte aligned scratch.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : at_(new(std::align_val_t(64)) std::byte[static_cast<size_t>(bytes)]) {}
+  explicit Scratch(int64_t bytes) : at_(new (std::align_val_t(64)) std::byte[static_cast<size_t>(bytes)]) {}
   ~Scratch() { ::operator delete[](at_, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -32,8 +32,13 @@ Inputs make_inputs(const Case& c, Random& random) {
   const int64_t ld = c.head_dim + gap;
   const int64_t ld_tile = c.head_dim * kTile + gap;
   const int64_t begin = c.window > 0 ? std::max<int64_t>(0, c.first + 1 - c.window) : 0;
-  Inputs in{ld, ld, ld, ld_tile, Array<float>((c.n_row - 1) * ld + c.head_dim),
-            Array<float>((n_tile - 1) * ld_tile + c.head_dim * kTile), Array<float>((n_kv - 1) * ld + c.head_dim)};
+  Inputs in{ld,
+            ld,
+            ld,
+            ld_tile,
+            Array<float>((c.n_row - 1) * ld + c.head_dim),
+            Array<float>((n_tile - 1) * ld_tile + c.head_dim * kTile),
+            Array<float>((n_kv - 1) * ld + c.head_dim)};
   fill_normal(in.q, c.n_row, c.head_dim, ld, random, c.sigma);
   std::normal_distribution<float> normal;
   for (int64_t j = begin; j < n_kv; ++j) {
@@ -81,8 +86,8 @@ void check_row(const Case& c, const Inputs& in, float scale, int64_t r, const fl
                    gamma(static_cast<double>(score.size()) + 3 * n_tile + 8);
   for (int64_t d = 0; d < c.head_dim; ++d) {
     ASSERT_NEAR(out[d], expected[static_cast<size_t>(d)] / total, 2 * e * largest_v)
-        << "row " << r << " of " << c.n_row << " after " << c.first << ", coordinate " << d << " of " << c.head_dim
-        << ", window " << c.window;
+        << "row " << r << " of " << c.n_row << " after " << c.first << ", coordinate " << d << " of "
+        << c.head_dim << ", window " << c.window;
   }
 }
 
@@ -96,7 +101,8 @@ void check(const Ops& ops, const Case& c) {
                      c.first, c.window, scale, out.data(), in.ldo, scratch.floats());
   for (int64_t r = 0; r < c.n_row; ++r) {
     check_row(c, in, scale, r, out.data() + r * in.ldo);
-    for (int64_t d = c.head_dim; d < in.ldo && r < c.n_row - 1; ++d) ASSERT_TRUE(std::isnan(out[r * in.ldo + d]));
+    for (int64_t d = c.head_dim; d < in.ldo && r < c.n_row - 1; ++d)
+      ASSERT_TRUE(std::isnan(out[r * in.ldo + d]));
   }
 }
 
@@ -150,8 +156,8 @@ TEST_P(PrefillAttend, RowsOfMaskedKeysOnlyAreZero) {
     k_t[d * kTile + 1] = 0;
   }
   Scratch scratch(4 * prefill_scratch_floats(2, kDim));
-  ops().prefill_attend(q.data(), kDim, 2, kDim, k_t.data(), kDim * kTile, v.data(), kDim, 0, 0, 1, out.data(), kDim,
-                       scratch.floats());
+  ops().prefill_attend(q.data(), kDim, 2, kDim, k_t.data(), kDim * kTile, v.data(), kDim, 0, 0, 1, out.data(),
+                       kDim, scratch.floats());
   for (int64_t d = 0; d < kDim; ++d) {
     EXPECT_EQ(out[d], 0);
     EXPECT_EQ(out[kDim + d], 1);

@@ -1,5 +1,5 @@
-// RopeTable against angles computed one position at a time in double, as ggml defines them (iterated product of the
-// base's root, ramp over coordinates), and against YaRN numbers worked out by hand.
+// RopeTable against angles computed one position at a time in double, as ggml defines them (iterated product
+// of the base's root, ramp over coordinates), and against YaRN numbers worked out by hand.
 #include "kernels/rope_table.h"
 
 #include <algorithm>
@@ -53,15 +53,16 @@ void check(const RopeParams& p, int64_t n_ctx) {
   ASSERT_EQ(table.n_ctx(), n_ctx);
   const size_t half = static_cast<size_t>(p.n_rot / 2);
   ASSERT_EQ(table.frequency().size(), half);
-  for (const int64_t pos : {int64_t{0}, int64_t{1}, int64_t{255}, int64_t{256}, int64_t{257}, int64_t{4095}, n_ctx / 3,
-                            n_ctx / 2 + 1, n_ctx - 1}) {
+  for (const int64_t pos : {int64_t{0}, int64_t{1}, int64_t{255}, int64_t{256}, int64_t{257}, int64_t{4095},
+                            n_ctx / 3, n_ctx / 2 + 1, n_ctx - 1}) {
     if (pos >= n_ctx) continue;
     std::vector<float> cos(half);
     std::vector<float> sin(half);
     table.at(pos, cos.data(), sin.data());
     const std::vector<Expected> expected = expected_at(p, pos);
     for (size_t i = 0; i < half; ++i) {
-      const double bound = 4.5 * kUnit * std::fabs(expected[i].magnitude) + static_cast<double>(pos) * 0x1p-50;
+      const double bound =
+          4.5 * kUnit * std::fabs(expected[i].magnitude) + static_cast<double>(pos) * 0x1p-50;
       ASSERT_NEAR(cos[i], expected[i].magnitude * std::cos(expected[i].angle), bound) << pos << " " << i;
       ASSERT_NEAR(sin[i], expected[i].magnitude * std::sin(expected[i].angle), bound) << pos << " " << i;
       ASSERT_NEAR(static_cast<double>(pos) * table.frequency()[i], expected[i].angle,
@@ -94,20 +95,28 @@ TEST(RopeTable, Yarn) {
   for (const double ext_factor : {1.0, 0.5}) {
     check({.n_rot = 128, .freq_base = 1e6, .freq_scale = 0.25, .ext_factor = ext_factor, .n_ctx_orig = 32768},
           131072);
-    check({.n_rot = 64, .freq_base = 10000, .freq_scale = 1.0 / 40, .ext_factor = ext_factor, .attn_factor = 0.7,
-           .beta_fast = 16, .beta_slow = 2, .n_ctx_orig = 4096},
+    check({.n_rot = 64,
+           .freq_base = 10000,
+           .freq_scale = 1.0 / 40,
+           .ext_factor = ext_factor,
+           .attn_factor = 0.7,
+           .beta_fast = 16,
+           .beta_slow = 2,
+           .n_ctx_orig = 4096},
           163840);
   }
 }
 
-// Qwen2.5 with factor 4: 128 ln(32768 / (32 * 2 pi)) / (2 ln 1e6) = 23.6 -> 23; with 1 turn 39.7 -> 40. So pairs up to
-// 23 keep their frequency, pairs from 40 on have a quarter, pair 30 is 7/17 of the way. Magnitude 1 + 0.1 ln 4.
+// Qwen2.5 with factor 4: 128 ln(32768 / (32 * 2 pi)) / (2 ln 1e6) = 23.6 -> 23; with 1 turn 39.7 -> 40. So
+// pairs up to 23 keep their frequency, pairs from 40 on have a quarter, pair 30 is 7/17 of the way. Magnitude
+// 1 + 0.1 ln 4.
 TEST(RopeTable, YarnByHand) {
-  const RopeTable table({.n_rot = 128, .freq_base = 1e6, .freq_scale = 0.25, .ext_factor = 1, .n_ctx_orig = 32768},
-                        1000);
+  const RopeTable table(
+      {.n_rot = 128, .freq_base = 1e6, .freq_scale = 0.25, .ext_factor = 1, .n_ctx_orig = 32768}, 1000);
   const auto plain = [](int i) { return std::pow(1e6, -i / 64.0); };
   for (int i = 0; i <= 23; ++i) EXPECT_NEAR(table.frequency()[static_cast<size_t>(i)] / plain(i), 1, 1e-12);
-  for (int i = 40; i < 64; ++i) EXPECT_NEAR(table.frequency()[static_cast<size_t>(i)] / plain(i), 0.25, 1e-12);
+  for (int i = 40; i < 64; ++i)
+    EXPECT_NEAR(table.frequency()[static_cast<size_t>(i)] / plain(i), 0.25, 1e-12);
   EXPECT_NEAR(table.frequency()[30] / plain(30), 0.25 * 7 / 17 + 10.0 / 17, 1e-12);
   EXPECT_NEAR(table.magnitude(), 1.1386294, 1e-6);
 }

@@ -12,7 +12,7 @@ struct Shape {
   int64_t head_dim, n_rot;
 };
 
-const std::vector<Shape> kShapes = {{32, 32}, {64, 64},  {64, 32},   {80, 80},  {80, 20}, {96, 72},
+const std::vector<Shape> kShapes = {{32, 32}, {64, 64},   {64, 32},   {80, 80},  {80, 20}, {96, 72},
                                     {96, 2},  {100, 100}, {128, 128}, {128, 64}, {7, 6},   {5, 0}};
 
 /// cos and sin of random angles times a magnitude, [n, ld] with n_half of each row used.
@@ -33,15 +33,18 @@ struct Angles {
 };
 
 /// Rotated pair within 3 roundings of each term; the inverse rounds its factors (4 + a division) as well.
-void expect_pair(double first, double second, double c, double s, bool inverse, float got_first, float got_second) {
+void expect_pair(double first, double second, double c, double s, bool inverse, float got_first,
+                 float got_second) {
   if (inverse) {
     const double square = c * c + s * s;
     c /= square;
     s /= -square;
   }
   const double n_op = inverse ? 9 : 3;
-  ASSERT_NEAR(got_first, first * c - second * s, gamma(n_op) * (std::fabs(first * c) + std::fabs(second * s)));
-  ASSERT_NEAR(got_second, first * s + second * c, gamma(n_op) * (std::fabs(first * s) + std::fabs(second * c)));
+  ASSERT_NEAR(got_first, first * c - second * s,
+              gamma(n_op) * (std::fabs(first * c) + std::fabs(second * s)));
+  ASSERT_NEAR(got_second, first * s + second * c,
+              gamma(n_op) * (std::fabs(first * s) + std::fabs(second * c)));
 }
 
 TEST_P(Rope, Rows) {
@@ -56,20 +59,20 @@ TEST_P(Rope, Rows) {
           Array<float> x(n_row * shape.head_dim);
           fill_normal(x, n_row, shape.head_dim, shape.head_dim, random);
           Array<float> y(n_row * shape.head_dim);
-          ops().rope_rows(x.data(), n_row, shape.head_dim, shape.n_rot, angles.cos.data(), angles.sin.data(), ld,
-                          inverse, y.data());
+          ops().rope_rows(x.data(), n_row, shape.head_dim, shape.n_rot, angles.cos.data(), angles.sin.data(),
+                          ld, inverse, y.data());
           for (int64_t r = 0; r < n_row; ++r) {
             const float* from = x.data() + r * shape.head_dim;
             const float* to = y.data() + r * shape.head_dim;
             for (int64_t i = 0; i < half; ++i) {
-              expect_pair(from[i], from[i + half], angles.cos[r * ld + i], angles.sin[r * ld + i], inverse, to[i],
-                          to[i + half]);
+              expect_pair(from[i], from[i + half], angles.cos[r * ld + i], angles.sin[r * ld + i], inverse,
+                          to[i], to[i + half]);
             }
             for (int64_t i = shape.n_rot; i < shape.head_dim; ++i) ASSERT_EQ(to[i], from[i]);
           }
           // In place: the same bits.
-          ops().rope_rows(x.data(), n_row, shape.head_dim, shape.n_rot, angles.cos.data(), angles.sin.data(), ld,
-                          inverse, x.data());
+          ops().rope_rows(x.data(), n_row, shape.head_dim, shape.n_rot, angles.cos.data(), angles.sin.data(),
+                          ld, inverse, x.data());
           for (int64_t i = 0; i < x.size(); ++i) ASSERT_EQ(x[i], y[i]);
           if (HasFatalFailure()) return;
         }
@@ -112,7 +115,8 @@ TEST_P(Rope, Tile) {
       fill_normal(x, shape.head_dim, n, ld, random);
       Array<float> y(x.size());
       for (int64_t i = 0; i < x.size(); ++i) y[i] = x[i];
-      ops().rope_tile(y.data(), ld, n, shape.head_dim, shape.n_rot, angles.cos.data(), angles.sin.data(), ld_angle);
+      ops().rope_tile(y.data(), ld, n, shape.head_dim, shape.n_rot, angles.cos.data(), angles.sin.data(),
+                      ld_angle);
       for (int64_t i = 0; i < half; ++i) {
         for (int64_t j = 0; j < n; ++j) {
           expect_pair(x[i * ld + j], x[(i + half) * ld + j], angles.cos[i * ld_angle + j],

@@ -1,4 +1,5 @@
-// select_top on every target against a stable sort: ties, signed zeros, infinities, scores that share their top bits.
+// select_top on every target against a stable sort: ties, signed zeros, infinities, scores that share their
+// top bits.
 #include <algorithm>
 #include <bit>
 #include <numeric>

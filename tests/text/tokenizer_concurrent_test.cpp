@@ -31,7 +31,7 @@ TEST(TokenizerConcurrent, SharedUseAndFailingLoads) {
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
       const ChatMessage message = {"user", "he said " + std::to_string(i)};
-      for (int round = 0; round < 20; ++round) {
+      for (int round = 0; round < 300; ++round) {
         const auto text = (*shared)->apply_chat_template(std::span(&message, 1), true);
         if (!text.ok() || *text != message.content) ++wrong;
         const auto tokens = (*shared)->encode(message.content, true, true);

@@ -15,8 +15,8 @@ double value(float x) { return x; }
 double value(f16_t x) { return half_to_float(x); }
 
 template <class T>
-void attend(const float* q, int64_t n_row, int64_t head_dim, const T* k_t, int64_t ldk, const T* v, int64_t ldv,
-            int64_t n, const SoftmaxRows& state) {
+void attend(const float* q, int64_t n_row, int64_t head_dim, const T* k_t, int64_t ldk, const T* v,
+            int64_t ldv, int64_t n, const SoftmaxRows& state) {
   float score[kTile];
   double weight[kTile];
   for (int64_t r = 0; r < n_row; ++r) {
@@ -29,7 +29,8 @@ void attend(const float* q, int64_t n_row, int64_t head_dim, const T* k_t, int64
       if (!(score[j] <= top)) top = score[j];
     }
     if (n == 0 || top == -kInfinity) continue;
-    const double keep = state.max[r] == -std::numeric_limits<float>::infinity() ? 0 : std::exp(state.max[r] - top);
+    const double keep =
+        state.max[r] == -std::numeric_limits<float>::infinity() ? 0 : std::exp(state.max[r] - top);
     double sum = keep * state.sum[r];
     for (int64_t j = 0; j < n; ++j) {
       weight[j] = std::exp(score[j] - top);
@@ -47,19 +48,19 @@ void attend(const float* q, int64_t n_row, int64_t head_dim, const T* k_t, int64
 
 }  // namespace
 
-void attend_f32(const float* q, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ldk, const float* v,
-                int64_t ldv, int64_t n, const SoftmaxRows& state) {
+void attend_f32(const float* q, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ldk,
+                const float* v, int64_t ldv, int64_t n, const SoftmaxRows& state) {
   attend(q, n_row, head_dim, k_t, ldk, v, ldv, n, state);
 }
 
-void attend_f16(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk, const f16_t* v,
-                int64_t ldv, int64_t n, const SoftmaxRows& state) {
+void attend_f16(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk,
+                const f16_t* v, int64_t ldv, int64_t n, const SoftmaxRows& state) {
   attend(q, n_row, head_dim, k_t, ldk, v, ldv, n, state);
 }
 
-void prefill_attend(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t, int64_t ld_tile,
-                    const float* v, int64_t ldv, int64_t first, int64_t window, float scale, float* out, int64_t ldo,
-                    float* scratch) {
+void prefill_attend(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t,
+                    int64_t ld_tile, const float* v, int64_t ldv, int64_t first, int64_t window, float scale,
+                    float* out, int64_t ldo, float* scratch) {
   double* sum_v = reinterpret_cast<double*>(scratch);  // [head_dim]; scratch is 64-byte aligned and longer
   for (int64_t r = 0; r < n_row; ++r) {
     const int64_t end = first + r + 1;

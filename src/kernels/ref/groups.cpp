@@ -1,5 +1,6 @@
-// Oracle: asymmetric groups of kGroup values with 2 or 4 bits a code (KIVI, arXiv:2402.02750). The rule is stated
-// in float, not double, so that every target writes the same bytes: a cache snapshot may move between machines.
+// Oracle: asymmetric groups of kGroup values with 2 or 4 bits a code (KIVI, arXiv:2402.02750). The rule is
+// stated in float, not double, so that every target writes the same bytes: a cache snapshot may move between
+// machines.
 #include <cmath>
 
 #include "kernels/half.h"
@@ -19,8 +20,10 @@ bool quantise_group(const float* x, int64_t n, int bits, uint8_t* code, f16_t* p
     low = std::fmin(low, x[i]);
     high = std::fmax(high, x[i]);
   }
+  low += 0.0F;  // -0 becomes +0: which of them a minimum returns depends on the target
+  high += 0.0F;
   param[0] = float_to_half((high - low) / top_code);
-  param[1] = float_to_half(low + 0.0F);  // -0 as +0: which of them a minimum returns depends on the target
+  param[1] = float_to_half(low);
   const float scale = half_to_float(param[0]);
   const float zero = half_to_float(param[1]);
   for (int64_t b = 0; b < width; ++b) code[b] = 0;

@@ -1,6 +1,6 @@
-// The oracle: every kernel of ops.h as plain scalar loops with double arithmetic inside. Other targets are tested
-// against it; it is also what runs where no SIMD target does. Declared by the types in ops.h, so that a signature
-// is written once.
+// The oracle: every kernel of ops.h as plain scalar loops with double arithmetic inside. Other targets are
+// tested against it; it is also what runs where no SIMD target does. Declared by the types in ops.h, so that
+// a signature is written once.
 #pragma once
 
 #include <type_traits>

@@ -3,8 +3,8 @@
 
 namespace narrows::kernels::ref {
 
-void rope_rows(const float* x, int64_t n_row, int64_t head_dim, int64_t n_rot, const float* cos, const float* sin,
-               int64_t ld_angle, bool inverse, float* y) {
+void rope_rows(const float* x, int64_t n_row, int64_t head_dim, int64_t n_rot, const float* cos,
+               const float* sin, int64_t ld_angle, bool inverse, float* y) {
   const int64_t half = n_rot / 2;
   for (int64_t r = 0; r < n_row; ++r) {
     const float* in = x + r * head_dim;

@@ -1,4 +1,5 @@
-// Oracle: indices of the `count` largest scores, ties to the lower index, in ascending order of index; by sorting.
+// Oracle: indices of the `count` largest scores, ties to the lower index, in ascending order of index; by
+// sorting.
 #include <algorithm>
 #include <bit>
 
@@ -7,8 +8,8 @@
 namespace narrows::kernels::ref {
 namespace {
 
-/// Unsigned integers in the order of the floats; -0 and +0 are equal. A total order, so that sorting is defined
-/// even if a score is NaN (a bug elsewhere must not become a crash here).
+/// Unsigned integers in the order of the floats; -0 and +0 are equal. A total order, so that sorting is
+/// defined even if a score is NaN (a bug elsewhere must not become a crash here).
 uint32_t order_key(float score) {
   const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0F);
   return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
