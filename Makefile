@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the order is the point; ninja uses the cores
-.PHONY: help deps build model model-qwen demo test asan tsan lint clean
+.PHONY: help deps build program model model-qwen demo test asan tsan lint clean
 
 smollm2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 qwen := models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
@@ -45,7 +45,10 @@ $(smollm2): | deps
 $(qwen): | deps
 	@tools/fetch_model.sh qwen
 
-demo: build model ## answer a question about a long text, with memory and speed beside an f16 cache
+program: deps build/build.ninja ## build/narrows alone
+	@cmake --build --preset cpu --target narrows
+
+demo: program model ## answer a question about a long text, with memory and speed beside an f16 cache
 	@tools/demo.sh
 
 test: build model asan tsan ## everything; ctest's summary of the release build comes last

@@ -16,7 +16,8 @@ enum class StatusCode {
   unsupported,         ///< well-formed, but outside what this build can do (architecture, tensor type)
   context_full,        ///< the prompt or the generation does not fit n_ctx
   out_of_memory,       ///< more memory than the machine has or the system gives
-  io_error,            ///< reading or writing failed while the work was going on (disk full, ...)
+  disk_full,           ///< no room for the file to be written; nothing of it is left
+  io_error,            ///< reading or writing failed while the work was going on
   cancelled,           ///< the caller asked to stop
   non_finite,          ///< NaN or infinity where numbers must be finite; the message names the layer
   internal,            ///< a bug in narrows; the message says where

@@ -70,7 +70,7 @@ class TemporaryFile {
 
 Status write_failed(const std::string& path, int error) {
   if (error == ENOSPC || error == EDQUOT) {
-    return {StatusCode::io_error, fmt::format("cannot write {}: no room on the disk", quote(path))};
+    return {StatusCode::disk_full, fmt::format("cannot write {}: no room on the disk", quote(path))};
   }
   return {StatusCode::io_error,
           fmt::format("cannot write {}: {}", quote(path), system_text(error == 0 ? EIO : error))};
@@ -85,6 +85,18 @@ Status cannot_create(const std::string& path, int error) {
     return {StatusCode::invalid_argument, fmt::format("cannot write {}: permission denied", quote(path))};
   }
   return write_failed(path, error);
+}
+
+Status check_target(const std::string& path) {
+  if (path.empty()) return {StatusCode::invalid_argument, "cannot write a file: its name is empty"};
+  struct stat info = {};
+  if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
+    // A rename onto /dev/null would replace the device by a file.
+    return {StatusCode::invalid_argument,
+            fmt::format("cannot write {}: it is {}, not a regular file", quote(path),
+                        S_ISDIR(info.st_mode) ? "a folder" : "a device or pipe")};
+  }
+  return {};
 }
 
 /// Where a symbolic link leads, so that the rename replaces the file and not the link.
@@ -172,15 +184,18 @@ Result<std::string> read_file(const std::string& path, int64_t max_bytes) {
   }
 }
 
+Status check_writable(const std::string& path) {
+  if (Status status = check_target(path); !status.ok()) return status;
+  const std::string name = temporary_name(resolved(path));
+  const int fd = ::open(name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd < 0) return cannot_create(path, errno);
+  const TemporaryFile temporary(name);
+  ::close(fd);
+  return {};
+}
+
 Status write_file_atomically(const std::string& path, const FileWriter& writer) {
-  if (path.empty()) return {StatusCode::invalid_argument, "cannot write a file: its name is empty"};
-  struct stat info = {};
-  if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
-    // A rename onto /dev/null would replace the device by a file.
-    return {StatusCode::invalid_argument,
-            fmt::format("cannot write {}: it is {}, not a regular file", quote(path),
-                        S_ISDIR(info.st_mode) ? "a folder" : "a device or pipe")};
-  }
+  if (Status status = check_target(path); !status.ok()) return status;
   const std::string target = resolved(path);
   const std::string name = temporary_name(target);
   const int fd = ::open(name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);

@@ -19,13 +19,16 @@ Status check_readable(const std::string& path);
 /// reading fails on the way; out_of_memory. Pipes and devices such as /dev/stdin may be read too.
 Result<std::string> read_file(const std::string& path, int64_t max_bytes);
 
+/// ok if write_file_atomically() could begin now: for asking before long work. Leaves nothing behind.
+Status check_writable(const std::string& path);
+
 /// Writes the content to the stream. Errors of the stream itself need no check: they are found afterwards.
 using FileWriter = std::function<Status(std::FILE* file)>;
 
 /// Calls the writer on a temporary file beside `path`, brings it to the disk and renames it to `path`.
 /// On any failure the temporary file is removed and `path` is as it was. invalid_argument: the folder does
-/// not exist or may not be written, or `path` is something other than a regular file; io_error: the disk is
-/// full or failed.
+/// not exist or may not be written, or `path` is something other than a regular file; disk_full; io_error: the
+/// disk failed.
 Status write_file_atomically(const std::string& path, const FileWriter& writer);
 
 }  // namespace narrows

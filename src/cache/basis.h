@@ -50,7 +50,7 @@ struct BasisFile {
   std::vector<LayerBasis> layers;
 };
 
-/// Written aside and renamed. io_error if there is no room.
+/// Written aside and renamed. disk_full if there is no room.
 Status write_basis_file(const std::string& path, const BasisFile& basis, const ModelInfo& model);
 
 /// Treats the file as hostile. invalid_file if it is missing, cut off, not a basis, has a wrong shape or

@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include "base/file.h"
 #include "calibrate/key_statistics.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
@@ -33,6 +34,7 @@ struct CalibrateFlags {
 };
 
 Outcome calibrate_command(const CalibrateFlags& flags) {
+  if (Status s = check_writable(flags.output); !s.ok()) return s;
   std::string text, made_from;
   for (const std::string& path : flags.files) {
     Result<std::string> content = read_text_file(path);

@@ -18,6 +18,8 @@ int exit_code(const Outcome& outcome) {
       return before ? kExitUsage : kExitFailed;
     case StatusCode::out_of_memory:
       return before ? kExitUsage : kExitFailed;
+    case StatusCode::disk_full:
+      return kExitUsage;  // the place named on the command line is wrong
     case StatusCode::io_error:
       return kExitFailed;
     case StatusCode::cancelled:

@@ -13,6 +13,8 @@
 #include <limits>
 #include <set>
 
+#include "base/utf8.h"
+
 namespace narrows {
 
 namespace {
@@ -59,7 +61,7 @@ GgufFile& GgufFile::operator=(GgufFile&& other) noexcept {
 Result<GgufFile> GgufFile::open(const std::string& path) {
   GgufFile file;
   file.path_ = path;
-  file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);   // a pipe would wait for its writer
   if (file.fd_ < 0) return bad(path, fmt::format("cannot be opened: {}", std::strerror(errno)));
   struct stat info {};
   if (fstat(file.fd_, &info) != 0) return bad(path, fmt::format("cannot be read: {}", std::strerror(errno)));
@@ -95,17 +97,17 @@ Status GgufFile::check_tensors() {
     const size_t offset = gguf_get_tensor_offset(gguf_, i);
     const size_t bytes = gguf_get_tensor_size(gguf_, i);
     constexpr auto kMax = static_cast<size_t>(std::numeric_limits<int64_t>::max() / 4);
-    if (offset > kMax || bytes > kMax) return bad(path_, fmt::format("tensor {} lies beyond any file", t.name));
+    if (offset > kMax || bytes > kMax) return bad(path_, fmt::format("tensor {} lies beyond any file", quote(t.name)));
     t.offset = data_offset + static_cast<int64_t>(offset);
     t.bytes = static_cast<int64_t>(bytes);
     if (t.offset > size_ || t.bytes > size_ - t.offset) {
-      return bad(path_, fmt::format("is cut off: tensor {} ends at byte {}, the file has {}; get the file again", t.name,
-                                    t.offset + t.bytes, size_));
+      return bad(path_, fmt::format("is cut off: tensor {} ends at byte {}, the file has {}; get the file again",
+                                    quote(t.name), t.offset + t.bytes, size_));
     }
     tensors_.push_back(std::move(t));
   }
   for (const TensorEntry& t : tensors_) {
-    if (!names.insert(t.name).second) return bad(path_, fmt::format("holds two tensors named {}", t.name));
+    if (!names.insert(t.name).second) return bad(path_, fmt::format("holds two tensors named {}", quote(t.name)));
   }
   return {};
 }

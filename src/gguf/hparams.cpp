@@ -8,9 +8,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/utf8.h"
+
 namespace narrows {
 
 namespace {
+
+/// Seven times the longest context of any model (10M); RoPE's table grows with it and stays below 140 MB at head_dim 128.
+constexpr int64_t kMaxContext = int64_t{1} << 26;
 
 /// Reads keys below "<arch>." and keeps the first failure, so that the reader below is a plain list.
 class KeyReader {
@@ -55,6 +60,9 @@ class KeyReader {
   Status bad(const std::string& what) const {
     return {StatusCode::invalid_file, fmt::format("{}: {}", file_.path(), what)};
   }
+  Status unsupported(const std::string& what) const {
+    return {StatusCode::unsupported, fmt::format("{}: {}", file_.path(), what)};
+  }
 
  private:
   template <class T>
@@ -94,8 +102,7 @@ Status read_rope(KeyReader& keys, Hparams& hp) {
     const double log_multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0, 0.0, 1e3);
     if (log_multiplier != 0) r.attn_factor /= yarn_mscale(1.0 / r.freq_scale, log_multiplier);
   } else if (kind != "linear" && kind != "none") {
-    return {StatusCode::unsupported,
-            fmt::format("RoPE scaling \"{}\" is not supported, this build has none, linear and yarn", kind)};
+    return keys.unsupported(fmt::format("RoPE scaling {} is not supported, this build has none, linear and yarn", quote(kind)));
   }
   return keys.status();
 }
@@ -117,8 +124,8 @@ Result<Hparams> read_hparams(const GgufFile& file) {
   hp.architecture = **arch;
   const auto& known = supported_architectures();
   if (std::find(known.begin(), known.end(), hp.architecture) == known.end()) {
-    return Status(StatusCode::unsupported, fmt::format("{}: architecture \"{}\" is not supported, this build runs {}",
-                                                       file.path(), hp.architecture, fmt::join(known, ", ")));
+    return Status(StatusCode::unsupported, fmt::format("{}: architecture {} is not supported, this build runs {}",
+                                                       file.path(), quote(hp.architecture), fmt::join(known, ", ")));
   }
   Result<std::optional<std::string>> name = file.text("general.name");
   if (!name.ok()) return name.status();
@@ -130,7 +137,7 @@ Result<Hparams> read_hparams(const GgufFile& file) {
   hp.n_ff = keys.integer("feed_forward_length", std::nullopt, 1, 1 << 22);
   hp.n_head = keys.integer("attention.head_count", std::nullopt, 1, 1 << 14);
   hp.n_head_kv = keys.integer("attention.head_count_kv", hp.n_head, 1, hp.n_head);
-  hp.n_ctx_train = keys.integer("context_length", std::nullopt, 1, int64_t{1} << 32);
+  hp.n_ctx_train = keys.integer("context_length", std::nullopt, 1, kMaxContext);
   const int64_t n_expert = keys.integer("expert_count", 0, 0, 1 << 20);
   const bool has_head_dim = keys.has("attention.key_length");
   if (!keys.status().ok()) return keys.status();

@@ -10,6 +10,7 @@
 #include <set>
 
 #include "base/memory.h"
+#include "base/utf8.h"
 #include "ggml-cpu.h"
 
 namespace narrows {
@@ -209,7 +210,7 @@ class WeightLoader {
       if (!used_.contains(t.name)) {
         return {StatusCode::unsupported,
                 fmt::format("{}: tensor {} is not part of the {} architecture as this build knows it",
-                            m_.file_.path(), t.name, hp_.architecture)};
+                            m_.file_.path(), quote(t.name), hp_.architecture)};
       }
     }
     return {};
@@ -224,17 +225,23 @@ class WeightLoader {
     return bytes;
   }
 
-  Status check_memory() const {
+  int64_t bytes_needed() const {
     int64_t need = kMemoryMargin;
     for (const Plan& p : plans_) need += plan_bytes(p);
+    return need;
+  }
+
+  Status too_large(const std::string& why) const {
+    return {StatusCode::out_of_memory,
+            fmt::format("{}: the weights need {:.1f} GB of memory and {}, use a smaller model or a stronger quantisation "
+                        "of it",
+                        m_.file_.path(), static_cast<double>(bytes_needed()) / 1e9, why)};
+  }
+
+  Status check_memory() const {
     const int64_t have = available_memory_bytes();
-    if (have > 0 && need > have) {
-      return {StatusCode::out_of_memory,
-              fmt::format("{}: the weights need {:.1f} GB of memory and {:.1f} GB are free, use a smaller model or a "
-                          "stronger quantisation of it",
-                          m_.file_.path(), static_cast<double>(need) / 1e9, static_cast<double>(have) / 1e9)};
-    }
-    return {};
+    if (have <= 0 || bytes_needed() <= have) return {};
+    return too_large(fmt::format("{:.1f} GB are free", static_cast<double>(have) / 1e9));
   }
 
   Status allocate() {
@@ -264,7 +271,7 @@ class WeightLoader {
     for (size_t i = 0; i < types.size(); ++i) {
       if (ggml_get_first_tensor(m_.contexts_[i]) == nullptr) continue;
       ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(m_.contexts_[i], types[i]);
-      if (buffer == nullptr) return {StatusCode::out_of_memory, "the system gave no memory for the weights"};
+      if (buffer == nullptr) return too_large("the system does not give it");
       ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
       m_.buffers_.push_back(buffer);
     }

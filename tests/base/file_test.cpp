@@ -107,6 +107,18 @@ TEST(WriteFile, KeepsTheOldFileWhenTheWriterFails) {
   EXPECT_EQ(dir.count(), 1U);  // no temporary file
 }
 
+TEST(CheckWritable, SaysWhatWritingWouldAndLeavesNothing) {
+  const TempDir dir;
+  EXPECT_TRUE(check_writable(dir.path("new")).ok());
+  EXPECT_EQ(dir.count(), 0U);
+  const std::string old = dir.file("old", "content");
+  EXPECT_TRUE(check_writable(old).ok());
+  EXPECT_EQ(*read_file(old, kMiB), "content");
+  EXPECT_EQ(check_writable(dir.path("no/such/folder")).code(), StatusCode::invalid_argument);
+  EXPECT_EQ(check_writable("/dev/full").code(), StatusCode::invalid_argument);
+  EXPECT_EQ(check_writable("").code(), StatusCode::invalid_argument);
+}
+
 TEST(WriteFile, KeepsTheOldFileWhenWritingFails) {
   // A limit on the file size fails write() as a full disk does, without needing a disk of its own.
   const TempDir dir;
