@@ -12,7 +12,8 @@ namespace narrows {
 
 enum class KvKind {
   f16,   ///< exact keys and values in half precision, all tokens read
-  kivi,  ///< KIVI (arXiv:2402.02750): per-channel quantised rotated keys, per-token quantised values, all tokens read
+  kivi,  ///< KIVI (arXiv:2402.02750): per-channel quantised rotated keys, per-token quantised values, all
+         ///< tokens read
   sals,  ///< SALS (arXiv:2510.24273): low-rank pre-RoPE keys, quantised values, few tokens read
 };
 
@@ -21,20 +22,21 @@ struct KvProfile {
   static constexpr int64_t kBudgetAuto = -1;  ///< the profile's own rule, see budget_at()
   static constexpr int64_t kBudgetAll = -2;   ///< every token is read
 
-  std::string name = "f16";          ///< as it was asked for, e.g. "sals-25:budget=1024"
+  std::string name = "f16";  ///< as it was asked for, e.g. "sals-25:budget=1024"
   KvKind kind = KvKind::f16;
-  int key_bits = 16;                 ///< kivi: bits a code (2 or 4); otherwise 16
-  int value_bits = 16;               ///< kivi, sals: bits a code (2 or 4); f16: 16
-  int rank_divisor = 1;              ///< sals: rank_latent = D / rank_divisor, D = n_head_kv * head_dim
-  int64_t budget = kBudgetAuto;      ///< tokens selected beside the sinks and the recent ones
-  int64_t n_sink = 16;               ///< first tokens, always exact and always read (all kinds but f16)
-  int64_t n_recent = 64;             ///< last tokens, always exact and always read (all kinds but f16)
+  int key_bits = 16;             ///< kivi: bits a code (2 or 4); otherwise 16
+  int value_bits = 16;           ///< kivi, sals: bits a code (2 or 4); f16: 16
+  int rank_divisor = 1;          ///< sals: rank_latent = D / rank_divisor, D = n_head_kv * head_dim
+  int64_t budget = kBudgetAuto;  ///< tokens selected beside the sinks and the recent ones
+  int64_t n_sink = 16;           ///< first tokens, always exact and always read (all kinds but f16)
+  int64_t n_recent = 64;         ///< last tokens, always exact and always read (all kinds but f16)
 
   /// Tokens to select at a context of n_kv tokens: max(432, n_kv / 8 - n_sink - n_recent) when automatic,
   /// i.e. 1/8 of the context from 4K on (PAPERS: the split 16 + 432 + 64 of SALS at 4K).
   int64_t budget_at(int64_t n_kv) const;
 
-  /// True if this layer keeps an exact f16 cache: all layers for f16; 0, 1 and the last for sals; none for kivi.
+  /// True if this layer keeps an exact f16 cache: all layers for f16; 0, 1 and the last for sals; none for
+  /// kivi.
   bool layer_is_dense(int64_t layer, int64_t n_layer) const;
 
   /// invalid_argument names the unknown profile or key, or the impossible number, and lists what exists.

@@ -17,9 +17,9 @@ namespace narrows {
 
 /// What the file says of the model; sizes in GGUF's words.
 struct ModelInfo {
-  std::string architecture;   ///< "llama", "qwen2", "qwen3"
-  std::string name;           ///< general.name, may be empty
-  std::string fingerprint;    ///< 16 hex digits over the metadata, the tensor table and samples of the data
+  std::string architecture;  ///< "llama", "qwen2", "qwen3"
+  std::string name;          ///< general.name, may be empty
+  std::string fingerprint;   ///< 16 hex digits over the metadata, the tensor table and samples of the data
   int64_t n_layer = 0;
   int64_t n_embd = 0;
   int64_t n_ff = 0;
@@ -27,24 +27,25 @@ struct ModelInfo {
   int64_t n_head_kv = 0;
   int64_t head_dim = 0;
   int64_t n_vocab = 0;
-  int64_t n_ctx_train = 0;    ///< context the model was made for
-  int64_t weight_bytes = 0;   ///< tensor data in the file
+  int64_t n_ctx_train = 0;   ///< context the model was made for
+  int64_t weight_bytes = 0;  ///< tensor data in the file
 };
 
 struct LoadOptions {
-  bool repack = true;         ///< let ggml interleave weights for this CPU where it can
-  /// Unpack all weights to float32 at load (4 bytes each). Slower; but products with quantised weights round the
-  /// activations to 8 bits, whose noise hides small differences between caches: for measuring them.
+  bool repack = true;  ///< let ggml interleave weights for this CPU where it can
+  /// Unpack all weights to float32 at load (4 bytes each). Slower; but products with quantised weights round
+  /// the activations to 8 bits, whose noise hides small differences between caches: for measuring them.
   bool float_weights = false;
 };
 
-class ModelWeights;           // src/model/weights.h
+class ModelWeights;  // src/model/weights.h
 
 /// An immutable loaded model; may be shared by sessions on several threads.
 class Model {
  public:
   /// invalid_file: missing, empty, cut off, not GGUF, tensor missing or of a wrong shape;
-  /// unsupported: architecture or tensor type; out_of_memory: larger than the machine (says how much is needed).
+  /// unsupported: architecture or tensor type; out_of_memory: larger than the machine (says how much is
+  /// needed).
   static Result<std::shared_ptr<const Model>> load(const std::string& path, const LoadOptions& options = {});
   ~Model();
   Model(const Model&) = delete;
@@ -65,9 +66,9 @@ class Model {
 
 struct SessionOptions {
   KvProfile kv;
-  std::string basis_path;     ///< file made by `narrows calibrate`; empty: the prompt calibrates
-  int64_t n_ctx = 0;          ///< most tokens the cache may hold; 0: the model's n_ctx_train
-  int n_threads = 0;          ///< 0: one a core
+  std::string basis_path;  ///< file made by `narrows calibrate`; empty: the prompt calibrates
+  int64_t n_ctx = 0;       ///< most tokens the cache may hold; 0: the model's n_ctx_train
+  int n_threads = 0;       ///< 0: one a core
 };
 
 /// Bytes as allocated, whole session.
@@ -77,8 +78,8 @@ struct CacheStats {
   int64_t bytes_f16 = 0;                ///< what n_tokens of f16 keys and values of all layers take
   int64_t bytes_compressed_layers = 0;  ///< the part of `bytes` in layers that the profile compresses
   int64_t bytes_f16_compressed_layers = 0;
-  int64_t bytes_pages = 0;              ///< encoded pages alone, without windows and bases
-  int64_t bytes_f16_pages = 0;          ///< f16 bytes of the tokens that live in pages
+  int64_t bytes_pages = 0;      ///< encoded pages alone, without windows and bases
+  int64_t bytes_f16_pages = 0;  ///< f16 bytes of the tokens that live in pages
   int64_t n_layer_compressed = 0;
 };
 
@@ -87,36 +88,38 @@ using ProgressFn = std::function<bool(double done)>;
 
 class Session {
  public:
-  /// invalid_argument: n_ctx or threads out of range; invalid_file: the basis; out_of_memory: the cache at n_ctx
-  /// cannot fit (the sentence says how much is needed and which settings lower it).
-  static Result<std::unique_ptr<Session>> create(std::shared_ptr<const Model> model, const SessionOptions& options);
+  /// invalid_argument: n_ctx or threads out of range; invalid_file: the basis; out_of_memory: the cache at
+  /// n_ctx cannot fit (the sentence says how much is needed and which settings lower it).
+  static Result<std::unique_ptr<Session>> create(std::shared_ptr<const Model> model,
+                                                 const SessionOptions& options);
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  /// Runs tokens, layer by layer, on top of what the cache holds; then logits() are those after the last token.
-  /// context_full (both counts) leaves the session untouched; cancelled or an error makes it unusable until reset().
+  /// Runs tokens, layer by layer, on top of what the cache holds; then logits() are those after the last
+  /// token. context_full (both counts) leaves the session untouched; cancelled or an error makes it unusable
+  /// until reset().
   Status prefill(std::span<const Token> tokens, const ProgressFn& progress = {});
 
-  /// The same for several empty sessions of one model at the cost of one pass: each cache sees the same exact keys
-  /// and values. For measuring profiles against each other.
+  /// The same for several empty sessions of one model at the cost of one pass: each cache sees the same exact
+  /// keys and values. For measuring profiles against each other.
   static Status prefill_together(std::span<Session* const> sessions, std::span<const Token> tokens,
                                  const ProgressFn& progress = {});
 
   /// Appends one token and computes the logits after it. context_full when the cache has n_ctx tokens.
   Status decode(Token token);
 
-  std::span<const float> logits() const;   ///< [n_vocab], valid until the next call
-  int64_t n_past() const;                  ///< tokens in the cache
+  std::span<const float> logits() const;  ///< [n_vocab], valid until the next call
+  int64_t n_past() const;                 ///< tokens in the cache
   int64_t n_ctx() const;
   int n_threads() const;
   const Model& model() const;
   const KvProfile& profile() const;
   CacheStats cache_stats() const;
-  void reset();                            ///< forgets all tokens, keeps the buffers
+  void reset();  ///< forgets all tokens, keeps the buffers
 
   class Impl;
-  Impl& impl() { return *impl_; }          ///< for src/eval and src/bench only
+  Impl& impl() { return *impl_; }  ///< for src/eval and src/bench only
 
  private:
   explicit Session(std::unique_ptr<Impl> impl);

@@ -11,12 +11,12 @@
 namespace narrows {
 
 struct SamplerOptions {
-  float temperature = 0.7F;   ///< 0 is greedy; then the filters below have no effect
-  int32_t top_k = 40;         ///< 0 is off
-  float top_p = 0.95F;        ///< 1 is off
-  float min_p = 0.05F;        ///< 0 is off
-  float repeat_penalty = 1.0F;   ///< 1 is off
-  int32_t repeat_last_n = 64;    ///< tokens that the penalty looks back on; 0 is off
+  float temperature = 0.7F;     ///< 0 is greedy; then the filters below have no effect
+  int32_t top_k = 40;           ///< 0 is off
+  float top_p = 0.95F;          ///< 1 is off
+  float min_p = 0.05F;          ///< 0 is off
+  float repeat_penalty = 1.0F;  ///< 1 is off
+  int32_t repeat_last_n = 64;   ///< tokens that the penalty looks back on; 0 is off
   uint32_t seed = 0;
 };
 

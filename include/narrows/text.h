@@ -27,8 +27,8 @@ class Tokenizer {
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
 
-  /// add_special: put the BOS/EOS tokens that the file asks for; parse_special: read "<|im_start|>" as one token.
-  /// invalid_argument on invalid UTF-8 (names the byte offset).
+  /// add_special: put the BOS/EOS tokens that the file asks for; parse_special: read "<|im_start|>" as one
+  /// token. invalid_argument on invalid UTF-8 (names the byte offset).
   Result<std::vector<Token>> encode(std::string_view text, bool add_special, bool parse_special) const;
 
   /// Bytes of one token; may be a part of a UTF-8 sequence. Control tokens give "" unless special is set.
@@ -41,9 +41,11 @@ class Tokenizer {
 
   /// True if the file carries a chat template.
   bool has_chat_template() const;
-  /// The conversation as the model wants to read it (Jinja template of the file, through llama.cpp's common library).
-  /// Falls back to ChatML if the file has none. invalid_argument if the template refuses the messages.
-  Result<std::string> apply_chat_template(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
+  /// The conversation as the model wants to read it (Jinja template of the file, through llama.cpp's common
+  /// library). Falls back to ChatML if the file has none. invalid_argument if the template refuses the
+  /// messages.
+  Result<std::string> apply_chat_template(std::span<const ChatMessage> messages,
+                                          bool add_generation_prompt) const;
 
   struct Impl;
   const Impl& impl() const { return *impl_; }
@@ -56,7 +58,8 @@ class Tokenizer {
 /// Collects pieces and releases only whole UTF-8 sequences, for streaming.
 class Utf8Stream {
  public:
-  /// Returns the longest complete part; an invalid byte is passed on as U+FFFD so that output is always UTF-8.
+  /// Returns the longest complete part; an invalid byte is passed on as U+FFFD so that output is always
+  /// UTF-8.
   std::string push(std::string_view bytes);
   /// What is left at the end, incomplete sequences as U+FFFD.
   std::string flush();

@@ -1,4 +1,5 @@
-// A float (or other plain) array aligned for SIMD, not initialised: a fresh buffer is not touched until it is used.
+// A float (or other plain) array aligned for SIMD, not initialised: a fresh buffer is not touched until it is
+// used.
 #pragma once
 
 #include <cstddef>

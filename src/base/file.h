@@ -27,8 +27,8 @@ using FileWriter = std::function<Status(std::FILE* file)>;
 
 /// Calls the writer on a temporary file beside `path`, brings it to the disk and renames it to `path`.
 /// On any failure the temporary file is removed and `path` is as it was. invalid_argument: the folder does
-/// not exist or may not be written, or `path` is something other than a regular file; disk_full; io_error: the
-/// disk failed.
+/// not exist or may not be written, or `path` is something other than a regular file; disk_full; io_error:
+/// the disk failed.
 Status write_file_atomically(const std::string& path, const FileWriter& writer);
 
 }  // namespace narrows

@@ -29,7 +29,7 @@ int64_t read_kb_line(const char* path, const std::string& name) { return read_pl
 int64_t read_number(const char* path) {
   std::ifstream file(path);
   int64_t v = 0;
-  return (file >> v) ? v : -1;   // "max" and a missing file alike: no limit
+  return (file >> v) ? v : -1;  // "max" and a missing file alike: no limit
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// How much memory the machine can still give, so that too large a request is refused with figures before any work.
+// How much memory the machine can still give, so that too large a request is refused with figures before any
+// work.
 #pragma once
 
 #include <cstdint>

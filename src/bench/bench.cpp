@@ -30,7 +30,7 @@ struct Contestant {
   BenchRow row;
   std::function<Status(Token)> decode;
   std::function<int64_t()> kv_bytes;
-  std::vector<double> rates;     ///< tokens per second, a round each
+  std::vector<double> rates;  ///< tokens per second, a round each
 };
 
 Status run_round(Contestant& c, std::span<const Token> tokens) {
@@ -70,16 +70,17 @@ Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std:
   if (options.rounds < 1 || options.tokens < 1 || options.contexts.empty() || options.profiles.empty()) {
     return Status(StatusCode::invalid_argument, "bench needs at least one context, profile, round and token");
   }
-  const int64_t decoded = int64_t{options.rounds} * options.tokens + options.tokens;   // the warm-up round too
+  const int64_t decoded = int64_t{options.rounds} * options.tokens + options.tokens;  // the warm-up round too
   const int64_t deepest = *std::max_element(options.contexts.begin(), options.contexts.end());
   if (static_cast<int64_t>(text.size()) < deepest + decoded + 1) {
-    return Status(StatusCode::invalid_argument,
-                  fmt::format("the text has {} tokens but depth {} and {} decoded tokens need {}; give a longer -f",
-                              text.size(), deepest, decoded, deepest + decoded + 1));
+    return Status(
+        StatusCode::invalid_argument,
+        fmt::format("the text has {} tokens but depth {} and {} decoded tokens need {}; give a longer -f",
+                    text.size(), deepest, decoded, deepest + decoded + 1));
   }
   std::vector<BenchRow> rows;
   for (const int64_t context : options.contexts) {
-    const int64_t depth = std::max<int64_t>(1, context);   // depth 0 begins with one token
+    const int64_t depth = std::max<int64_t>(1, context);  // depth 0 begins with one token
     const auto prompt = text.first(static_cast<size_t>(depth));
     std::vector<std::unique_ptr<Session>> sessions;
     std::vector<Session*> pointers;
@@ -95,7 +96,8 @@ Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std:
       sessions.push_back(std::move(*made));
       pointers.push_back(sessions.back().get());
     }
-    if (!progress(fmt::format("narrows: prefill of {} tokens", depth))) return Status(StatusCode::cancelled, "bench was cancelled");
+    if (!progress(fmt::format("narrows: prefill of {} tokens", depth)))
+      return Status(StatusCode::cancelled, "bench was cancelled");
     auto start = Clock::now();
     if (Status s = Session::prefill_together(pointers, prompt); !s.ok()) return s;
     const double ours = static_cast<double>(depth) / seconds_since(start);
@@ -115,7 +117,8 @@ Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std:
           LlamaPeer::create(model->path(), {depth + decoded, pointers.front()->n_threads(), false});
       if (!made.ok()) return made.status();
       peer = std::move(*made);
-      if (!progress(fmt::format("llama.cpp: prefill of {} tokens", depth))) return Status(StatusCode::cancelled, "bench was cancelled");
+      if (!progress(fmt::format("llama.cpp: prefill of {} tokens", depth)))
+        return Status(StatusCode::cancelled, "bench was cancelled");
       start = Clock::now();
       if (Status s = peer->prefill(prompt); !s.ok()) return s;
       Contestant c;
@@ -135,7 +138,7 @@ Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std:
                                        static_cast<size_t>(options.tokens));
       for (Contestant& c : all) {
         if (Status s = run_round(c, tokens); !s.ok()) return s;
-        if (round < 0) c.rates.clear();   // warm-up
+        if (round < 0) c.rates.clear();  // warm-up
       }
     }
     finish(all, rows);

@@ -11,15 +11,16 @@
 
 namespace narrows {
 
-Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text, int n_threads,
-                                                   const ProgressFn& progress) {
+Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text,
+                                                   int n_threads, const ProgressFn& progress) {
   const Hparams& hp = model.weights().hparams();
   const int64_t width = hp.n_head_kv * hp.head_dim;
   const auto n = static_cast<int64_t>(text.size());
   if (n < 2 * width + kSkipTokens) {
-    return Status(StatusCode::invalid_argument,
-                  fmt::format("{} tokens are too few for statistics of {} key coordinates, give a text of at least {}", n,
-                              width, 2 * width + kSkipTokens));
+    return Status(
+        StatusCode::invalid_argument,
+        fmt::format("{} tokens are too few for statistics of {} key coordinates, give a text of at least {}",
+                    n, width, 2 * width + kSkipTokens));
   }
   const int64_t sequence = std::min(kSequence, hp.n_ctx_train);
   if (n_threads == 0) n_threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
@@ -37,7 +38,8 @@ Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span
   for (int64_t at = 0; at < n; at += sequence) {
     const int64_t rows = std::min(sequence, n - at);
     const auto part = [&](double done) {
-      const double whole = (static_cast<double>(at) + done * static_cast<double>(rows)) / static_cast<double>(n);
+      const double whole =
+          (static_cast<double>(at) + done * static_cast<double>(rows)) / static_cast<double>(n);
       return !progress || progress(whole);
     };
     const auto tokens = text.subspan(static_cast<size_t>(at), static_cast<size_t>(rows));
@@ -57,7 +59,8 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
   file.n_tokens = static_cast<int64_t>(text.size());
   for (size_t i = 0; i < moments->size(); ++i) {
     Result<LayerBasis> basis = (*moments)[i].leading(info.n_head_kv * info.head_dim);
-    if (!basis.ok()) return Status(basis.status().code(), fmt::format("layer {}: {}", i, basis.status().message()));
+    if (!basis.ok())
+      return Status(basis.status().code(), fmt::format("layer {}: {}", i, basis.status().message()));
     file.layers.push_back(std::move(*basis));
   }
   return file;

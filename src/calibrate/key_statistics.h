@@ -1,5 +1,5 @@
-// Key statistics of a text, layer by layer: what `calibrate` makes a basis of and `inspect` shows. The text goes through
-// the model in sequences of at most kSequence tokens; nothing is kept but second moments.
+// Key statistics of a text, layer by layer: what `calibrate` makes a basis of and `inspect` shows. The text
+// goes through the model in sequences of at most kSequence tokens; nothing is kept but second moments.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +18,10 @@ inline constexpr int64_t kSequence = 4096;
 /// First tokens of a sequence that are left out: attention sinks, whose keys lie far from all others.
 inline constexpr int64_t kSkipTokens = 4;
 
-/// Second moments of the pre-RoPE keys of every layer. invalid_argument if the text is too short for the model's
-/// width (both numbers).
-Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text, int n_threads,
-                                                   const ProgressFn& progress = {});
+/// Second moments of the pre-RoPE keys of every layer. invalid_argument if the text is too short for the
+/// model's width (both numbers).
+Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text,
+                                                   int n_threads, const ProgressFn& progress = {});
 
 /// A basis of a text, ready to be written. made_from: words for the file.
 Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, const std::string& made_from,

@@ -1,6 +1,8 @@
 // Eigenvalues of the centred key covariance.
 #include "calibrate/spectrum.h"
 
+#include <fmt/format.h>
+
 #include <Eigen/Eigenvalues>
 #include <cmath>
 
@@ -8,8 +10,8 @@
 
 namespace narrows {
 
-Result<std::vector<LayerSpectrum>> key_spectrum(const Model& model, std::span<const Token> text, int n_threads,
-                                                const ProgressFn& progress) {
+Result<std::vector<LayerSpectrum>> key_spectrum(const Model& model, std::span<const Token> text,
+                                                int n_threads, const ProgressFn& progress) {
   Result<std::vector<KeyMoments>> moments = gather_key_moments(model, text, n_threads, progress);
   if (!moments.ok()) return moments.status();
   const ModelInfo& info = model.info();
@@ -21,11 +23,15 @@ Result<std::vector<LayerSpectrum>> key_spectrum(const Model& model, std::span<co
     const Eigen::VectorXd mean = Eigen::Map<const Eigen::VectorXd>(m.sum().data(), width) / n;
     const Eigen::MatrixXd covariance =
         Eigen::Map<const Eigen::MatrixXd>(m.moments().data(), width, width) / n - mean * mean.transpose();
+    if (!covariance.allFinite()) {
+      return Status(StatusCode::non_finite,
+                    fmt::format("layer {}: the second moments of the keys are not finite", l));
+    }
     const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(covariance, Eigen::EigenvaluesOnly);
     if (solver.info() != Eigen::Success) {
       return Status(StatusCode::internal, "the eigenvalues of a key covariance did not converge");
     }
-    const Eigen::VectorXd& values = solver.eigenvalues();   // ascending
+    const Eigen::VectorXd& values = solver.eigenvalues();  // ascending
     const double total = values.cwiseMax(0.0).sum();
     const auto share = [&](Eigen::Index leading) {
       return total > 0 ? values.tail(leading).cwiseMax(0.0).sum() / total : 1.0;

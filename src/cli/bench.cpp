@@ -1,13 +1,14 @@
 // `narrows bench`: prefill and decode speed at given depths, beside llama.cpp in the same process.
+#include "bench/bench.h"
+
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
-
-#include "bench/bench.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/interrupt.h"
@@ -16,7 +17,8 @@
 namespace narrows::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Decoding goes in rounds, all engines and profiles in turn, after one round of warm-up; speeds are medians and the ratio
+constexpr const char* kFooter =
+    R"(Decoding goes in rounds, all engines and profiles in turn, after one round of warm-up; speeds are medians and the ratio
 to llama.cpp is the median of the ratios round by round. All profiles of narrows share one prefill. Tokens come
 from -f, or are ids that repeat a short pattern. peak RSS is that of the whole process, all engines together.
 
@@ -34,15 +36,17 @@ struct BenchFlags {
 };
 
 std::string table(const std::vector<BenchRow>& rows) {
-  std::string out = fmt::format("{:<10}{:<14}{:>8}{:>15}{:>14}{:>17}{:>10}{:>12}\n", "engine", "kv", "context",
-                                "prefill tok/s", "decode tok/s", "(min - max)", "x peer", "kv");
+  std::string out = fmt::format("{:<10}{:<14}{:>8}{:>15}{:>14}{:>17}{:>10}{:>12}\n", "engine", "kv",
+                                "context", "prefill tok/s", "decode tok/s", "(min - max)", "x peer", "kv");
   for (const BenchRow& r : rows) {
     out += fmt::format("{:<10}{:<14}{:>8}{:>15}{:>14.1f}{:>17}{:>10}{:>12}\n", r.engine, r.kv, r.context,
                        r.prefill_tok_s > 0 ? fmt::format("{:.1f}", r.prefill_tok_s) : "-", r.decode_tok_s,
                        fmt::format("({:.1f} - {:.1f})", r.decode_tok_s_min, r.decode_tok_s_max),
-                       r.decode_vs_peer > 0 ? fmt::format("{:.2f}", r.decode_vs_peer) : "-", human_bytes(r.kv_bytes));
+                       r.decode_vs_peer > 0 ? fmt::format("{:.2f}", r.decode_vs_peer) : "-",
+                       human_bytes(r.kv_bytes));
   }
-  return out + fmt::format("peak resident memory of the process: {}\n", human_bytes(rows.back().peak_rss_bytes));
+  return out +
+         fmt::format("peak resident memory of the process: {}\n", human_bytes(rows.back().peak_rss_bytes));
 }
 
 std::string json(const std::vector<BenchRow>& rows) {
@@ -73,7 +77,8 @@ Result<std::vector<Token>> bench_text(const BenchFlags& flags, const Model& mode
     if (!text.ok()) return text.status();
     Result<std::vector<Token>> tokens = model.tokenizer().encode(*text, true, false);
     if (!tokens.ok()) return tokens.status();
-    if (tokens->empty()) return {StatusCode::invalid_argument, flags.file + ": has no tokens, give a longer text"};
+    if (tokens->empty())
+      return {StatusCode::invalid_argument, flags.file + ": has no tokens, give a longer text"};
     unit = std::move(*tokens);
   }
   std::vector<Token> out;
@@ -109,14 +114,19 @@ Command make_bench_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("bench", "Measure speed, beside llama.cpp in the same process");
   auto flags = std::make_shared<BenchFlags>();
   flags->model.add_to(*command);
-  command->add_option("--context", flags->options.contexts, "depths: tokens in the cache before decoding, e.g. 0,4096")
+  command
+      ->add_option("--context", flags->options.contexts,
+                   "depths: tokens in the cache before decoding, e.g. 0,4096")
       ->type_name("N[,N]")
       ->delimiter(',')
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 32));
-  command->add_option("--kv", flags->profiles, profile_help())->type_name("PROFILE[,PROFILE]")->delimiter(',');
+  command->add_option("--kv", flags->profiles, profile_help())
+      ->type_name("PROFILE[,PROFILE]")
+      ->delimiter(',');
   command->add_option("--basis", flags->options.basis_path, "basis file made by `narrows calibrate`")
       ->type_name("BASIS.gguf");
-  command->add_option("-f,--file", flags->file, "text whose tokens are used (repeated if it is short)")->type_name("FILE");
+  command->add_option("-f,--file", flags->file, "text whose tokens are used (repeated if it is short)")
+      ->type_name("FILE");
   command->add_option("--peer", flags->peer, "measure this engine in the same rounds")
       ->type_name("ENGINE")
       ->check(CLI::IsMember({"llama.cpp"}));
@@ -129,7 +139,8 @@ Command make_bench_command(CLI::App& app) {
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
-  command->add_flag("--json", flags->json, "print one JSON document on standard output, and nothing else there");
+  command->add_flag("--json", flags->json,
+                    "print one JSON document on standard output, and nothing else there");
   command->footer(kFooter);
   return {command, [flags] { return bench(*flags); }};
 }

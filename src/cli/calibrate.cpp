@@ -1,9 +1,9 @@
 // `narrows calibrate`: a basis file for the SALS profiles, from texts or from what the model writes itself.
+#include <fmt/format.h>
+
 #include <memory>
 #include <string>
 #include <vector>
-
-#include <fmt/format.h>
 
 #include "base/file.h"
 #include "calibrate/key_statistics.h"
@@ -18,7 +18,8 @@ namespace {
 /// Tokens that the model writes when no text is given: one sequence of the paper's calibration.
 constexpr int64_t kOwnTokens = 4096;
 
-constexpr const char* kFooter = R"(A basis file is not needed: without one, the prompt calibrates its own cache once it is long enough. With one, short
+constexpr const char* kFooter =
+    R"(A basis file is not needed: without one, the prompt calibrates its own cache once it is long enough. With one, short
 prompts are compressed too, and caches of one model share a basis. The file belongs to one model and names it.
 
 Examples:
@@ -41,7 +42,8 @@ Outcome calibrate_command(const CalibrateFlags& flags) {
     if (!content.ok()) return content.status();
     text = join_parts({text, *content});
     const size_t slash = path.find_last_of('/');
-    made_from += (made_from.empty() ? "" : ", ") + (slash == std::string::npos ? path : path.substr(slash + 1));
+    made_from +=
+        (made_from.empty() ? "" : ", ") + (slash == std::string::npos ? path : path.substr(slash + 1));
   }
   const Result<std::shared_ptr<const Model>> model = flags.model.load();
   if (!model.ok()) return model.status();
@@ -57,9 +59,10 @@ Outcome calibrate_command(const CalibrateFlags& flags) {
   ProgressBar bar(static_cast<int64_t>(tokens->size()));
   const Result<BasisFile> basis = calibrate(**model, *tokens, made_from, flags.threads, bar.callback());
   if (!basis.ok()) return basis.status();
-  if (Status s = write_basis_file(flags.output, *basis, (*model)->info()); !s.ok()) return {std::move(s), Phase::at_work};
-  note(fmt::format("[{}: bases of {} layers from {} tokens ({})]", flags.output, basis->layers.size(), basis->n_tokens,
-                   made_from));
+  if (Status s = write_basis_file(flags.output, *basis, (*model)->info()); !s.ok())
+    return {std::move(s), Phase::at_work};
+  note(fmt::format("[{}: bases of {} layers from {} tokens ({})]", flags.output, basis->layers.size(),
+                   basis->n_tokens, made_from));
   return {};
 }
 
@@ -72,7 +75,9 @@ Command make_calibrate_command(CLI::App& app) {
   command->add_option("-f,--file", flags->files, "text to calibrate on; may be given several times")
       ->type_name("FILE")
       ->allow_extra_args(false);
-  command->add_option("-o,--output", flags->output, "basis file to write")->type_name("BASIS.gguf")->required();
+  command->add_option("-o,--output", flags->output, "basis file to write")
+      ->type_name("BASIS.gguf")
+      ->required();
   command->add_option("--threads", flags->threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));

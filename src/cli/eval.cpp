@@ -1,22 +1,24 @@
 // `narrows eval`: what a cache profile costs in quality, on real text, against exact attention.
+#include "eval/eval.h"
+
+#include <fmt/format.h>
+
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/output.h"
 #include "cli/progress.h"
-#include "eval/eval.h"
 
 namespace narrows::cli {
 namespace {
 
-constexpr const char* kFooter = R"(The first --context tokens of the text go through the model exactly; then each profile decodes the next --tokens
+constexpr const char* kFooter =
+    R"(The first --context tokens of the text go through the model exactly; then each profile decodes the next --tokens
 tokens of the text itself (teacher-forced) out of its own cache, and its predictions are compared with those of f16.
 
   ppl          perplexity of the text's tokens
@@ -41,15 +43,16 @@ struct EvalFlags {
 };
 
 std::string table(const std::vector<EvalRow>& rows) {
-  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean", "kl p99", "top-1",
-                                "mass", "smaller");
+  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean", "kl p99",
+                                "top-1", "mass", "smaller");
   for (const EvalRow& r : rows) {
     // llama.cpp's row has no cache of ours to count.
-    const std::string smaller = r.cache.n_tokens == 0 ? "-"
-                                                      : fmt::format("{:.2f} | {:.2f} | {:.2f}", r.compression(),
-                                                                    r.compression_layers(), r.compression_pages());
-    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>22}\n", r.kv, r.ppl, r.kl_mean, r.kl_p99,
-                       r.top1, r.mass_kept, smaller);
+    const std::string smaller = r.cache.n_tokens == 0
+                                    ? "-"
+                                    : fmt::format("{:.2f} | {:.2f} | {:.2f}", r.compression(),
+                                                  r.compression_layers(), r.compression_pages());
+    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>22}\n", r.kv, r.ppl, r.kl_mean,
+                       r.kl_p99, r.top1, r.mass_kept, smaller);
   }
   return out;
 }
@@ -82,7 +85,8 @@ Outcome eval(EvalFlags& flags) {
   flags.options.with_llama_cpp = !flags.peer.empty();
   Result<std::string> text = read_text_file(flags.file);
   if (!text.ok()) return text.status();
-  const Result<std::shared_ptr<const Model>> model = flags.model.load({.float_weights = flags.weights == "f32"});
+  const Result<std::shared_ptr<const Model>> model =
+      flags.model.load({.float_weights = flags.weights == "f32"});
   if (!model.ok()) return model.status();
   const Result<std::vector<Token>> tokens = (*model)->tokenizer().encode(*text, true, false);
   if (!tokens.ok()) return tokens.status();
@@ -103,7 +107,9 @@ Command make_eval_command(CLI::App& app) {
       ->type_name("PROFILE")
       ->required()
       ->allow_extra_args(false);
-  command->add_option("--basis", flags->basis, "basis file made by `narrows calibrate` (default: the prompt's own)")
+  command
+      ->add_option("--basis", flags->basis,
+                   "basis file made by `narrows calibrate` (default: the prompt's own)")
       ->type_name("BASIS.gguf");
   command->add_option("--context", flags->options.context, "tokens before the judged ones (default 4096)")
       ->type_name("N")
@@ -117,12 +123,15 @@ Command make_eval_command(CLI::App& app) {
   command->add_option("--peer", flags->peer, "add a row for llama.cpp with its own f16 cache")
       ->type_name("ENGINE")
       ->check(CLI::IsMember({"llama.cpp"}));
-  command->add_option("--weights", flags->weights,
-                      "file: as stored (default); f32: unpacked to float32, so that ggml does not round activations to 8 bits and the "
-                      "cache's error is seen alone (4 bytes a weight, slow)")
+  command
+      ->add_option("--weights", flags->weights,
+                   "file: as stored (default); f32: unpacked to float32, so that ggml does not round "
+                   "activations to 8 bits and the "
+                   "cache's error is seen alone (4 bytes a weight, slow)")
       ->type_name("KIND")
       ->check(CLI::IsMember({"file", "f32"}));
-  command->add_flag("--json", flags->json, "print one JSON document on standard output, and nothing else there");
+  command->add_flag("--json", flags->json,
+                    "print one JSON document on standard output, and nothing else there");
   command->footer(kFooter);
   return {command, [flags] { return eval(*flags); }};
 }

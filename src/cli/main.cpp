@@ -12,6 +12,7 @@
 #include "cli/exit_code.h"
 #include "cli/interrupt.h"
 #include "cli/output.h"
+#include "kernels/ops.h"
 
 #ifndef NARROWS_VERSION
 #define NARROWS_VERSION "unknown"
@@ -104,6 +105,7 @@ int main(int argc, char** argv) {
   using namespace narrows;
   try {
     cli::install_signal_handlers();
+    if (Status status = kernels::check_forced_target(); !status.ok()) return cli::finish(status);
     return cli::run(argc, argv);
   } catch (const std::bad_alloc&) {
     cli::print_error(

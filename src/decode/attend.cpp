@@ -1,6 +1,8 @@
 // Stage 4: exact softmax attention over tiles, one state a slice, merged over slices head by head.
 // Also the sizes of the scratch.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "decode/stages.h"
 #include "kernels/softmax_state.h"
@@ -79,8 +81,8 @@ void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, i
                             n, thread.slice->rows(head, shape.head_dim));
 }
 
-void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, StepScratch& scratch, int first_slice,
-                         Part slices, StepScratch::Thread& thread) {
+void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, StepScratch& scratch,
+                         int first_slice, Part slices, StepScratch::Thread& thread) {
   for (int64_t i = slices.begin; i < slices.end; ++i) {
     const Part blocks = part_of(exact.n_block(), static_cast<int>(i), kSlices);
     if (open_slice(shape, scratch, first_slice + static_cast<int>(i), blocks.begin < blocks.end, thread)) {
@@ -90,13 +92,27 @@ void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, 
 }
 
 void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out) {
+  const int64_t head_dim = shape.head_dim;
   for (int64_t h = heads.begin; h < heads.end; ++h) {
-    int first = 0;  // the state that the others are merged into must not be an uncleared empty one
-    while (first + 1 < n_slices && scratch.slice(first).sum[h] == 0) ++first;
-    const kernels::SoftmaxRows all = scratch.slice(first).rows(h, shape.head_dim);
-    for (int i = first + 1; i < n_slices; ++i)
-      kernels::softmax_merge(all, scratch.slice(i).rows(h, shape.head_dim), 1, shape.head_dim);
-    kernels::softmax_normalise(all, 1, shape.head_dim, out + h * shape.head_dim);
+    // softmax_merge() over all slices at once: the common maximum first, so that a state is scaled only once.
+    float top = -std::numeric_limits<float>::infinity();
+    for (int i = 0; i < n_slices; ++i) {
+      StepScratch::Slice& slice = scratch.slice(i);
+      if (slice.sum[h] != 0) top = std::fmax(top, slice.max[h]);  // an empty slice was not cleared
+    }
+    float sum = 0;
+    float* y = out + h * head_dim;
+    std::fill_n(y, head_dim, 0.0F);
+    for (int i = 0; i < n_slices; ++i) {
+      StepScratch::Slice& slice = scratch.slice(i);
+      if (slice.sum[h] == 0) continue;
+      const float weight = std::exp(slice.max[h] - top);
+      const float* from = slice.out.data() + h * head_dim;
+      sum += weight * slice.sum[h];
+      for (int64_t d = 0; d < head_dim; ++d) y[d] += weight * from[d];
+    }
+    const float inv = sum > 0 ? 1.0F / sum : 0.0F;
+    for (int64_t d = 0; d < head_dim; ++d) y[d] *= inv;
   }
 }
 

@@ -9,8 +9,8 @@
 
 namespace narrows {
 
-/// F16 and KIVI layers: all tokens. Phase 0: the last thread stores the new token; each attends to its slices of
-/// blocks and pages. Phase 1: merge.
+/// F16 and KIVI layers: all tokens. Phase 0: the last thread stores the new token; each attends to its slices
+/// of blocks and pages. Phase 1: merge.
 class DenseDecoder final : public LayerDecoder {
  public:
   explicit DenseDecoder(F16Layer& layer) : cache_(layer), exact_{&layer.store(), nullptr} {}
@@ -47,6 +47,7 @@ class SalsDecoder final : public LayerDecoder {
 
  private:
   bool reads_all() const { return n_selected_ == layer_.n_in_pages(); }
+  std::span<const int32_t> slice_of_selected(const StepScratch& scratch, int64_t i) const;
   void attend_slices(StepScratch& scratch, Part slices, StepScratch::Thread& thread);
 
   SalsLayer& layer_;

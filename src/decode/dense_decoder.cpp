@@ -12,15 +12,16 @@ void DenseDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scr
                              int n_threads) {
   const AttentionShape& shape = cache_.shape();
   if (phase == 0) {
-    // The newest block always falls to the last slice (part_of rounds down), and that to the last thread: nobody else
-    // reads where it writes.
+    // The newest block always falls to the last slice (part_of rounds down), and that to the last thread:
+    // nobody else reads where it writes.
     if (ith == n_threads - 1) cache_.store_step(step.k, step.v);
     rotate_query(shape, cache_.rope(), step.q, cache_.n_tokens(), scratch.thread(ith));
     const Part slices = part_of(kSlices, ith, n_threads);
     attend_exact_slices(shape, exact_, scratch, 0, slices, scratch.thread(ith));
     if (kivi_) attend_pages(scratch, slices, scratch.thread(ith));
   } else {
-    merge_heads(shape, scratch, kivi_ ? 2 * kSlices : kSlices, part_of(shape.n_head, ith, n_threads), step.out);
+    merge_heads(shape, scratch, kivi_ ? 2 * kSlices : kSlices, part_of(shape.n_head, ith, n_threads),
+                step.out);
   }
 }
 

@@ -29,7 +29,7 @@ class StepScratch {
   StepScratch(const AttentionShape& shape, int n_threads);
   struct Thread;  ///< decode/scratch.h: tiles of one thread
   Thread& thread(int ith) { return *threads_[static_cast<size_t>(ith)]; }
-  struct Slice;   ///< decode/scratch.h: softmax states of one part of the tokens
+  struct Slice;  ///< decode/scratch.h: softmax states of one part of the tokens
   Slice& slice(int i) { return *slices_[static_cast<size_t>(i)]; }
   int n_threads() const { return static_cast<int>(threads_.size()); }
   /// False if there was no memory for it; LayerDecoder::prepare() then fails.

@@ -1,9 +1,27 @@
 // Stage 3 of a sparse step: selected latents back to keys, rotated at their true positions, and attended to.
 // A tile: z^T [rank, kTile] -> per KV head K^T [head_dim, kTile] = U_head z^T -> RoPE -> attend with V
 // [kTile, D].
+#include <algorithm>
+
 #include "decode/stages.h"
 
 namespace narrows {
+
+namespace {
+
+constexpr size_t kTileTokens = kernels::kTile;
+
+std::span<const int32_t> tile_at(std::span<const int32_t> selected, size_t begin) {
+  begin = std::min(begin, selected.size());
+  return selected.subspan(begin, std::min(kTileTokens, selected.size() - begin));
+}
+
+}  // namespace
+
+void prefetch_selected(const SalsLayer& layer, std::span<const int32_t> selected) {
+  const auto tile = tile_at(selected, 0);
+  layer.prefetch(tile.data(), static_cast<int64_t>(tile.size()));
+}
 
 void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, StepScratch::Thread& thread) {
   constexpr int64_t kTile = kernels::kTile;
@@ -11,16 +29,10 @@ void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, 
   const AttentionShape& shape = layer.shape();
   const int64_t rank = layer.layout().rank;
   const int64_t n_rot = layer.rope().n_rot();
-  const auto tile_at = [&](size_t begin) {
-    begin = std::min(begin, selected.size());
-    return selected.subspan(begin, std::min<size_t>(kTile, selected.size() - begin));
-  };
-  for (size_t done = 0; done < selected.size(); done += kTile) {
-    const auto tile = tile_at(done);
+  for (size_t done = 0; done < selected.size(); done += kTileTokens) {
+    const auto tile = tile_at(selected, done);
     const auto n = static_cast<int64_t>(tile.size());
-    // Selected tokens lie scattered over a cache that is larger than the CPU's: ask for the next tile now.
-    const auto next = tile_at(done + kTile);
-    layer.prefetch(next.data(), static_cast<int64_t>(next.size()));
+    prefetch_selected(layer, selected.subspan(done + tile.size()));
     layer.gather_latents(tile.data(), n, thread.half.data(), kTile);
     for (int64_t t = 0; t < n; ++t) {
       const int64_t token = tile[static_cast<size_t>(t)];

@@ -68,18 +68,23 @@ void SalsDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scra
   }
 }
 
+std::span<const int32_t> SalsDecoder::slice_of_selected(const StepScratch& scratch, int64_t i) const {
+  const Part runs = part_of(ceil_div(n_selected_, kRun), static_cast<int>(i), kSlices);
+  const int64_t begin = runs.begin * kRun;
+  const int64_t end = std::min(runs.end * kRun, n_selected_);
+  return {scratch.selected.data() + begin, static_cast<size_t>(std::max<int64_t>(0, end - begin))};
+}
+
 void SalsDecoder::attend_slices(StepScratch& scratch, Part slices, StepScratch::Thread& thread) {
   for (int64_t i = slices.begin; i < slices.end; ++i) {
-    const Part runs = part_of(ceil_div(n_selected_, kRun), static_cast<int>(i), kSlices);
-    const int64_t begin = runs.begin * kRun;
-    const int64_t end = std::min(runs.end * kRun, n_selected_);
-    if (!open_slice(layer_.shape(), scratch, static_cast<int>(i), begin < end, thread)) continue;
-    attend_selected(layer_, {scratch.selected.data() + begin, static_cast<size_t>(end - begin)}, thread);
+    const std::span<const int32_t> tokens = slice_of_selected(scratch, i);
+    if (!open_slice(layer_.shape(), scratch, static_cast<int>(i), !tokens.empty(), thread)) continue;
+    if (i + 1 < slices.end) prefetch_selected(layer_, slice_of_selected(scratch, i + 1));
+    attend_selected(layer_, tokens, thread);
     if (!sparse_) continue;
-    for (int64_t t = begin; t < end; ++t) {  // positions outlive this layer's turn with the scratch
-      positions_[static_cast<size_t>(t)] =
-          static_cast<int32_t>(layer_.n_sink()) + scratch.selected[static_cast<size_t>(t)];
-    }
+    // Positions outlive this layer's turn with the scratch.
+    int32_t* positions = positions_.data() + (tokens.data() - scratch.selected.data());
+    for (const int32_t token : tokens) *positions++ = static_cast<int32_t>(layer_.n_sink()) + token;
   }
 }
 

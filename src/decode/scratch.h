@@ -1,5 +1,5 @@
-// What a decode step works in: tiles of a thread, softmax states of a slice. All sizes follow from the attention's
-// shape; SALS and KIVI tiles hold kTile tokens.
+// What a decode step works in: tiles of a thread, softmax states of a slice. All sizes follow from the
+// attention's shape; SALS and KIVI tiles hold kTile tokens.
 #pragma once
 
 #include "base/aligned.h"
@@ -8,9 +8,9 @@
 
 namespace narrows {
 
-/// Tokens of a step are cut into this many slices, each attended to by one thread into a state of its own, and the
-/// states are merged in order. The cut depends on the tokens alone: the sums, and so the text, are the same with any
-/// number of threads. 16 keep 16 threads busy and cost a merge of 16 states a layer.
+/// Tokens of a step are cut into this many slices, each attended to by one thread into a state of its own,
+/// and the states are merged in order. The cut depends on the tokens alone: the sums, and so the text, are
+/// the same with any number of threads. 16 keep 16 threads busy and cost a merge of 16 states a layer.
 inline constexpr int kSlices = 16;
 
 /// Softmax state of all query heads over one slice; empty if it had no tokens.
@@ -32,7 +32,7 @@ struct StepScratch::Slice {
 struct StepScratch::Thread {
   explicit Thread(const AttentionShape& shape);
 
-  Slice* slice = nullptr;        ///< where attention adds up now
+  Slice* slice = nullptr;  ///< where attention adds up now
 
   AlignedArray<float> q;         ///< [n_head, head_dim] rotated, scaled by shape.scale
   AlignedArray<float> joint;     ///< [D] query heads of a KV head summed, before RoPE
@@ -47,8 +47,8 @@ struct StepScratch::Thread {
   AlignedArray<float> sin;
 
   bool ok() const {
-    return q.ok() && joint.ok() && latent_q.ok() && half.ok() &&
-           latent.ok() && key_t.ok() && value.ok() && cos.ok() && sin.ok();
+    return q.ok() && joint.ok() && latent_q.ok() && half.ok() && latent.ok() && key_t.ok() && value.ok() &&
+           cos.ok() && sin.ok();
   }
 };
 

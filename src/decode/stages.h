@@ -22,8 +22,7 @@ inline Part part_of(int64_t n, int ith, int n_threads) {
   return {n * ith / n_threads, n * (ith + 1) / n_threads};
 }
 
-// --- score.cpp
-// ---------------------------------------------------------------------------------------------------
+// --- score.cpp ---
 
 /// One score a token for all heads, without rotation (SALS 1.2, step 5 and 6): s_j = (sum of the query heads
 /// of each KV head) U_r* . z_j. Writes scores [tokens of pages [pages.begin, pages.end)] at their index.
@@ -31,8 +30,7 @@ inline Part part_of(int64_t n, int ith, int n_threads) {
 void score_pages(const SalsLayer& layer, const float* q, Part pages, StepScratch::Thread& thread,
                  float* scores);
 
-// --- select.cpp
-// --------------------------------------------------------------------------------------------------
+// --- select.cpp ---
 
 /// Tokens in pages that a step reads, of n_in_pages, at a context of n_kv tokens.
 int64_t count_selected(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv);
@@ -41,21 +39,23 @@ int64_t count_selected(const KvProfile& profile, int64_t n_in_pages, int64_t n_k
 /// == n.
 void select_tokens(const float* scores, int64_t n, int64_t count, int32_t* selected, void* work);
 
-// --- rebuild.cpp
-// -------------------------------------------------------------------------------------------------
+// --- rebuild.cpp ---
 
 /// Attends to selected tokens of the pages: latents -> keys -> RoPE, codes -> values, a tile at a time.
 void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, StepScratch::Thread& thread);
 
-// --- attend.cpp
-// --------------------------------------------------------------------------------------------------
+/// Asks for what the first tile of attend_selected() will read: selected tokens lie scattered over a cache
+/// that is larger than the CPU's.
+void prefetch_selected(const SalsLayer& layer, std::span<const int32_t> selected);
+
+// --- attend.cpp ---
 
 /// Rotates the query [n_head, head_dim] to position pos, scales it and keeps it in thread.q.
 void rotate_query(const AttentionShape& shape, const kernels::RopeTable& rope, const float* q, int64_t pos,
                   StepScratch::Thread& thread);
 
-/// Makes slice i the one that the thread adds up in, empty. Returns has_tokens; if not, only merge_heads() may use
-/// the slice.
+/// Makes slice i the one that the thread adds up in, empty. Returns has_tokens; if not, only merge_heads()
+/// may use the slice.
 bool open_slice(const AttentionShape& shape, StepScratch& scratch, int i, bool has_tokens,
                 StepScratch::Thread& thread);
 
@@ -70,17 +70,17 @@ struct ExactBlocks {
 void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part blocks,
                   StepScratch::Thread& thread);
 
-/// The same for slices [slices.begin, slices.end) of kSlices equal parts of the blocks; part i adds up in slice
-/// first_slice + i.
-void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, StepScratch& scratch, int first_slice,
-                         Part slices, StepScratch::Thread& thread);
+/// The same for slices [slices.begin, slices.end) of kSlices equal parts of the blocks; part i adds up in
+/// slice first_slice + i.
+void attend_exact_slices(const AttentionShape& shape, const ExactBlocks& exact, StepScratch& scratch,
+                         int first_slice, Part slices, StepScratch::Thread& thread);
 
 /// Attends to n tokens in float32: thread.key_t holds the keys of one KV head, v [n, D] all values.
 void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, int64_t n,
                  StepScratch::Thread& thread);
 
-/// Merges slices [0, n_slices) for query heads [heads.begin, heads.end) in order and writes them to out [n_head,
-/// head_dim]. The states of these heads are used up.
+/// Merges slices [0, n_slices) for query heads [heads.begin, heads.end) in order and writes them to out
+/// [n_head, head_dim]. The states of these heads are used up.
 void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out);
 
 }  // namespace narrows

@@ -1,5 +1,5 @@
-// Builds and runs the decode graph. Every tensor has its own memory (no reuse): a step's activations are a few MB, and
-// eval can read any layer's q, k, v afterwards.
+// Builds and runs the decode graph. Every tensor has its own memory (no reuse): a step's activations are a
+// few MB, and eval can read any layer's q, k, v afterwards.
 #include "engine/decode_graph.h"
 
 namespace narrows {
@@ -17,9 +17,9 @@ struct DecodeGraph::Op {
   }
 };
 
-Result<std::unique_ptr<DecodeGraph>> DecodeGraph::create(const ModelWeights& weights,
-                                                         std::span<const std::unique_ptr<LayerDecoder>> decoders,
-                                                         StepScratch* scratch) {
+Result<std::unique_ptr<DecodeGraph>> DecodeGraph::create(
+    const ModelWeights& weights, std::span<const std::unique_ptr<LayerDecoder>> decoders,
+    StepScratch* scratch) {
   const Hparams& hp = weights.hparams();
   // Per layer at most 30 tensors and the phases; the views count as tensors too.
   size_t n_op = 0;
@@ -27,8 +27,8 @@ Result<std::unique_ptr<DecodeGraph>> DecodeGraph::create(const ModelWeights& wei
   const size_t n_tensor = 16 + 40 * decoders.size() + n_op;
 
   std::unique_ptr<DecodeGraph> g(new DecodeGraph());
-  const ggml_init_params params = {ggml_tensor_overhead() * n_tensor + ggml_graph_overhead_custom(n_tensor, false),
-                                   nullptr, true};
+  const ggml_init_params params = {
+      ggml_tensor_overhead() * n_tensor + ggml_graph_overhead_custom(n_tensor, false), nullptr, true};
   g->ctx_ = ggml_init(params);
   if (g->ctx_ == nullptr) return Status(StatusCode::out_of_memory, "no memory for the decode graph");
   ggml_context* ctx = g->ctx_;
@@ -57,7 +57,8 @@ Result<std::unique_ptr<DecodeGraph>> DecodeGraph::create(const ModelWeights& wei
   ggml_build_forward_expand(g->graph_, g->logits_);
 
   g->buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type());
-  if (g->buffer_ == nullptr) return Status(StatusCode::out_of_memory, "no memory for the activations of a step");
+  if (g->buffer_ == nullptr)
+    return Status(StatusCode::out_of_memory, "no memory for the activations of a step");
   for (size_t l = 0; l < decoders.size(); ++l) {
     g->steps_[l] = {static_cast<const float*>(qkv[l].q->data), static_cast<const float*>(qkv[l].k->data),
                     static_cast<const float*>(qkv[l].v->data), static_cast<float*>(out[l]->data)};

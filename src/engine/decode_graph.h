@@ -1,5 +1,5 @@
-// The graph of one decode step: embedding in, logits out, every layer's attention as custom ops that run the phases of a
-// LayerDecoder. Built once a session. Pipeline steps 3 and 6.
+// The graph of one decode step: embedding in, logits out, every layer's attention as custom ops that run the
+// phases of a LayerDecoder. Built once a session. Pipeline steps 3 and 6.
 #pragma once
 
 #include <cstdint>

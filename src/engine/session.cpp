@@ -1,4 +1,5 @@
-// Session: prompt -> prefill -> steps. Owns the cache; knows the limits (n_ctx, memory) and refuses before any work.
+// Session: prompt -> prefill -> steps. Owns the cache; knows the limits (n_ctx, memory) and refuses before
+// any work.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -25,7 +26,11 @@ AttentionShape attention_shape(const Hparams& hp) {
 }
 
 Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int n_threads, int64_t ctx)
-    : model(std::move(m)), options(o), n_ctx(ctx), rope(make_rope(model->weights().hparams(), ctx)), runner(n_threads) {}
+    : model(std::move(m)),
+      options(o),
+      n_ctx(ctx),
+      rope(make_rope(model->weights().hparams(), ctx)),
+      runner(n_threads) {}
 
 Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const Hparams& hp = model->weights().hparams();
@@ -34,7 +39,8 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
-  for (int64_t i = 0; i < hp.n_layer; ++i) decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));
+  for (int64_t i = 0; i < hp.n_layer; ++i)
+    decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));
   prefill_logits.assign(static_cast<size_t>(hp.n_vocab), 0.0F);
   return {};
 }
@@ -43,21 +49,24 @@ Status Session::Impl::check_room(int64_t n_new) const {
   const int64_t n_past = cache->n_tokens();
   if (n_new > n_ctx - n_past) {
     const std::string held = n_past > 0 ? fmt::format(" on top of {} in the cache", n_past) : std::string();
-    return {StatusCode::context_full,
-            fmt::format("the prompt has {} tokens{} but the context holds {}; shorten it{}", n_new, held, n_ctx,
-                        n_ctx < model->info().n_ctx_train
-                            ? fmt::format(" or raise --ctx (the model allows {})", model->info().n_ctx_train)
-                            : std::string(" or use a model with a longer context"))};
+    return {
+        StatusCode::context_full,
+        fmt::format("the prompt has {} tokens{} but the context holds {}; shorten it{}", n_new, held, n_ctx,
+                    n_ctx < model->info().n_ctx_train
+                        ? fmt::format(" or raise --ctx (the model allows {})", model->info().n_ctx_train)
+                        : std::string(" or use a model with a longer context"))};
   }
   const Hparams& hp = model->weights().hparams();
-  const int64_t more_cache = cache_bytes_estimate(model->info(), options.kv, n_past + n_new) - cache->stats().bytes;
+  const int64_t more_cache =
+      cache_bytes_estimate(model->info(), options.kv, n_past + n_new) - cache->stats().bytes;
   const int64_t need = more_cache + Prefill::bytes_needed(hp, n_new, n_past);
   const int64_t have = available_memory_bytes();
   if (have > 0 && need > have) {
     return {StatusCode::out_of_memory,
-            fmt::format("{} tokens need {:.2f} GB more memory ({:.2f} GB of it cache with --kv {}) and {:.2f} GB are "
-                        "free; shorten the prompt or choose a smaller --kv profile",
-                        n_new, gigabytes(need), gigabytes(more_cache), options.kv.name, gigabytes(have))};
+            fmt::format(
+                "{} tokens need {:.2f} GB more memory ({:.2f} GB of it cache with --kv {}) and {:.2f} GB are "
+                "free; shorten the prompt or choose a smaller --kv profile",
+                n_new, gigabytes(need), gigabytes(more_cache), options.kv.name, gigabytes(have))};
   }
   return {};
 }
@@ -70,12 +79,13 @@ Status Session::Impl::check_usable() const {
 Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Session::~Session() = default;
 
-Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> model, const SessionOptions& options) {
+Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> model,
+                                                 const SessionOptions& options) {
   const ModelInfo& info = model->info();
   if (options.n_ctx < 0 || options.n_ctx > info.n_ctx_train) {
     return Status(StatusCode::invalid_argument,
-                  fmt::format("a context of {} tokens is out of range, the model allows 1 to {}", options.n_ctx,
-                              info.n_ctx_train));
+                  fmt::format("a context of {} tokens is out of range, the model allows 1 to {}",
+                              options.n_ctx, info.n_ctx_train));
   }
   if (options.n_threads < 0 || options.n_threads > kMaxThreads) {
     return Status(StatusCode::invalid_argument,
@@ -87,10 +97,11 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
     const int64_t need = cache_bytes_estimate(info, options.kv, n_ctx);
     const int64_t have = available_memory_bytes();
     if (have > 0 && need > have) {
-      return Status(StatusCode::out_of_memory,
-                    fmt::format("a cache of {} tokens with --kv {} needs {:.2f} GB and {:.2f} GB are free; lower --ctx "
-                                "or choose a smaller --kv profile",
-                                n_ctx, options.kv.name, gigabytes(need), gigabytes(have)));
+      return Status(
+          StatusCode::out_of_memory,
+          fmt::format("a cache of {} tokens with --kv {} needs {:.2f} GB and {:.2f} GB are free; lower --ctx "
+                      "or choose a smaller --kv profile",
+                      n_ctx, options.kv.name, gigabytes(need), gigabytes(have)));
     }
   }
   std::shared_ptr<const BasisFile> basis;
@@ -152,7 +163,8 @@ Status Session::decode(Token token) {
     return {StatusCode::context_full, fmt::format("the context of {} tokens is full", m.n_ctx)};
   }
   if (m.graph == nullptr) {
-    Result<std::unique_ptr<DecodeGraph>> made = DecodeGraph::create(m.model->weights(), m.decoders, m.scratch.get());
+    Result<std::unique_ptr<DecodeGraph>> made =
+        DecodeGraph::create(m.model->weights(), m.decoders, m.scratch.get());
     if (!made.ok()) return made.status();
     m.graph = std::move(*made);
   }

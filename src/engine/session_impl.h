@@ -32,10 +32,10 @@ class Session::Impl {
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<StepScratch> scratch;
   std::vector<std::unique_ptr<LayerDecoder>> decoders;
-  std::unique_ptr<DecodeGraph> graph;      ///< built at the first decode()
-  std::vector<float> prefill_logits;       ///< [n_vocab]
+  std::unique_ptr<DecodeGraph> graph;  ///< built at the first decode()
+  std::vector<float> prefill_logits;   ///< [n_vocab]
   bool logits_from_graph = false;
-  bool broken = false;                     ///< a step failed half way: layers hold different numbers of tokens
+  bool broken = false;  ///< a step failed half way: layers hold different numbers of tokens
 };
 
 /// Attention shape of a model, for caches made outside a session (tests, eval, inspect).

@@ -85,14 +85,16 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     return Status(StatusCode::invalid_argument, "context and tokens must be at least 1");
   }
   if (static_cast<int64_t>(text.size()) < need) {
-    return Status(StatusCode::invalid_argument,
-                  fmt::format("the text has {} tokens but context {} and {} judged tokens need {}; give a longer text or "
-                              "lower --context",
-                              text.size(), options.context, options.tokens, need));
+    return Status(
+        StatusCode::invalid_argument,
+        fmt::format(
+            "the text has {} tokens but context {} and {} judged tokens need {}; give a longer text or "
+            "lower --context",
+            text.size(), options.context, options.tokens, need));
   }
   std::vector<std::unique_ptr<Session>> sessions;
   std::vector<Session*> pointers;
-  std::vector<KvProfile> profiles = {KvProfile{}};   // the reference comes first
+  std::vector<KvProfile> profiles = {KvProfile{}};  // the reference comes first
   profiles.insert(profiles.end(), options.profiles.begin(), options.profiles.end());
   for (const KvProfile& p : profiles) {
     SessionOptions so;
@@ -127,7 +129,7 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
   for (Session* s : pointers) mass.push_back(std::make_unique<MassKept>(keys, s->impl()));
 
   std::vector<Tally> tallies(sessions.size() + peers.size());
-  Tally peer_noise;   // llama.cpp's two attention paths against each other
+  Tally peer_noise;  // llama.cpp's two attention paths against each other
   std::vector<double> ref, lp, peer_lp;
   for (int64_t i = 0; i < options.tokens; ++i) {
     const Token fed = text[static_cast<size_t>(options.context + i)];

@@ -1,5 +1,6 @@
-// Quality of a cache profile on real text: teacher-forced perplexity, KL divergence to dense attention, top-1 agreement
-// and attention mass kept. Every profile's cache is filled by one exact prefill and then decodes the same tokens.
+// Quality of a cache profile on real text: teacher-forced perplexity, KL divergence to dense attention, top-1
+// agreement and attention mass kept. Every profile's cache is filled by one exact prefill and then decodes
+// the same tokens.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@
 namespace narrows {
 
 struct EvalOptions {
-  int64_t context = 4096;        ///< tokens of prefill
-  int64_t tokens = 256;          ///< tokens decoded and judged after it
+  int64_t context = 4096;  ///< tokens of prefill
+  int64_t tokens = 256;    ///< tokens decoded and judged after it
   std::vector<KvProfile> profiles;
   std::string basis_path;
   int n_threads = 0;
@@ -25,16 +26,16 @@ struct EvalOptions {
 };
 
 struct EvalRow {
-  std::string kv;                ///< as asked for, or "llama.cpp f16"
-  double ppl = 0;                ///< perplexity of the text's own tokens
-  double kl_mean = 0;            ///< nats, of the next-token distribution to that of f16
+  std::string kv;      ///< as asked for, or "llama.cpp f16"
+  double ppl = 0;      ///< perplexity of the text's own tokens
+  double kl_mean = 0;  ///< nats, of the next-token distribution to that of f16
   double kl_p99 = 0;
-  double top1 = 0;               ///< share of steps whose most likely token is that of f16
-  double mass_kept = 1;          ///< mean over steps, sparse layers and heads; 1 if all tokens are read
+  double top1 = 0;       ///< share of steps whose most likely token is that of f16
+  double mass_kept = 1;  ///< mean over steps, sparse layers and heads; 1 if all tokens are read
   CacheStats cache;
-  double compression() const;          ///< whole cache, exact windows and dense layers included
-  double compression_layers() const;   ///< over the layers that the profile compresses
-  double compression_pages() const;    ///< encoded pages alone
+  double compression() const;         ///< whole cache, exact windows and dense layers included
+  double compression_layers() const;  ///< over the layers that the profile compresses
+  double compression_pages() const;   ///< encoded pages alone
 };
 
 /// invalid_argument if the text has fewer than context + tokens + 1 tokens (both counts).

@@ -42,8 +42,8 @@ void MassKept::observe() {
   for (size_t l = 0; l < decoded_keys_.size(); ++l) {
     std::vector<float>& keys = decoded_keys_[l];
     keys.resize(static_cast<size_t>(n_decoded_ * width));
-    kernels::ops().rope_rows(session_.graph->step(static_cast<int64_t>(l)).k, shape_.n_head_kv, shape_.head_dim,
-                             2 * half, angle.data(), angle.data() + half, 0, false,
+    kernels::ops().rope_rows(session_.graph->step(static_cast<int64_t>(l)).k, shape_.n_head_kv,
+                             shape_.head_dim, 2 * half, angle.data(), angle.data() + half, 0, false,
                              keys.data() + (n_decoded_ - 1) * width);
     const auto selected = session_.decoders[l]->last_selection();
     if (selected) observe_layer(static_cast<int64_t>(l), *selected);
@@ -61,7 +61,8 @@ void MassKept::observe_layer(int64_t layer, std::span<const int32_t> selected) {
   const KvProfile& profile = session_.options.kv;
   const int64_t in_pages = session_.cache->layer(layer).bytes().n_tokens_in_pages;
   std::vector<char> read(static_cast<size_t>(n), 0);
-  for (int64_t i = 0; i < n; ++i) read[static_cast<size_t>(i)] = i < profile.n_sink || i >= profile.n_sink + in_pages;
+  for (int64_t i = 0; i < n; ++i)
+    read[static_cast<size_t>(i)] = i < profile.n_sink || i >= profile.n_sink + in_pages;
   for (const int32_t i : selected) read[static_cast<size_t>(i)] = 1;
 
   std::vector<float> score(static_cast<size_t>(group * n));

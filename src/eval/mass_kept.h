@@ -10,18 +10,19 @@
 
 namespace narrows {
 
-/// Exact rotated keys of the prompt, shared by all profiles of an eval: one transposed matrix a layer and KV head.
+/// Exact rotated keys of the prompt, shared by all profiles of an eval: one transposed matrix a layer and KV
+/// head.
 class ExactKeys {
  public:
   /// Copies the keys out of an f16 session.
   explicit ExactKeys(const Session::Impl& reference);
   int64_t n_context() const { return n_; }
-  const float* head(int64_t layer, int64_t h) const;   ///< [head_dim, n_context]
+  const float* head(int64_t layer, int64_t h) const;  ///< [head_dim, n_context]
 
  private:
   AttentionShape shape_;
   int64_t n_ = 0;
-  std::vector<AlignedArray<float>> layers_;   ///< [n_head_kv, head_dim, n]
+  std::vector<AlignedArray<float>> layers_;  ///< [n_head_kv, head_dim, n]
 };
 
 /// Follows one session step by step. Keys of the decoded tokens are the session's own.
@@ -40,7 +41,7 @@ class MassKept {
   Session::Impl& session_;
   AttentionShape shape_;
   int64_t n_decoded_ = 0;
-  std::vector<std::vector<float>> decoded_keys_;   ///< per layer [n_decoded, D] rotated
+  std::vector<std::vector<float>> decoded_keys_;  ///< per layer [n_decoded, D] rotated
   double sum_ = 0;
   int64_t count_ = 0;
 };

@@ -1,5 +1,6 @@
-// Opens and checks a GGUF file with ggml's reader. ggml's typed getters abort on a wrong type, so every access here
-// looks at the type first; ggml does not compare tensor offsets with the file's size, so that is done here as well.
+// Opens and checks a GGUF file with ggml's reader. ggml's typed getters abort on a wrong type, so every
+// access here looks at the type first; ggml does not compare tensor offsets with the file's size, so that is
+// done here as well.
 #include "gguf/gguf_file.h"
 
 #include <fcntl.h>
@@ -19,8 +20,8 @@ namespace narrows {
 
 namespace {
 
-/// Metadata of a 405B model with its vocabulary is about 20 MB; the tensor table of the largest known model has a few
-/// thousand rows. Beyond this a file is taken for garbage before ggml allocates for it.
+/// Metadata of a 405B model with its vocabulary is about 20 MB; the tensor table of the largest known model
+/// has a few thousand rows. Beyond this a file is taken for garbage before ggml allocates for it.
 constexpr int64_t kMaxTensors = 1 << 20;
 
 Status bad(const std::string& path, const std::string& what) {
@@ -61,7 +62,7 @@ GgufFile& GgufFile::operator=(GgufFile&& other) noexcept {
 Result<GgufFile> GgufFile::open(const std::string& path) {
   GgufFile file;
   file.path_ = path;
-  file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);   // a pipe would wait for its writer
+  file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would wait for its writer
   if (file.fd_ < 0) return bad(path, fmt::format("cannot be opened: {}", std::strerror(errno)));
   struct stat info {};
   if (fstat(file.fd_, &info) != 0) return bad(path, fmt::format("cannot be read: {}", std::strerror(errno)));
@@ -97,17 +98,20 @@ Status GgufFile::check_tensors() {
     const size_t offset = gguf_get_tensor_offset(gguf_, i);
     const size_t bytes = gguf_get_tensor_size(gguf_, i);
     constexpr auto kMax = static_cast<size_t>(std::numeric_limits<int64_t>::max() / 4);
-    if (offset > kMax || bytes > kMax) return bad(path_, fmt::format("tensor {} lies beyond any file", quote(t.name)));
+    if (offset > kMax || bytes > kMax)
+      return bad(path_, fmt::format("tensor {} lies beyond any file", quote(t.name)));
     t.offset = data_offset + static_cast<int64_t>(offset);
     t.bytes = static_cast<int64_t>(bytes);
     if (t.offset > size_ || t.bytes > size_ - t.offset) {
-      return bad(path_, fmt::format("is cut off: tensor {} ends at byte {}, the file has {}; get the file again",
-                                    quote(t.name), t.offset + t.bytes, size_));
+      return bad(path_,
+                 fmt::format("is cut off: tensor {} ends at byte {}, the file has {}; get the file again",
+                             quote(t.name), t.offset + t.bytes, size_));
     }
     tensors_.push_back(std::move(t));
   }
   for (const TensorEntry& t : tensors_) {
-    if (!names.insert(t.name).second) return bad(path_, fmt::format("holds two tensors named {}", quote(t.name)));
+    if (!names.insert(t.name).second)
+      return bad(path_, fmt::format("holds two tensors named {}", quote(t.name)));
   }
   return {};
 }
@@ -116,13 +120,20 @@ Result<std::optional<int64_t>> GgufFile::integer(const std::string& key) const {
   const int64_t id = gguf_find_key(gguf_, key.c_str());
   if (id < 0) return std::optional<int64_t>();
   switch (gguf_get_kv_type(gguf_, id)) {
-    case GGUF_TYPE_UINT8: return std::optional<int64_t>(gguf_get_val_u8(gguf_, id));
-    case GGUF_TYPE_INT8: return std::optional<int64_t>(gguf_get_val_i8(gguf_, id));
-    case GGUF_TYPE_UINT16: return std::optional<int64_t>(gguf_get_val_u16(gguf_, id));
-    case GGUF_TYPE_INT16: return std::optional<int64_t>(gguf_get_val_i16(gguf_, id));
-    case GGUF_TYPE_UINT32: return std::optional<int64_t>(gguf_get_val_u32(gguf_, id));
-    case GGUF_TYPE_INT32: return std::optional<int64_t>(gguf_get_val_i32(gguf_, id));
-    case GGUF_TYPE_INT64: return std::optional<int64_t>(gguf_get_val_i64(gguf_, id));
+    case GGUF_TYPE_UINT8:
+      return std::optional<int64_t>(gguf_get_val_u8(gguf_, id));
+    case GGUF_TYPE_INT8:
+      return std::optional<int64_t>(gguf_get_val_i8(gguf_, id));
+    case GGUF_TYPE_UINT16:
+      return std::optional<int64_t>(gguf_get_val_u16(gguf_, id));
+    case GGUF_TYPE_INT16:
+      return std::optional<int64_t>(gguf_get_val_i16(gguf_, id));
+    case GGUF_TYPE_UINT32:
+      return std::optional<int64_t>(gguf_get_val_u32(gguf_, id));
+    case GGUF_TYPE_INT32:
+      return std::optional<int64_t>(gguf_get_val_i32(gguf_, id));
+    case GGUF_TYPE_INT64:
+      return std::optional<int64_t>(gguf_get_val_i64(gguf_, id));
     case GGUF_TYPE_UINT64: {
       const uint64_t v = gguf_get_val_u64(gguf_, id);
       if (v > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
@@ -140,8 +151,10 @@ Result<std::optional<double>> GgufFile::real(const std::string& key) const {
   const int64_t id = gguf_find_key(gguf_, key.c_str());
   if (id < 0) return std::optional<double>();
   switch (gguf_get_kv_type(gguf_, id)) {
-    case GGUF_TYPE_FLOAT32: return std::optional<double>(gguf_get_val_f32(gguf_, id));
-    case GGUF_TYPE_FLOAT64: return std::optional<double>(gguf_get_val_f64(gguf_, id));
+    case GGUF_TYPE_FLOAT32:
+      return std::optional<double>(gguf_get_val_f32(gguf_, id));
+    case GGUF_TYPE_FLOAT64:
+      return std::optional<double>(gguf_get_val_f64(gguf_, id));
     default:
       return bad(path_, fmt::format("metadata {} should be a real number but is of type {}", key,
                                     gguf_type_name(gguf_get_kv_type(gguf_, id))));
@@ -165,7 +178,8 @@ std::optional<int64_t> GgufFile::array_size(const std::string& key) const {
 }
 
 const TensorEntry* GgufFile::find(std::string_view name) const {
-  const auto it = std::find_if(tensors_.begin(), tensors_.end(), [&](const TensorEntry& t) { return t.name == name; });
+  const auto it =
+      std::find_if(tensors_.begin(), tensors_.end(), [&](const TensorEntry& t) { return t.name == name; });
   return it == tensors_.end() ? nullptr : &*it;
 }
 

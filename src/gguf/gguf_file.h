@@ -1,5 +1,6 @@
-// A GGUF file, opened and checked: metadata by key, tensors by name. Pipeline step 1. The file is hostile until
-// checked: counts, types, shapes and offsets are verified against the file's real size before anything is read.
+// A GGUF file, opened and checked: metadata by key, tensors by name. Pipeline step 1. The file is hostile
+// until checked: counts, types, shapes and offsets are verified against the file's real size before anything
+// is read.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ struct TensorEntry {
   std::string name;
   ggml_type type = GGML_TYPE_F32;
   int64_t ne[4] = {1, 1, 1, 1};
-  int64_t offset = 0;   ///< from the start of the file
+  int64_t offset = 0;  ///< from the start of the file
   int64_t bytes = 0;
 
   int64_t n_row() const { return ne[1] * ne[2] * ne[3]; }
@@ -51,8 +52,8 @@ class GgufFile {
   /// Reads bytes [offset, offset + n) of the file. io_error if they cannot be read any more. Thread-safe.
   Status read(int64_t offset, int64_t n, void* into) const;
 
-  /// 16 hex digits: FNV-1a over the metadata, the tensor table and the first and last bytes of every tensor. Tells
-  /// models apart cheaply; no protection against somebody who wants a collision.
+  /// 16 hex digits: FNV-1a over the metadata, the tensor table and the first and last bytes of every tensor.
+  /// Tells models apart cheaply; no protection against somebody who wants a collision.
   Result<std::string> fingerprint() const;
 
  private:

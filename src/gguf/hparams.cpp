@@ -1,5 +1,5 @@
-// Reads and checks Hparams. Ranges are wide enough for any real model and tight enough that no product of two sizes
-// overflows 64 bits later on.
+// Reads and checks Hparams. Ranges are wide enough for any real model and tight enough that no product of two
+// sizes overflows 64 bits later on.
 #include "gguf/hparams.h"
 
 #include <fmt/format.h>
@@ -14,7 +14,8 @@ namespace narrows {
 
 namespace {
 
-/// Seven times the longest context of any model (10M); RoPE's table grows with it and stays below 140 MB at head_dim 128.
+/// Seven times the longest context of any model (10M); RoPE's table grows with it and stays below 140 MB at
+/// head_dim 128.
 constexpr int64_t kMaxContext = int64_t{1} << 26;
 
 /// Reads keys below "<arch>." and keeps the first failure, so that the reader below is a plain list.
@@ -28,7 +29,8 @@ class KeyReader {
     if (!r->has_value() && !fallback) return fail(missing(key), low);
     const int64_t v = r->value_or(fallback.value_or(0));
     if (v < low || v > high) {
-      return fail(bad(fmt::format("metadata {}{} = {} is not between {} and {}", prefix_, key, v, low, high)), low);
+      return fail(bad(fmt::format("metadata {}{} = {} is not between {} and {}", prefix_, key, v, low, high)),
+                  low);
     }
     return v;
   }
@@ -39,7 +41,8 @@ class KeyReader {
     if (!r->has_value() && !fallback) return fail(missing(key), low);
     const double v = r->value_or(fallback.value_or(0));
     if (!(v >= low && v <= high)) {
-      return fail(bad(fmt::format("metadata {}{} = {} is not between {} and {}", prefix_, key, v, low, high)), low);
+      return fail(bad(fmt::format("metadata {}{} = {} is not between {} and {}", prefix_, key, v, low, high)),
+                  low);
     }
     return v;
   }
@@ -70,7 +73,9 @@ class KeyReader {
     if (status_.ok()) status_ = std::move(s);
     return value;
   }
-  Status missing(const std::string& key) const { return bad(fmt::format("metadata {}{} is missing", prefix_, key)); }
+  Status missing(const std::string& key) const {
+    return bad(fmt::format("metadata {}{} is missing", prefix_, key));
+  }
 
   const GgufFile& file_;
   std::string prefix_;
@@ -78,7 +83,9 @@ class KeyReader {
 };
 
 /// YaRN's growth of the attention temperature with the scaling factor.
-double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * std::log(factor) + 1; }
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1 ? 1 : 0.1 * mscale * std::log(factor) + 1;
+}
 
 Status read_rope(KeyReader& keys, Hparams& hp) {
   kernels::RopeParams& r = hp.rope;
@@ -102,7 +109,8 @@ Status read_rope(KeyReader& keys, Hparams& hp) {
     const double log_multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0, 0.0, 1e3);
     if (log_multiplier != 0) r.attn_factor /= yarn_mscale(1.0 / r.freq_scale, log_multiplier);
   } else if (kind != "linear" && kind != "none") {
-    return keys.unsupported(fmt::format("RoPE scaling {} is not supported, this build has none, linear and yarn", quote(kind)));
+    return keys.unsupported(
+        fmt::format("RoPE scaling {} is not supported, this build has none, linear and yarn", quote(kind)));
   }
   return keys.status();
 }
@@ -119,13 +127,15 @@ Result<Hparams> read_hparams(const GgufFile& file) {
   Result<std::optional<std::string>> arch = file.text("general.architecture");
   if (!arch.ok()) return arch.status();
   if (!arch->has_value()) {
-    return Status(StatusCode::invalid_file, fmt::format("{}: metadata general.architecture is missing", file.path()));
+    return Status(StatusCode::invalid_file,
+                  fmt::format("{}: metadata general.architecture is missing", file.path()));
   }
   hp.architecture = **arch;
   const auto& known = supported_architectures();
   if (std::find(known.begin(), known.end(), hp.architecture) == known.end()) {
-    return Status(StatusCode::unsupported, fmt::format("{}: architecture {} is not supported, this build runs {}",
-                                                       file.path(), quote(hp.architecture), fmt::join(known, ", ")));
+    return Status(StatusCode::unsupported,
+                  fmt::format("{}: architecture {} is not supported, this build runs {}", file.path(),
+                              quote(hp.architecture), fmt::join(known, ", ")));
   }
   Result<std::optional<std::string>> name = file.text("general.name");
   if (!name.ok()) return name.status();
@@ -142,7 +152,8 @@ Result<Hparams> read_hparams(const GgufFile& file) {
   const bool has_head_dim = keys.has("attention.key_length");
   if (!keys.status().ok()) return keys.status();
   if (!has_head_dim && hp.n_embd % hp.n_head != 0) {
-    return keys.bad(fmt::format("embedding_length {} is no multiple of attention.head_count {}", hp.n_embd, hp.n_head));
+    return keys.bad(
+        fmt::format("embedding_length {} is no multiple of attention.head_count {}", hp.n_embd, hp.n_head));
   }
   hp.head_dim = keys.integer("attention.key_length", hp.n_embd / hp.n_head, 2, 4096);
   const int64_t value_dim = keys.integer("attention.value_length", hp.head_dim, 1, 4096);
@@ -156,15 +167,18 @@ Result<Hparams> read_hparams(const GgufFile& file) {
   if (!vocabulary || *vocabulary < 1) return keys.bad("metadata tokenizer.ggml.tokens is missing or empty");
   hp.n_vocab = *vocabulary;
   if (n_expert > 0) {
-    return Status(StatusCode::unsupported,
-                  fmt::format("{}: mixture-of-experts models ({} experts) are not supported", file.path(), n_expert));
+    return Status(
+        StatusCode::unsupported,
+        fmt::format("{}: mixture-of-experts models ({} experts) are not supported", file.path(), n_expert));
   }
   if (hp.n_head % hp.n_head_kv != 0) {
-    return keys.bad(fmt::format("attention.head_count {} is no multiple of head_count_kv {}", hp.n_head, hp.n_head_kv));
+    return keys.bad(
+        fmt::format("attention.head_count {} is no multiple of head_count_kv {}", hp.n_head, hp.n_head_kv));
   }
   if (value_dim != hp.head_dim) {
-    return Status(StatusCode::unsupported, fmt::format("{}: keys of {} and values of {} coordinates a head: they must be equal",
-                                                       file.path(), hp.head_dim, value_dim));
+    return Status(StatusCode::unsupported,
+                  fmt::format("{}: keys of {} and values of {} coordinates a head: they must be equal",
+                              file.path(), hp.head_dim, value_dim));
   }
   hp.rope_neighbours = hp.architecture == "llama";
   hp.qk_norm = hp.architecture == "qwen3";

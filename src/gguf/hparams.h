@@ -23,10 +23,11 @@ struct Hparams {
   int64_t n_vocab = 0;
   int64_t n_ctx_train = 0;
   float rms_eps = 0;
-  float attention_scale = 0;     ///< on q.k
-  bool rope_neighbours = false;  ///< file rotates (2i, 2i+1): weights are reordered at load, see model/weights.h
-  bool qk_norm = false;          ///< qwen3: RMS norm of each head's q and k before RoPE
-  kernels::RopeParams rope;      ///< freq_factors are filled in by the weight loader
+  float attention_scale = 0;  ///< on q.k
+  bool rope_neighbours =
+      false;                 ///< file rotates (2i, 2i+1): weights are reordered at load, see model/weights.h
+  bool qk_norm = false;      ///< qwen3: RMS norm of each head's q and k before RoPE
+  kernels::RopeParams rope;  ///< freq_factors are filled in by the weight loader
 };
 
 /// Architectures that this build runs.

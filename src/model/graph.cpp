@@ -67,7 +67,8 @@ Status GraphRunner::run(ggml_cgraph* graph) {
   plan.work_data = work_.data();
   const ggml_status status = ggml_graph_compute(graph, &plan);
   if (status == GGML_STATUS_SUCCESS) return {};
-  return {StatusCode::internal, fmt::format("ggml could not compute a graph: {}", ggml_status_to_string(status))};
+  return {StatusCode::internal,
+          fmt::format("ggml could not compute a graph: {}", ggml_status_to_string(status))};
 }
 
 }  // namespace narrows

@@ -1,7 +1,8 @@
-// ggml graphs of one transformer layer, for any number of tokens, with attention left open: build_qkv() gives what
-// attention needs, build_rest() takes what it gave. Decode builds all layers into one graph with attention as custom ops
-// (engine/decode_graph.h); prefill builds one layer at a time (prefill/prefill.h). The architectures differ only in which
-// weights exist: llama (no bias), qwen2 (q, k, v bias), qwen3 (q/k norms).
+// ggml graphs of one transformer layer, for any number of tokens, with attention left open: build_qkv() gives
+// what attention needs, build_rest() takes what it gave. Decode builds all layers into one graph with
+// attention as custom ops (engine/decode_graph.h); prefill builds one layer at a time (prefill/prefill.h).
+// The architectures differ only in which weights exist: llama (no bias), qwen2 (q, k, v bias), qwen3 (q/k
+// norms).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@
 
 namespace narrows {
 
-/// Before RoPE. Shape [head_dim, heads, n] each; a view may have gaps between tokens (nb[2]), never inside one.
+/// Before RoPE. Shape [head_dim, heads, n] each; a view may have gaps between tokens (nb[2]), never inside
+/// one.
 struct Qkv {
   ggml_tensor* q;
   ggml_tensor* k;

@@ -1,6 +1,6 @@
-// Loads weights: every tensor is asked for by name with its expected shape, joined and reordered as weights.h says, and
-// given to the buffer that suits it. A tensor that nobody asked for is an error too: the model would do something
-// that this build does not compute.
+// Loads weights: every tensor is asked for by name with its expected shape, joined and reordered as weights.h
+// says, and given to the buffer that suits it. A tensor that nobody asked for is an error too: the model
+// would do something that this build does not compute.
 #include "model/weights.h"
 
 #include <fmt/format.h>
@@ -23,9 +23,9 @@ constexpr int64_t kMemoryMargin = int64_t{256} << 20;
 /// One tensor to be made out of rows of one or more tensors of the file.
 struct Plan {
   ggml_tensor** target;
-  std::vector<const TensorEntry*> parts;   ///< rows one after another
-  std::vector<bool> reorder;               ///< a part whose rows go from neighbour to halves order
-  bool flat = false;                       ///< one dimension: norms and biases, always float32
+  std::vector<const TensorEntry*> parts;  ///< rows one after another
+  std::vector<bool> reorder;              ///< a part whose rows go from neighbour to halves order
+  bool flat = false;                      ///< one dimension: norms and biases, always float32
 };
 
 /// Row `r` in halves order comes from row rope_source(r) of the file (neighbour order).
@@ -79,7 +79,8 @@ void to_float(ggml_type type, const void* from, float* to, int64_t n) {
 
 class WeightLoader {
  public:
-  WeightLoader(ModelWeights& model, const LoadOptions& options) : m_(model), hp_(model.hparams_), options_(options) {}
+  WeightLoader(ModelWeights& model, const LoadOptions& options)
+      : m_(model), hp_(model.hparams_), options_(options) {}
 
   Status run() {
     declare();
@@ -112,14 +113,15 @@ class WeightLoader {
     }
     if (!can_convert(t->type)) {
       fail({StatusCode::unsupported,
-            fmt::format("{}: tensor {} is of type {}, which this build cannot compute with", m_.file_.path(), name,
-                        ggml_type_name(t->type))});
+            fmt::format("{}: tensor {} is of type {}, which this build cannot compute with", m_.file_.path(),
+                        name, ggml_type_name(t->type))});
       return nullptr;
     }
     return t;
   }
 
-  void vector(ggml_tensor** target, const std::string& name, int64_t n, bool optional = false, bool reorder = false) {
+  void vector(ggml_tensor** target, const std::string& name, int64_t n, bool optional = false,
+              bool reorder = false) {
     if (const TensorEntry* t = take(name, n, 1, optional)) plans_.push_back({target, {t}, {reorder}, true});
   }
 
@@ -168,7 +170,8 @@ class WeightLoader {
     if (gate == nullptr || up == nullptr) return;
     vector(&l.b_gate, p + "ffn_gate.bias", hp_.n_ff, true);
     vector(&l.b_up, p + "ffn_up.bias", hp_.n_ff, true);
-    const bool biases = m_.file_.find(p + "ffn_gate.bias") != nullptr || m_.file_.find(p + "ffn_up.bias") != nullptr;
+    const bool biases =
+        m_.file_.find(p + "ffn_gate.bias") != nullptr || m_.file_.find(p + "ffn_up.bias") != nullptr;
     if (gate->type == up->type && !biases) {
       plans_.push_back({&l.gate_up, {gate, up}, {false, false}, false});
     } else {
@@ -232,10 +235,12 @@ class WeightLoader {
   }
 
   Status too_large(const std::string& why) const {
-    return {StatusCode::out_of_memory,
-            fmt::format("{}: the weights need {:.1f} GB of memory and {}, use a smaller model or a stronger quantisation "
-                        "of it",
-                        m_.file_.path(), static_cast<double>(bytes_needed()) / 1e9, why)};
+    return {
+        StatusCode::out_of_memory,
+        fmt::format(
+            "{}: the weights need {:.1f} GB of memory and {}, use a smaller model or a stronger quantisation "
+            "of it",
+            m_.file_.path(), static_cast<double>(bytes_needed()) / 1e9, why)};
   }
 
   Status check_memory() const {
@@ -251,7 +256,8 @@ class WeightLoader {
     for (size_t i = 0; i < types.size(); ++i) {
       const ggml_init_params params = {ggml_tensor_overhead() * (plans_.size() + 1), nullptr, true};
       m_.contexts_.push_back(ggml_init(params));
-      if (m_.contexts_.back() == nullptr) return {StatusCode::out_of_memory, "no memory for the tensor table"};
+      if (m_.contexts_.back() == nullptr)
+        return {StatusCode::out_of_memory, "no memory for the tensor table"};
     }
     for (const Plan& p : plans_) {
       const TensorEntry& first = *p.parts.front();
@@ -294,8 +300,8 @@ class WeightLoader {
     return {};
   }
 
-  /// Copies one part, converted and reordered; returns the bytes written. What moves is a row of a matrix, or one
-  /// number of a vector.
+  /// Copies one part, converted and reordered; returns the bytes written. What moves is a row of a matrix, or
+  /// one number of a vector.
   int64_t put(const Plan& p, const TensorEntry& t, bool reorder, const char* raw, char* to) const {
     std::vector<float> numbers;
     int64_t bytes = t.bytes;
@@ -311,7 +317,8 @@ class WeightLoader {
     }
     const int64_t n_item = p.flat ? t.ne[0] : t.ne[1], item = bytes / n_item;
     for (int64_t r = 0; r < n_item; ++r) {
-      std::memcpy(to + r * item, raw + rope_source(r, hp_.head_dim, hp_.rope.n_rot) * item, static_cast<size_t>(item));
+      std::memcpy(to + r * item, raw + rope_source(r, hp_.head_dim, hp_.rope.n_rot) * item,
+                  static_cast<size_t>(item));
     }
     return bytes;
   }
@@ -324,7 +331,8 @@ class WeightLoader {
   Status status_;
 };
 
-ModelWeights::ModelWeights(GgufFile file, const Hparams& hparams) : file_(std::move(file)), hparams_(hparams) {}
+ModelWeights::ModelWeights(GgufFile file, const Hparams& hparams)
+    : file_(std::move(file)), hparams_(hparams) {}
 
 ModelWeights::~ModelWeights() {
   for (ggml_backend_buffer_t b : buffers_) ggml_backend_buffer_free(b);
@@ -346,7 +354,8 @@ Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
       return {StatusCode::invalid_argument,
               fmt::format("token {} is outside the vocabulary of {}", tokens[i], hparams_.n_vocab)};
     }
-    if (Status s = file_.read(embedding_.offset + tokens[i] * row_bytes, row_bytes, row.data()); !s.ok()) return s;
+    if (Status s = file_.read(embedding_.offset + tokens[i] * row_bytes, row_bytes, row.data()); !s.ok())
+      return s;
     to_float(embedding_.type, row.data(), out + static_cast<int64_t>(i) * hparams_.n_embd, hparams_.n_embd);
   }
   return {};

@@ -1,6 +1,7 @@
-// The model's weights in ggml's buffers, one struct a layer. Pipeline step 1. Weights that this CPU multiplies faster
-// when interleaved go to ggml's repack buffer; q, k, v (and gate, up) of one type are joined into one matrix, so that
-// a decode step passes fewer barriers. Rows of q and k are reordered where the file rotates neighbours.
+// The model's weights in ggml's buffers, one struct a layer. Pipeline step 1. Weights that this CPU
+// multiplies faster when interleaved go to ggml's repack buffer; q, k, v (and gate, up) of one type are
+// joined into one matrix, so that a decode step passes fewer barriers. Rows of q and k are reordered where
+// the file rotates neighbours.
 #pragma once
 
 #include <cstdint>
@@ -19,32 +20,33 @@ namespace narrows {
 
 /// Shapes in ggml's order, fastest first. Null where the model has none.
 struct LayerWeights {
-  ggml_tensor* attn_norm = nullptr;   ///< [n_embd]
-  ggml_tensor* wqkv = nullptr;        ///< [n_embd, (n_head + 2 n_head_kv) * head_dim], or null and the three below
+  ggml_tensor* attn_norm = nullptr;  ///< [n_embd]
+  ggml_tensor* wqkv = nullptr;  ///< [n_embd, (n_head + 2 n_head_kv) * head_dim], or null and the three below
   ggml_tensor* wq = nullptr;
   ggml_tensor* wk = nullptr;
   ggml_tensor* wv = nullptr;
-  ggml_tensor* bqkv = nullptr;        ///< bias of wqkv, or null and the three below
+  ggml_tensor* bqkv = nullptr;  ///< bias of wqkv, or null and the three below
   ggml_tensor* bq = nullptr;
   ggml_tensor* bk = nullptr;
   ggml_tensor* bv = nullptr;
-  ggml_tensor* q_norm = nullptr;      ///< [head_dim]
+  ggml_tensor* q_norm = nullptr;  ///< [head_dim]
   ggml_tensor* k_norm = nullptr;
-  ggml_tensor* wo = nullptr;          ///< [n_head * head_dim, n_embd]
+  ggml_tensor* wo = nullptr;  ///< [n_head * head_dim, n_embd]
   ggml_tensor* bo = nullptr;
-  ggml_tensor* ffn_norm = nullptr;    ///< [n_embd]
-  ggml_tensor* gate_up = nullptr;     ///< [n_embd, 2 n_ff], or null and the two below
+  ggml_tensor* ffn_norm = nullptr;  ///< [n_embd]
+  ggml_tensor* gate_up = nullptr;   ///< [n_embd, 2 n_ff], or null and the two below
   ggml_tensor* gate = nullptr;
   ggml_tensor* up = nullptr;
   ggml_tensor* b_gate = nullptr;
   ggml_tensor* b_up = nullptr;
-  ggml_tensor* down = nullptr;        ///< [n_ff, n_embd]
+  ggml_tensor* down = nullptr;  ///< [n_ff, n_embd]
   ggml_tensor* b_down = nullptr;
 };
 
 class ModelWeights {
  public:
-  static Result<std::unique_ptr<ModelWeights>> load(GgufFile file, const Hparams& hparams, const LoadOptions& options);
+  static Result<std::unique_ptr<ModelWeights>> load(GgufFile file, const Hparams& hparams,
+                                                    const LoadOptions& options);
   ~ModelWeights();
   ModelWeights(const ModelWeights&) = delete;
   ModelWeights& operator=(const ModelWeights&) = delete;
@@ -55,9 +57,9 @@ class ModelWeights {
   ggml_tensor* output() const { return output_; }
   ggml_tensor* output_bias() const { return output_bias_; }
 
-  /// Embedding rows of tokens, out [n, n_embd]. Rows are read from the file each time: the table is the largest
-  /// tensor of small models and a token needs one row of it. io_error if the file is gone; invalid_argument for a
-  /// token outside the vocabulary. Thread-safe.
+  /// Embedding rows of tokens, out [n, n_embd]. Rows are read from the file each time: the table is the
+  /// largest tensor of small models and a token needs one row of it. io_error if the file is gone;
+  /// invalid_argument for a token outside the vocabulary. Thread-safe.
   Status embed(std::span<const Token> tokens, float* out) const;
 
   /// Bytes allocated for weights.

@@ -26,7 +26,8 @@ struct LlamaPeer::Impl {
 LlamaPeer::LlamaPeer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 LlamaPeer::~LlamaPeer() = default;
 
-Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_path, const LlamaPeerOptions& options) {
+Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_path,
+                                                     const LlamaPeerOptions& options) {
   silence_llama_log();
   llama_backend_init();
   auto impl = std::make_unique<Impl>();
@@ -34,7 +35,8 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
   mp.n_gpu_layers = 0;
   impl->model = llama_model_load_from_file(gguf_path.c_str(), mp);
   if (impl->model == nullptr) {
-    return Status(StatusCode::invalid_file, fmt::format("{}: llama.cpp cannot load it: {}", gguf_path, llama_error()));
+    return Status(StatusCode::invalid_file,
+                  fmt::format("{}: llama.cpp cannot load it: {}", gguf_path, llama_error()));
   }
   llama_context_params cp = llama_context_default_params();
   cp.n_ctx = static_cast<uint32_t>(options.n_ctx);
@@ -42,12 +44,14 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
   cp.n_ubatch = 512;
   cp.n_threads = options.n_threads;
   cp.n_threads_batch = options.n_threads;
-  cp.flash_attn_type = options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  cp.flash_attn_type =
+      options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   cp.type_k = options.kv_q8 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
   cp.type_v = cp.type_k;
   impl->context = llama_init_from_model(impl->model, cp);
   if (impl->context == nullptr) {
-    return Status(StatusCode::out_of_memory, fmt::format("llama.cpp gave no context of {} tokens", options.n_ctx));
+    return Status(StatusCode::out_of_memory,
+                  fmt::format("llama.cpp gave no context of {} tokens", options.n_ctx));
   }
   impl->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl->model));
   impl->n_ctx = options.n_ctx;
@@ -58,11 +62,13 @@ Status LlamaPeer::prefill(std::span<const Token> tokens) {
   const auto n_batch = static_cast<int64_t>(llama_n_batch(impl_->context));
   for (size_t at = 0; at < tokens.size(); at += static_cast<size_t>(n_batch)) {
     std::vector<llama_token> part(tokens.begin() + static_cast<std::ptrdiff_t>(at),
-                                  tokens.begin() + static_cast<std::ptrdiff_t>(
-                                                       std::min(tokens.size(), at + static_cast<size_t>(n_batch))));
-    const int32_t code = llama_decode(impl_->context, llama_batch_get_one(part.data(), static_cast<int32_t>(part.size())));
+                                  tokens.begin() + static_cast<std::ptrdiff_t>(std::min(
+                                                       tokens.size(), at + static_cast<size_t>(n_batch))));
+    const int32_t code =
+        llama_decode(impl_->context, llama_batch_get_one(part.data(), static_cast<int32_t>(part.size())));
     if (code != 0) {
-      return {StatusCode::internal, fmt::format("llama.cpp could not compute {} tokens (code {})", part.size(), code)};
+      return {StatusCode::internal,
+              fmt::format("llama.cpp could not compute {} tokens (code {})", part.size(), code)};
     }
     impl_->n_past += static_cast<int64_t>(part.size());
   }

@@ -12,16 +12,17 @@
 namespace narrows {
 
 struct LlamaPeerOptions {
-  int64_t n_ctx = 0;          ///< tokens its cache holds
+  int64_t n_ctx = 0;  ///< tokens its cache holds
   int n_threads = 0;
-  bool kv_q8 = false;         ///< q8_0 cache instead of f16
-  bool flash_attention = true;   ///< its fast path; off: plain attention with float32 accumulators
+  bool kv_q8 = false;           ///< q8_0 cache instead of f16
+  bool flash_attention = true;  ///< its fast path; off: plain attention with float32 accumulators
 };
 
 /// One llama_context. Not thread-safe.
 class LlamaPeer {
  public:
-  static Result<std::unique_ptr<LlamaPeer>> create(const std::string& gguf_path, const LlamaPeerOptions& options);
+  static Result<std::unique_ptr<LlamaPeer>> create(const std::string& gguf_path,
+                                                   const LlamaPeerOptions& options);
   ~LlamaPeer();
   LlamaPeer(const LlamaPeer&) = delete;
   LlamaPeer& operator=(const LlamaPeer&) = delete;
@@ -29,9 +30,9 @@ class LlamaPeer {
   /// Runs tokens on top of the cache, logits of the last one only.
   Status prefill(std::span<const Token> tokens);
   Status decode(Token token) { return prefill({&token, 1}); }
-  std::span<const float> logits() const;   ///< [n_vocab], after the last token
+  std::span<const float> logits() const;  ///< [n_vocab], after the last token
   int64_t n_past() const;
-  int64_t kv_bytes() const;                ///< of n_past tokens, by llama.cpp's own count of the saved state
+  int64_t kv_bytes() const;  ///< of n_past tokens, by llama.cpp's own count of the saved state
   void clear();
 
  private:

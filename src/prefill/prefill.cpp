@@ -1,5 +1,5 @@
-// The loop over layers and chunks, and the two custom ops of a chunk: `store` puts rotated keys and values where
-// attention reads them, `attend` runs (head, block of rows) tasks that threads take from a counter.
+// The loop over layers and chunks, and the two custom ops of a chunk: `store` puts rotated keys and values
+// where attention reads them, `attend` runs (head, block of rows) tasks that threads take from a counter.
 #include "prefill/prefill.h"
 
 #include <fmt/format.h>
@@ -19,8 +19,8 @@ namespace {
 
 using kernels::kTile;
 
-/// Rows of one chunk: enough that a weight read from memory is used 512 times, few enough that a chunk's activations
-/// stay below some tens of MB.
+/// Rows of one chunk: enough that a weight read from memory is used 512 times, few enough that a chunk's
+/// activations stay below some tens of MB.
 constexpr int64_t kChunk = 512;
 /// Query rows of one attention task.
 constexpr int64_t kRows = 64;
@@ -33,13 +33,13 @@ int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
 /// Everything that lives for one run. D = n_head_kv * head_dim.
 struct Prefill::LayerBuffers {
-  int64_t n = 0;                 ///< new tokens
+  int64_t n = 0;  ///< new tokens
   int64_t n_past = 0;
-  AlignedArray<float> hidden;    ///< [n, n_embd] residual stream
-  AlignedArray<float> k_raw;     ///< [n, D] before RoPE
-  AlignedArray<float> k_tile;    ///< [n_head_kv, tiles(n_past + n), head_dim, kTile] rotated
-  AlignedArray<float> v;         ///< [n_past + n, D]
-  AlignedArray<float> q;         ///< [kChunk, n_head * head_dim] rotated
+  AlignedArray<float> hidden;                ///< [n, n_embd] residual stream
+  AlignedArray<float> k_raw;                 ///< [n, D] before RoPE
+  AlignedArray<float> k_tile;                ///< [n_head_kv, tiles(n_past + n), head_dim, kTile] rotated
+  AlignedArray<float> v;                     ///< [n_past + n, D]
+  AlignedArray<float> q;                     ///< [kChunk, n_head * head_dim] rotated
   std::vector<AlignedArray<float>> scratch;  ///< one a thread
   std::vector<uint8_t> graph_memory;
   ggml_gallocr_t allocator = nullptr;
@@ -54,9 +54,9 @@ struct Prefill::ChunkOp {
   const Hparams* hp;
   const kernels::RopeTable* rope;
   LayerBuffers* b;
-  int64_t first;                 ///< index of the chunk's first token among the new ones
-  int64_t n;                     ///< tokens of the chunk
-  int64_t attend_from;           ///< first row of the chunk that needs attention
+  int64_t first;        ///< index of the chunk's first token among the new ones
+  int64_t n;            ///< tokens of the chunk
+  int64_t attend_from;  ///< first row of the chunk that needs attention
   std::atomic<int64_t> next_task{0};
 
   int64_t tile_stride() const { return hp->head_dim * kTile; }
@@ -74,10 +74,12 @@ struct Prefill::ChunkOp {
 
   void store_row(const Qkv& t, int64_t r, float* angle, float* key) const {
     const auto row = [r](const ggml_tensor* x) {
-      return reinterpret_cast<const float*>(static_cast<const char*>(x->data) + static_cast<size_t>(r) * x->nb[2]);
+      return reinterpret_cast<const float*>(static_cast<const char*>(x->data) +
+                                            static_cast<size_t>(r) * x->nb[2]);
     };
     const kernels::Ops& op = kernels::ops();
-    const int64_t width = hp->n_head_kv * hp->head_dim, pos = b->n_past + first + r, half = hp->rope.n_rot / 2;
+    const int64_t width = hp->n_head_kv * hp->head_dim, pos = b->n_past + first + r,
+                  half = hp->rope.n_rot / 2;
     rope->at(pos, angle, angle + half);
     std::memcpy(b->k_raw.data() + (first + r) * width, row(t.k), static_cast<size_t>(width) * sizeof(float));
     op.rope_rows(row(t.k), hp->n_head_kv, hp->head_dim, hp->rope.n_rot, angle, angle + half, 0, false, key);
@@ -96,20 +98,22 @@ struct Prefill::ChunkOp {
     for (int64_t r = from; r < to; ++r) op.store_row(t, r, angle.data(), key.data());
   }
 
-  /// dst [n_head * head_dim, n - attend_from]. Tasks of one head follow each other, so that its keys stay in cache.
+  /// dst [n_head * head_dim, n - attend_from]. Tasks of one head follow each other, so that its keys stay in
+  /// cache.
   static void attend(ggml_tensor* dst, int ith, int /*nth*/, void* userdata) {
     ChunkOp& op = *static_cast<ChunkOp*>(userdata);
     const Hparams& hp = *op.hp;
     const int64_t rows = op.n - op.attend_from, blocks = (rows + kRows - 1) / kRows;
-    const int64_t group = hp.n_head / hp.n_head_kv, width = hp.n_head_kv * hp.head_dim, ld = hp.n_head * hp.head_dim;
+    const int64_t group = hp.n_head / hp.n_head_kv, width = hp.n_head_kv * hp.head_dim,
+                  ld = hp.n_head * hp.head_dim;
     auto* out = static_cast<float*>(dst->data);
     for (int64_t task = op.next_task++; task < hp.n_head * blocks; task = op.next_task++) {
       const int64_t h = task / blocks, r = task % blocks * kRows, n = std::min(kRows, rows - r);
-      kernels::ops().prefill_attend(op.b->q.data() + (op.attend_from + r) * ld + h * hp.head_dim, ld, n, hp.head_dim,
-                                    op.tile(h / group, 0), op.tile_stride(),
-                                    op.b->v.data() + h / group * hp.head_dim, width,
-                                    op.b->n_past + op.first + op.attend_from + r, 0, hp.attention_scale,
-                                    out + r * ld + h * hp.head_dim, ld, op.b->scratch[static_cast<size_t>(ith)].data());
+      kernels::ops().prefill_attend(
+          op.b->q.data() + (op.attend_from + r) * ld + h * hp.head_dim, ld, n, hp.head_dim,
+          op.tile(h / group, 0), op.tile_stride(), op.b->v.data() + h / group * hp.head_dim, width,
+          op.b->n_past + op.first + op.attend_from + r, 0, hp.attention_scale, out + r * ld + h * hp.head_dim,
+          ld, op.b->scratch[static_cast<size_t>(ith)].data());
     }
   }
 };
@@ -163,8 +167,8 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   const bool attends = !last_row_only || final_chunk;
   if (attends) {
     const int64_t rows = n - op.attend_from;
-    ggml_tensor* attention = ggml_custom_4d(ctx, GGML_TYPE_F32, hp.n_head * hp.head_dim, rows, 1, 1, &stored, 1,
-                                            &ChunkOp::attend, GGML_N_TASKS_MAX, &op);
+    ggml_tensor* attention = ggml_custom_4d(ctx, GGML_TYPE_F32, hp.n_head * hp.head_dim, rows, 1, 1, &stored,
+                                            1, &ChunkOp::attend, GGML_N_TASKS_MAX, &op);
     ggml_tensor* x = tensor_over(ctx, hidden + op.attend_from * hp.n_embd, hp.n_embd, rows);
     result = build_rest(ctx, hp, w, x, attention);
     if (last_row_only) result = build_logits(ctx, weights_, result);
@@ -205,7 +209,8 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
     b.scratch.emplace_back(kernels::prefill_scratch_floats(kRows, hp.head_dim));
     ok = ok && b.scratch.back().ok();
   }
-  b.graph_memory.resize(ggml_tensor_overhead() * kGraphTensors + ggml_graph_overhead_custom(kGraphTensors, false));
+  b.graph_memory.resize(ggml_tensor_overhead() * kGraphTensors +
+                        ggml_graph_overhead_custom(kGraphTensors, false));
   b.allocator = ggml_gallocr_new(ggml_backend_cpu_buffer_type());
   if (!ok || b.allocator == nullptr) {
     return {StatusCode::out_of_memory,
@@ -227,8 +232,9 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
     const bool last_layer = layer + 1 == hp.n_layer;
     for (int64_t first = 0; first < n && status.ok(); first += kChunk) {
       if (progress) {
-        const double done = (static_cast<double>(layer) + static_cast<double>(first) / static_cast<double>(n)) /
-                            static_cast<double>(hp.n_layer);
+        const double done =
+            (static_cast<double>(layer) + static_cast<double>(first) / static_cast<double>(n)) /
+            static_cast<double>(hp.n_layer);
         if (!progress(done)) status = Status(StatusCode::cancelled, "the prompt was cancelled");
       }
       if (status.ok()) status = run_chunk(layer, first, std::min(kChunk, n - first), last_layer, logits);

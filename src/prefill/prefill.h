@@ -1,6 +1,6 @@
-// Layer-major prefill: the whole prompt goes through layer 0, then layer 1, ... Only one layer's exact keys and values
-// are alive at a time, however many layers the model has; when a layer is done they are handed to the cache.
-// Pipeline step 4.
+// Layer-major prefill: the whole prompt goes through layer 0, then layer 1, ... Only one layer's exact keys
+// and values are alive at a time, however many layers the model has; when a layer is done they are handed to
+// the cache. Pipeline step 4.
 #pragma once
 
 #include <cstdint>
@@ -30,12 +30,13 @@ class Prefill {
   ~Prefill();
 
   /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
-  /// Memory beside the weights: see bytes_needed(). cancelled if progress returns false; hooks' errors are passed on
-  /// with the layer's number.
-  Status run(std::span<const Token> tokens, int64_t n_past, const PrefillHooks& hooks, const ProgressFn& progress,
-             float* logits);
+  /// Memory beside the weights: see bytes_needed(). cancelled if progress returns false; hooks' errors are
+  /// passed on with the layer's number.
+  Status run(std::span<const Token> tokens, int64_t n_past, const PrefillHooks& hooks,
+             const ProgressFn& progress, float* logits);
 
-  /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's activations.
+  /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
+  /// activations.
   static int64_t bytes_needed(const Hparams& hp, int64_t n, int64_t n_past);
 
  private:

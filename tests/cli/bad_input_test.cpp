@@ -113,6 +113,14 @@ TEST(BadInput, Prompts) {
   expect_refusal(run({"run", "-m", "x", "--raw", "-p", "a", "--system", "b"}), 2, {"--system"});
 }
 
+// A typing error in the variable must not silently run other kernels than were meant.
+TEST(BadInput, AnUnknownForcedTarget) {
+  ::setenv("NARROWS_FORCE_TARGET", "AVX9", 1);
+  const Finished finished = run({"--version"});
+  ::unsetenv("NARROWS_FORCE_TARGET");
+  expect_refusal(finished, 2, {"AVX9", "AVX2"});
+}
+
 TEST(Help, NamesEveryFlagAndHasAnExample) {
   for (const std::vector<std::string>& command :
        {std::vector<std::string>{"--help"}, {"run", "--help"}, {"inspect", "-h"}}) {

@@ -19,8 +19,8 @@ using ::testing::HasSubstr;
 TEST(ExitCode, FollowsTheContract) {
   const auto code = [](StatusCode status, Phase phase) { return exit_code({Status(status, "x"), phase}); };
   EXPECT_EQ(exit_code({}), 0);
-  for (const StatusCode usage :
-       {StatusCode::invalid_argument, StatusCode::invalid_file, StatusCode::unsupported, StatusCode::disk_full}) {
+  for (const StatusCode usage : {StatusCode::invalid_argument, StatusCode::invalid_file,
+                                 StatusCode::unsupported, StatusCode::disk_full}) {
     EXPECT_EQ(code(usage, Phase::before_work), 2);
     EXPECT_EQ(code(usage, Phase::at_work), 2);
   }

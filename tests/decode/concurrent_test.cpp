@@ -1,6 +1,6 @@
-// Steps on real threads with a barrier between phases, as in ggml's graph: the same numbers as in turn and with any
-// number of threads, bit for bit (one differing bit flips roundings of the next product and ends in another
-// text), and nothing for ThreadSanitizer to report.
+// Steps on real threads with a barrier between phases, as in ggml's graph: the same numbers as in turn and
+// with any number of threads, bit for bit (one differing bit flips roundings of the next product and ends in
+// another text), and nothing for ThreadSanitizer to report.
 #include "decode/step_runner.h"
 
 namespace narrows::test {

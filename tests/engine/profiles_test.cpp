@@ -1,9 +1,9 @@
-// Every profile in a whole session: far beyond its thresholds in the prompt and in steps, its bytes, its distance to f16,
-// and SALS where it must be right: keys of low rank.
+// Every profile in a whole session: far beyond its thresholds in the prompt and in steps, its bytes, its
+// distance to f16, and SALS where it must be right: keys of low rank.
 //
-// Distances are mean KL divergences to an f16 session fed with the same 200 tokens. Measured on these models (rank 0 is
-// a K weight without structure, the worst that can be): kivi-4 .02 to .03, kivi-2 .5 to .7, sals-25 .03 to .07,
-// sals-12.5 .04 to .08; with keys of rank 8 = D/4 sals-25:budget=all .0002 to .0006.
+// Distances are mean KL divergences to an f16 session fed with the same 200 tokens. Measured on these models
+// (rank 0 is a K weight without structure, the worst that can be): kivi-4 .02 to .03, kivi-2 .5 to .7,
+// sals-25 .03 to .07, sals-12.5 .04 to .08; with keys of rank 8 = D/4 sals-25:budget=all .0002 to .0006.
 #include <gtest/gtest.h>
 
 #include "engine/session_impl.h"
@@ -14,7 +14,7 @@ namespace {
 
 TinyModel four_layers(int64_t key_rank = 0) {
   TinyModel m;
-  m.n_layer = 4;   // layers 0, 1 and 3 of SALS profiles are dense, layer 2 is compressed
+  m.n_layer = 4;  // layers 0, 1 and 3 of SALS profiles are dense, layer 2 is compressed
   m.key_rank = key_rank;
   return m;
 }
@@ -41,7 +41,8 @@ std::span<const Token> part(int64_t from, int64_t to) {
 /// Mean divergence to f16 over 200 tokens decoded after a prompt of n.
 double distance(const LoadedTiny& tiny, const std::string& kv, int64_t n) {
   auto reference = make_session(tiny.model), session = make_session(tiny.model, {.kv = kv});
-  EXPECT_TRUE(Session::prefill_together(std::vector<Session*>{reference.get(), session.get()}, part(0, n)).ok());
+  EXPECT_TRUE(
+      Session::prefill_together(std::vector<Session*>{reference.get(), session.get()}, part(0, n)).ok());
   double kl = 0;
   for (int64_t i = n; i < n + 200; ++i) {
     const Token t = tokens()[static_cast<size_t>(i)];
@@ -65,7 +66,7 @@ std::string profile_name(const ::testing::TestParamInfo<std::string>& info) {
 void expect_consistent(const Session& session, const ModelInfo& info) {
   const CacheStats s = session.cache_stats();
   const KvProfile& p = session.profile();
-  const int64_t a_token = info.n_head_kv * info.head_dim * 2 * 2;   // f16 bytes of a layer
+  const int64_t a_token = info.n_head_kv * info.head_dim * 2 * 2;  // f16 bytes of a layer
   int64_t compressed = 0;
   for (int64_t i = 0; i < info.n_layer; ++i) compressed += p.layer_is_dense(i, info.n_layer) ? 0 : 1;
   EXPECT_EQ(s.n_tokens, session.n_past());
@@ -90,7 +91,7 @@ TEST_P(Profiles, GrowInStepsPastEveryThreshold) {
   const ModelInfo& info = full_rank().model->info();
   ASSERT_OK(session->prefill(part(0, 1)));
   int64_t pages_before = 0;
-  for (int64_t i = 1; i < 800; ++i) {   // SALS computes its basis at 512
+  for (int64_t i = 1; i < 800; ++i) {  // SALS computes its basis at 512
     ASSERT_OK(session->decode(tokens()[static_cast<size_t>(i)]));
     ASSERT_TRUE(all_finite(session->logits())) << i;
     ASSERT_EQ(session->n_past(), i + 1);
@@ -118,7 +119,7 @@ TEST_P(Profiles, ContinueALongPromptAndASecondOne) {
   expect_consistent(*session, full_rank().model->info());
   decode_all(*session, part(700, 740));
   EXPECT_TRUE(all_finite(session->logits()));
-  ASSERT_OK(session->prefill(part(740, 1300)));   // attends to what the pages give back
+  ASSERT_OK(session->prefill(part(740, 1300)));  // attends to what the pages give back
   EXPECT_TRUE(all_finite(session->logits()));
   decode_all(*session, part(1300, 1330));
   EXPECT_TRUE(all_finite(session->logits()));
@@ -138,20 +139,22 @@ TEST_P(Profiles, TheEstimateIsWhatAPromptTakes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Profiles,
-                         ::testing::Values("f16", "kivi-4", "kivi-2", "sals-25", "sals-12.5", "sals-25:budget=all",
-                                           "sals-12.5:budget=3", "sals-25:sinks=0,recent=1", "kivi-2:sinks=0,recent=1",
+                         ::testing::Values("f16", "kivi-4", "kivi-2", "sals-25", "sals-12.5",
+                                           "sals-25:budget=all", "sals-12.5:budget=3",
+                                           "sals-25:sinks=0,recent=1", "kivi-2:sinks=0,recent=1",
                                            "kivi-4:sinks=33,recent=200"),
                          profile_name);
 
 TEST(Quality, FollowsTheBits) {
   const double kivi4 = distance(full_rank(), "kivi-4", 1000), kivi2 = distance(full_rank(), "kivi-2", 1000);
-  const double sals25 = distance(full_rank(), "sals-25", 1000), all = distance(full_rank(), "sals-25:budget=all", 1000);
+  const double sals25 = distance(full_rank(), "sals-25", 1000),
+               all = distance(full_rank(), "sals-25:budget=all", 1000);
   const double few = distance(full_rank(), "sals-25:budget=20", 1000);
   EXPECT_LT(distance(full_rank(), "f16", 1000), 1e-12);
   EXPECT_LT(kivi4, 0.06);
   EXPECT_GT(kivi2, 4 * kivi4);
   EXPECT_LT(kivi2, 1.5);
-  EXPECT_GT(all, 1e-3);   // it does compress
+  EXPECT_GT(all, 1e-3);  // it does compress
   EXPECT_LT(all, sals25);
   EXPECT_LT(sals25, 0.14);
   EXPECT_LT(sals25, few);
@@ -167,9 +170,9 @@ TEST(Quality, TheThresholdInAStepChangesLittle) {
 TEST(Quality, KeysOfLowRankAreKept) {
   const double kept = distance(low_rank(), "sals-25:budget=all", 1000);
   EXPECT_LT(kept, 2e-3);
-  EXPECT_GT(kept, 1e-6);   // the values
+  EXPECT_GT(kept, 1e-6);  // the values
   EXPECT_GT(distance(full_rank(), "sals-25:budget=all", 1000), 15 * kept);
-  EXPECT_GT(distance(low_rank(), "sals-12.5:budget=all", 1000), 15 * kept);   // rank 4 of 8, values of 2 bits
+  EXPECT_GT(distance(low_rank(), "sals-12.5:budget=all", 1000), 15 * kept);  // rank 4 of 8, values of 2 bits
 }
 
 TEST(Quality, KeysOfLowRankAreRebuilt) {
@@ -189,7 +192,7 @@ TEST(Quality, KeysOfLowRankAreRebuilt) {
       norm_v += std::pow(static_cast<double>(want_v[i]), 2);
     }
     if (fits) {
-      EXPECT_LT(std::sqrt(error / norm), 1e-3);   // f16 latents and keys
+      EXPECT_LT(std::sqrt(error / norm), 1e-3);  // f16 latents and keys
     } else {
       EXPECT_GT(std::sqrt(error / norm), 0.3);
     }

@@ -1,5 +1,6 @@
-// Prompts of every awkward length, in one part and in several, against libllama's exact path; and what Prefill promises
-// its hooks: order of layers, keys before RoPE, values, errors with the layer's number, progress, cancelling.
+// Prompts of every awkward length, in one part and in several, against libllama's exact path; and what
+// Prefill promises its hooks: order of layers, keys before RoPE, values, errors with the layer's number,
+// progress, cancelling.
 #include "prefill/prefill.h"
 
 #include <gtest/gtest.h>
@@ -14,7 +15,7 @@
 namespace narrows::testing {
 namespace {
 
-constexpr int64_t kLongest = 1100;   ///< two chunks of 512 and a part, 17 tiles of 64 and a part
+constexpr int64_t kLongest = 1100;  ///< two chunks of 512 and a part, 17 tiles of 64 and a part
 
 TinyModel qwen2() {
   TinyModel m;
@@ -34,7 +35,9 @@ struct Long {
     return std::span(tokens).subspan(static_cast<size_t>(from), static_cast<size_t>(to - from));
   }
   /// See tests/engine/parity_test.cpp.
-  static double float_tolerance(int64_t n) { return std::ldexp(1.0, -24) * static_cast<double>(16 + n) * 4 * 2.7; }
+  static double float_tolerance(int64_t n) {
+    return std::ldexp(1.0, -24) * static_cast<double>(16 + n) * 4 * 2.7;
+  }
   /// What an f16 cache costs libllama at its worst over all these rows: the most that ours may cost.
   double f16_tolerance() const {
     double worst = 0;
@@ -56,7 +59,8 @@ TEST_P(Lengths, OnePartIsExact) {
     auto session = make_session(fixture().tiny.model, {.n_threads = n_threads});
     ASSERT_OK(session->prefill(fixture().part(0, n)));
     EXPECT_EQ(session->n_past(), n);
-    EXPECT_LT(max_difference(fixture().exact.row(n - 1), session->logits()), Long::float_tolerance(n)) << n_threads << " threads";
+    EXPECT_LT(max_difference(fixture().exact.row(n - 1), session->logits()), Long::float_tolerance(n))
+        << n_threads << " threads";
   }
 }
 
@@ -67,15 +71,18 @@ TEST_P(Lengths, TwoPartsAreOneWithinF16) {
     if (first < 1 || first >= n) continue;
     auto session = make_session(fixture().tiny.model);
     ASSERT_OK(session->prefill(fixture().part(0, first)));
-    EXPECT_LT(max_difference(fixture().exact.row(first - 1), session->logits()), Long::float_tolerance(first));
+    EXPECT_LT(max_difference(fixture().exact.row(first - 1), session->logits()),
+              Long::float_tolerance(first));
     ASSERT_OK(session->prefill(fixture().part(first, n)));
     EXPECT_EQ(session->n_past(), n);
-    EXPECT_LT(max_difference(fixture().exact.row(n - 1), session->logits()), fixture().f16_tolerance()) << first << " first";
+    EXPECT_LT(max_difference(fixture().exact.row(n - 1), session->logits()), fixture().f16_tolerance())
+        << first << " first";
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(AroundTilesAndChunks, Lengths,
-                         ::testing::Values(1, 2, 63, 64, 65, 127, 129, 511, 512, 513, 575, 1023, 1025, kLongest));
+                         ::testing::Values(1, 2, 63, 64, 65, 127, 129, 511, 512, 513, 575, 1023, 1025,
+                                           kLongest));
 
 TEST(Parts, ManyOddParts) {
   auto session = make_session(fixture().tiny.model);
@@ -83,7 +90,8 @@ TEST(Parts, ManyOddParts) {
   for (const int64_t n : {1, 62, 2, 3, 60, 1, 300, 1, 82, 513, 64}) {
     ASSERT_OK(session->prefill(fixture().part(at, at + n)));
     at += n;
-    ASSERT_LT(max_difference(fixture().exact.row(at - 1), session->logits()), fixture().f16_tolerance()) << at;
+    ASSERT_LT(max_difference(fixture().exact.row(at - 1), session->logits()), fixture().f16_tolerance())
+        << at;
   }
 }
 
@@ -98,7 +106,8 @@ TEST(Parts, StepsAndPromptsInTurn) {
     }
     ASSERT_OK(session->prefill(fixture().part(at, at + 101)));
     at += 101;
-    ASSERT_LT(max_difference(fixture().exact.row(at - 1), session->logits()), fixture().f16_tolerance()) << at;
+    ASSERT_LT(max_difference(fixture().exact.row(at - 1), session->logits()), fixture().f16_tolerance())
+        << at;
   }
 }
 
@@ -114,10 +123,12 @@ TEST(Parts, StepsAloneAreAPrompt) {
 TEST(Parts, AMissingTokenIsSeen) {
   auto session = make_session(fixture().tiny.model);
   ASSERT_OK(session->prefill(fixture().part(1, kLongest)));
-  EXPECT_GT(max_difference(fixture().exact.row(kLongest - 1), session->logits()), 5 * fixture().f16_tolerance());
+  EXPECT_GT(max_difference(fixture().exact.row(kLongest - 1), session->logits()),
+            5 * fixture().f16_tolerance());
 }
 
-// --- Prefill and its hooks ----------------------------------------------------------------------------------------
+// --- Prefill and its hooks
+// ----------------------------------------------------------------------------------------
 
 struct Runner {
   const ModelWeights& weights;
@@ -147,8 +158,8 @@ std::vector<double> first_layer_row(const TinyModel& m, Token token, const std::
   for (int64_t r = 0; r < m.width(); ++r) {
     double sum = static_cast<double>(bias[static_cast<size_t>(r)]);
     for (int64_t i = 0; i < m.n_embd; ++i) {
-      sum += static_cast<double>(w[static_cast<size_t>(r * m.n_embd + i)]) * static_cast<double>(x[i]) * scale *
-             static_cast<double>(norm[static_cast<size_t>(i)]);
+      sum += static_cast<double>(w[static_cast<size_t>(r * m.n_embd + i)]) * static_cast<double>(x[i]) *
+             scale * static_cast<double>(norm[static_cast<size_t>(i)]);
     }
     out.push_back(sum);
   }
@@ -167,10 +178,13 @@ TEST(Hooks, GetEveryLayerOnceInOrderWithPlainKeysAndValues) {
     if (layer > 0) return {};
     for (const int64_t t : {int64_t{0}, int64_t{1}, int64_t{511}, int64_t{512}, n - 1}) {
       const Token token = fixture().tokens[static_cast<size_t>(t)];
-      const auto key = first_layer_row(qwen2(), token, "attn_k"), value = first_layer_row(qwen2(), token, "attn_v");
+      const auto key = first_layer_row(qwen2(), token, "attn_k"),
+                 value = first_layer_row(qwen2(), token, "attn_v");
       for (int64_t c = 0; c < width; ++c) {
-        EXPECT_NEAR(static_cast<double>(k[t * width + c]), key[static_cast<size_t>(c)], 2e-5) << t << " " << c;
-        EXPECT_NEAR(static_cast<double>(v[t * width + c]), value[static_cast<size_t>(c)], 2e-5) << t << " " << c;
+        EXPECT_NEAR(static_cast<double>(k[t * width + c]), key[static_cast<size_t>(c)], 2e-5)
+            << t << " " << c;
+        EXPECT_NEAR(static_cast<double>(v[t * width + c]), value[static_cast<size_t>(c)], 2e-5)
+            << t << " " << c;
       }
     }
     return {};
@@ -190,11 +204,12 @@ TEST(Hooks, ReadThePastOfEveryLayerWholeAndOnce) {
   PrefillHooks hooks;
   hooks.read_past = [&](int64_t layer, int64_t first, int64_t count, float* k, float* v) {
     ASSERT_LE(first + count, n_past);
-    for (int64_t i = first; i < first + count; ++i) ++asked[static_cast<size_t>(layer)][static_cast<size_t>(i)];
+    for (int64_t i = first; i < first + count; ++i)
+      ++asked[static_cast<size_t>(layer)][static_cast<size_t>(i)];
     session->impl().cache->layer(layer).read(first, count, k, v);
   };
   hooks.layer_done = [&](int64_t, const float*, const float*, int64_t rows) -> Status {
-    EXPECT_EQ(rows, n);   // the new tokens alone
+    EXPECT_EQ(rows, n);  // the new tokens alone
     return {};
   };
   ASSERT_OK(r.prefill.run(fixture().part(n_past, n_past + n), n_past, hooks, {}, r.logits.data()));
@@ -239,7 +254,7 @@ TEST(Progress, GrowsFromZeroToOne) {
     seen.push_back(done);
     return true;
   }));
-  ASSERT_GE(seen.size(), 9U);   // three layers of three chunks
+  ASSERT_GE(seen.size(), 9U);  // three layers of three chunks
   EXPECT_EQ(seen.front(), 0);
   EXPECT_EQ(seen.back(), 1);
   EXPECT_TRUE(std::is_sorted(seen.begin(), seen.end()));
@@ -254,7 +269,8 @@ TEST(Memory, NeedGrowsWithTokensAndCoversTheBuffers) {
     // The residual stream, raw keys, rotated keys and values.
     EXPECT_GE(need, n * (hp.n_embd + 3 * hp.n_head_kv * hp.head_dim) * 4);
     // The past's keys and values, but for what fits the tile that was begun.
-    EXPECT_GE(Prefill::bytes_needed(hp, n, 1000), need + (1000 - kernels::kTile) * 2 * hp.n_head_kv * hp.head_dim * 4);
+    EXPECT_GE(Prefill::bytes_needed(hp, n, 1000),
+              need + (1000 - kernels::kTile) * 2 * hp.n_head_kv * hp.head_dim * 4);
     before = need;
   }
 }

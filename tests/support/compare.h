@@ -18,17 +18,21 @@ inline bool all_finite(std::span<const float> x) {
 
 /// Largest difference; infinite if the sizes differ or a number is not finite.
 inline double max_difference(std::span<const float> a, std::span<const float> b) {
-  if (a.size() != b.size() || !all_finite(a) || !all_finite(b)) return std::numeric_limits<double>::infinity();
+  if (a.size() != b.size() || !all_finite(a) || !all_finite(b))
+    return std::numeric_limits<double>::infinity();
   double worst = 0;
-  for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::fabs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
+  for (size_t i = 0; i < a.size(); ++i)
+    worst = std::max(worst, std::fabs(static_cast<double>(a[i]) - static_cast<double>(b[i])));
   return worst;
 }
 
 /// Largest difference over rows; 0 only if all numbers are equal.
-inline double max_difference(const std::vector<std::vector<float>>& a, const std::vector<std::vector<float>>& b) {
+inline double max_difference(const std::vector<std::vector<float>>& a,
+                             const std::vector<std::vector<float>>& b) {
   if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
   double worst = 0;
-  for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, max_difference(std::span(a[i]), std::span(b[i])));
+  for (size_t i = 0; i < a.size(); ++i)
+    worst = std::max(worst, max_difference(std::span(a[i]), std::span(b[i])));
   return worst;
 }
 
@@ -53,7 +57,8 @@ inline std::vector<double> log_softmax(std::span<const float> logits) {
 
 /// KL divergence of the distribution of x to that of the reference, nats; infinite if a number is not finite.
 inline double kl_divergence(std::span<const float> reference, std::span<const float> x) {
-  if (reference.size() != x.size() || !all_finite(reference) || !all_finite(x)) return std::numeric_limits<double>::infinity();
+  if (reference.size() != x.size() || !all_finite(reference) || !all_finite(x))
+    return std::numeric_limits<double>::infinity();
   const std::vector<double> p = log_softmax(reference), q = log_softmax(x);
   double sum = 0;
   for (size_t i = 0; i < p.size(); ++i) sum += std::exp(p[i]) * (p[i] - q[i]);

@@ -30,7 +30,8 @@ LogitRows llama_logits(const std::string& gguf_path, std::span<const Token> toke
   cp.n_ubatch = 512;
   cp.n_threads = 1;
   cp.n_threads_batch = 1;
-  cp.flash_attn_type = way == LlamaWay::f16_flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  cp.flash_attn_type =
+      way == LlamaWay::f16_flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   cp.type_k = way == LlamaWay::exact ? GGML_TYPE_F32 : GGML_TYPE_F16;
   cp.type_v = cp.type_k;
   llama_context* context = llama_init_from_model(model, cp);

@@ -21,11 +21,12 @@ struct LoadedTiny {
   std::string path;
   std::shared_ptr<const Model> model;
 
-  explicit LoadedTiny(const TinyModel& tiny, const LoadOptions& options = {}) : path(tiny.write(dir.path("tiny.gguf"))) {
+  explicit LoadedTiny(const TinyModel& tiny, const LoadOptions& options = {})
+      : path(tiny.write(dir.path("tiny.gguf"))) {
     auto loaded = Model::load(path, options);
     if (!loaded.ok()) {
       ADD_FAILURE() << loaded.status().message();
-      std::abort();   // nothing below could run
+      std::abort();  // nothing below could run
     }
     model = *loaded;
   }
@@ -44,7 +45,8 @@ struct SessionSetup {
   std::string basis_path = {};
 };
 
-inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>& model, const SessionSetup& setup = {}) {
+inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>& model,
+                                             const SessionSetup& setup = {}) {
   SessionOptions options;
   options.kv = testing::kv(setup.kv);
   options.n_threads = setup.n_threads;
@@ -82,10 +84,10 @@ inline std::vector<Token> greedy(Session& session, int n) {
   return tokens;
 }
 
-#define ASSERT_OK(expression)                                    \
-  do {                                                           \
-    const ::narrows::Status status_ = (expression);              \
-    ASSERT_TRUE(status_.ok()) << status_.message();              \
+#define ASSERT_OK(expression)                       \
+  do {                                              \
+    const ::narrows::Status status_ = (expression); \
+    ASSERT_TRUE(status_.ok()) << status_.message(); \
   } while (false)
 
 }  // namespace narrows::testing

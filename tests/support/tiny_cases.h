@@ -1,4 +1,5 @@
-// The kinds of model that this build runs: every architecture, head layout, RoPE kind and weight type, as tiny models.
+// The kinds of model that this build runs: every architecture, head layout, RoPE kind and weight type, as
+// tiny models.
 #pragma once
 
 #include <ostream>
@@ -12,7 +13,7 @@ namespace narrows::testing {
 struct TinyCase {
   std::string name;
   TinyModel model;
-  bool float_weights = true;   ///< all matrices float32: nothing is rounded but float32 itself
+  bool float_weights = true;  ///< all matrices float32: nothing is rounded but float32 itself
 };
 
 inline std::ostream& operator<<(std::ostream& out, const TinyCase& c) { return out << c.name; }
@@ -23,7 +24,7 @@ inline std::vector<TinyCase> float_cases() {
   TinyModel qwen2;
   qwen2.architecture = "qwen2";
   qwen2.freq_base = 1e6;
-  TinyModel qwen3;   // key_length is not n_embd / n_head
+  TinyModel qwen3;  // key_length is not n_embd / n_head
   qwen3.architecture = "qwen3";
   qwen3.head_dim = 32;
   qwen3.freq_base = 1e6;
@@ -50,7 +51,7 @@ inline std::vector<TinyCase> float_cases() {
     m.rope_scaling = "linear";
     m.rope_factor = 4;
   });
-  add("llama_scaling_none", llama, [](TinyModel& m) {   // a factor without a kind of scaling means nothing
+  add("llama_scaling_none", llama, [](TinyModel& m) {  // a factor without a kind of scaling means nothing
     m.rope_scaling = "none";
     m.rope_factor = 4;
   });
@@ -59,7 +60,7 @@ inline std::vector<TinyCase> float_cases() {
     m.rope_factor = 4;
     m.n_ctx_orig = 512;
   });
-  add("llama_rope_factors", llama, [](TinyModel& m) {   // as Llama 3.1 has them
+  add("llama_rope_factors", llama, [](TinyModel& m) {  // as Llama 3.1 has them
     m.rope_factors = {1, 1, 1.5, 2, 4, 8, 8, 8};
     m.freq_base = 500000;
   });
@@ -87,13 +88,13 @@ inline std::vector<TinyCase> quantised_cases() {
     m.type = type;
     all.push_back({std::string("llama_") + ggml_type_name(type), m, false});
   }
-  TinyModel k_quants;   // their rows are multiples of 256
+  TinyModel k_quants;  // their rows are multiples of 256
   k_quants.architecture = "qwen3";
   k_quants.type = GGML_TYPE_Q4_K;
   k_quants.n_embd = k_quants.n_ff = 256;
   k_quants.head_dim = 64;
   all.push_back({"qwen3_q4_K", k_quants, false});
-  TinyModel mixed;   // q, k, v and gate, up of different types stay apart
+  TinyModel mixed;  // q, k, v and gate, up of different types stay apart
   mixed.architecture = "qwen2";
   mixed.type = GGML_TYPE_Q4_0;
   mixed.types = {{"attn_v", GGML_TYPE_Q8_0}, {"ffn_up", GGML_TYPE_F16}, {"token_embd", GGML_TYPE_Q8_0}};

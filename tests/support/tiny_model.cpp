@@ -67,7 +67,8 @@ class Draw {
     for (int64_t r = 0; r < n_out; ++r) {
       for (int64_t c = 0; c < n_in; ++c) {
         float sum = 0;
-        for (int64_t i = 0; i < rank; ++i) sum += a[static_cast<size_t>(r * rank + i)] * b[static_cast<size_t>(i * n_in + c)];
+        for (int64_t i = 0; i < rank; ++i)
+          sum += a[static_cast<size_t>(r * rank + i)] * b[static_cast<size_t>(i * n_in + c)];
         t.data[static_cast<size_t>(r * n_in + c)] = sum;
       }
     }
@@ -102,7 +103,7 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   if (m.key_rank > 0) draw.lower_rank(m.key_rank);
   draw.matrix(p + "attn_v.weight", m.n_embd, m.width(), by_width(1, m.n_embd));
   if (bias) draw.vector(p + "attn_q.bias", d_q, 0, 0.5);
-  if (bias) draw.vector(p + "attn_k.bias", m.width(), 0, 2);   // Qwen2's key biases are large
+  if (bias) draw.vector(p + "attn_k.bias", m.width(), 0, 2);  // Qwen2's key biases are large
   if (bias) draw.vector(p + "attn_v.bias", m.width(), 0, 0.5);
   if (m.architecture == "qwen3") {
     draw.vector(p + "attn_q_norm.weight", m.head_dim, 1.5, 0.3);
@@ -125,8 +126,12 @@ Gguf metadata_of(const TinyModel& m) {
   Gguf file(gguf_init_empty());
   gguf_set_kv(file.get(), vocabulary());
   const auto key = [&](const char* name) { return m.architecture + "." + name; };
-  const auto count = [&](const char* name, int64_t n) { gguf_set_val_u32(file.get(), key(name).c_str(), static_cast<uint32_t>(n)); };
-  const auto real = [&](const char* name, double x) { gguf_set_val_f32(file.get(), key(name).c_str(), static_cast<float>(x)); };
+  const auto count = [&](const char* name, int64_t n) {
+    gguf_set_val_u32(file.get(), key(name).c_str(), static_cast<uint32_t>(n));
+  };
+  const auto real = [&](const char* name, double x) {
+    gguf_set_val_f32(file.get(), key(name).c_str(), static_cast<float>(x));
+  };
   gguf_set_val_str(file.get(), "general.architecture", m.architecture.c_str());
   gguf_set_val_str(file.get(), "general.name", "tiny");
   count("block_count", m.n_layer);
@@ -142,7 +147,8 @@ Gguf metadata_of(const TinyModel& m) {
   }
   real("rope.freq_base", m.freq_base);
   if (m.n_rot > 0) count("rope.dimension_count", m.n_rot);
-  if (!m.rope_scaling.empty()) gguf_set_val_str(file.get(), key("rope.scaling.type").c_str(), m.rope_scaling.c_str());
+  if (!m.rope_scaling.empty())
+    gguf_set_val_str(file.get(), key("rope.scaling.type").c_str(), m.rope_scaling.c_str());
   if (m.rope_factor > 0) real("rope.scaling.factor", m.rope_factor);
   if (m.n_ctx_orig > 0) count("rope.scaling.original_context_length", m.n_ctx_orig);
   if (m.attention_scale > 0) real("attention.scale", m.attention_scale);
@@ -150,11 +156,13 @@ Gguf metadata_of(const TinyModel& m) {
   return file;
 }
 
-/// The tensor's bytes in the file.
+/// The tensor's bytes in the file; zeros in types without numbers of ours (integers, float64).
 std::string encode(const TinyTensor& t) {
+  if (t.data.empty()) return {};
   const int64_t n_row = static_cast<int64_t>(t.data.size()) / t.ne[0];
   std::string out(static_cast<size_t>(n_row) * ggml_row_size(t.type, t.ne[0]), '\0');
-  if (!t.data.empty()) ggml_quantize_chunk(t.type, t.data.data(), out.data(), 0, n_row, t.ne[0], nullptr);
+  const bool has_codec = t.type == GGML_TYPE_F32 || ggml_get_type_traits(t.type)->from_float_ref != nullptr;
+  if (has_codec) ggml_quantize_chunk(t.type, t.data.data(), out.data(), 0, n_row, t.ne[0], nullptr);
   return out;
 }
 
@@ -178,8 +186,8 @@ std::vector<TinyTensor> TinyModel::tensors() const {
 std::string TinyModel::bytes() const {
   const Gguf file = metadata_of(*this);
   const std::vector<TinyTensor> all = tensors();
-  const std::unique_ptr<ggml_context, FreeGgml> shapes(
-      ggml_init({.mem_size = (all.size() + 1) * ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true}));
+  const std::unique_ptr<ggml_context, FreeGgml> shapes(ggml_init(
+      {.mem_size = (all.size() + 1) * ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true}));
   for (const TinyTensor& t : all) {
     ggml_tensor* shape = ggml_new_tensor(shapes.get(), t.type, static_cast<int>(t.ne.size()), t.ne.data());
     ggml_set_name(shape, t.name.c_str());

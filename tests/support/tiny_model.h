@@ -1,6 +1,6 @@
-// Tiny models with random weights, made by the tests themselves: whole GGUF files of some 100 kB that this build and
-// libllama both run, or with one thing wrong. Weights are scaled so that attention is sharp (scores of standard
-// deviation 2) and the next-token distribution far from flat.
+// Tiny models with random weights, made by the tests themselves: whole GGUF files of some 100 kB that this
+// build and libllama both run, or with one thing wrong. Weights are scaled so that attention is sharp (scores
+// of standard deviation 2) and the next-token distribution far from flat.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ inline constexpr int64_t kTinyVocab = 258;
 struct TinyTensor {
   std::string name;
   ggml_type type = GGML_TYPE_F32;
-  std::vector<int64_t> ne;     ///< ggml's order: ne[0] is the fastest dimension
+  std::vector<int64_t> ne;  ///< ggml's order: ne[0] is the fastest dimension
   std::vector<float> data;
 };
 
@@ -37,23 +37,23 @@ struct TinyModel {
   int64_t n_ff = 128;
   int64_t n_ctx = 2048;
   bool tied_output = false;
-  bool qkv_bias = false;       ///< always there with qwen2
-  bool other_bias = false;     ///< attn_output and ffn biases, as some llama files have
+  bool qkv_bias = false;    ///< always there with qwen2
+  bool other_bias = false;  ///< attn_output and ffn biases, as some llama files have
   bool output_bias = false;
   uint32_t seed = 1;
 
-  ggml_type type = GGML_TYPE_F32;            ///< of all matrices
-  std::map<std::string, ggml_type> types;    ///< of matrices whose name contains the key
+  ggml_type type = GGML_TYPE_F32;          ///< of all matrices
+  std::map<std::string, ggml_type> types;  ///< of matrices whose name contains the key
 
   double freq_base = 10000;
-  int64_t n_rot = 0;                         ///< 0: not in the file
-  std::string rope_scaling;                  ///< "", "none", "linear", "yarn"
-  double rope_factor = 0;                    ///< 0: not in the file
-  int64_t n_ctx_orig = 0;                    ///< 0: not in the file
-  std::vector<float> rope_factors;           ///< rope_freqs.weight
-  double attention_scale = 0;                ///< 0: not in the file
+  int64_t n_rot = 0;                ///< 0: not in the file
+  std::string rope_scaling;         ///< "", "none", "linear", "yarn"
+  double rope_factor = 0;           ///< 0: not in the file
+  int64_t n_ctx_orig = 0;           ///< 0: not in the file
+  std::vector<float> rope_factors;  ///< rope_freqs.weight
+  double attention_scale = 0;       ///< 0: not in the file
 
-  int64_t key_rank = 0;                      ///< > 0: every layer's K weight has this rank (over all KV heads)
+  int64_t key_rank = 0;  ///< > 0: every layer's K weight has this rank (over all KV heads)
 
   /// Last changes before the file is made.
   std::function<void(gguf_context*)> edit_metadata;

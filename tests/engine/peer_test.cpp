@@ -1,0 +1,68 @@
+// The peer itself: what bench and eval believe of it.
+#include <gtest/gtest.h>
+
+#include "peer/llama_peer.h"
+#include "support/refusal.h"
+#include "support/session.h"
+
+namespace narrows::testing {
+namespace {
+
+std::unique_ptr<LlamaPeer> make_peer(const LoadedTiny& tiny, const LlamaPeerOptions& options) {
+  auto made = LlamaPeer::create(tiny.path, options);
+  EXPECT_TRUE(made.ok()) << made.status().message();
+  return std::move(*made);
+}
+
+TEST(Peer, CountsItsTokensAndForgetsThem) {
+  const LoadedTiny tiny{TinyModel()};
+  const auto tokens = random_tokens(300);
+  auto peer = make_peer(tiny, {512, 1, false});
+  ASSERT_OK(peer->prefill(std::span(tokens).first(200)));
+  EXPECT_EQ(peer->n_past(), 200);
+  const auto first = copy(peer->logits());
+  EXPECT_EQ(first.size(), static_cast<size_t>(kTinyVocab));
+  const int64_t bytes = peer->kv_bytes();
+  EXPECT_GE(bytes, 200 * 2 * 2 * 32 * 2);  // f16 keys and values of two layers
+  ASSERT_OK(peer->decode(tokens[200]));
+  EXPECT_EQ(peer->n_past(), 201);
+  EXPECT_GT(peer->kv_bytes(), bytes);
+  EXPECT_GT(max_difference(peer->logits(), first), 0.1);
+  peer->clear();
+  EXPECT_EQ(peer->n_past(), 0);
+  ASSERT_OK(peer->prefill(std::span(tokens).first(200)));
+  EXPECT_EQ(max_difference(peer->logits(), first), 0);
+}
+
+TEST(Peer, AnEightBitCacheIsSmallerAndNear) {
+  TinyModel m;
+  m.head_dim = 32;  // q8_0 takes heads of whole blocks
+  m.n_embd = 128;
+  const LoadedTiny tiny(m);
+  const auto tokens = random_tokens(300);
+  auto f16 = make_peer(tiny, {512, 1, false}), q8 = make_peer(tiny, {512, 1, true});
+  ASSERT_OK(f16->prefill(tokens));
+  ASSERT_OK(q8->prefill(tokens));
+  EXPECT_LT(q8->kv_bytes(), f16->kv_bytes() * 6 / 10);
+  const double kl = kl_divergence(f16->logits(), q8->logits());
+  EXPECT_GT(kl, 1e-9);
+  EXPECT_LT(kl, 1e-2);
+}
+
+TEST(Peer, MoreThanItsContextIsAnError) {
+  const LoadedTiny tiny{TinyModel()};
+  auto peer = make_peer(tiny, {256, 1, false});
+  const Status s = peer->prefill(random_tokens(300));
+  EXPECT_FALSE(s.ok());
+  expect_sentence(s);
+}
+
+TEST(Peer, NamesTheFileThatItRefuses) {
+  const TempDir dir;
+  for (const std::string& path : {dir.path("none.gguf"), dir.file("text.gguf", "no model")}) {
+    expect_refusal(status_of(LlamaPeer::create(path, {64, 1, false})), StatusCode::invalid_file, {path});
+  }
+}
+
+}  // namespace
+}  // namespace narrows::testing

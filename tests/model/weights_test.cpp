@@ -1,0 +1,204 @@
+// ModelWeights: which matrices are joined, rows of q and k reordered where the file rotates neighbours, the
+// embedding read row by row in every type, norms and biases as float32.
+#include "model/weights.h"
+
+#include <gtest/gtest.h>
+
+#include "support/compare.h"
+#include "support/refusal.h"
+#include "support/tiny_cases.h"
+#include "temp_dir.h"
+#include "text/llama_log.h"
+
+namespace narrows::testing {
+namespace {
+
+struct Loaded {
+  TempDir dir;
+  std::unique_ptr<ModelWeights> weights;
+
+  explicit Loaded(const TinyModel& m, bool repack = false) {
+    silence_llama_log();
+    auto file = GgufFile::open(m.write(dir.path("m.gguf")));
+    EXPECT_TRUE(file.ok());
+    const auto hp = read_hparams(*file);
+    EXPECT_TRUE(hp.ok());
+    auto made = ModelWeights::load(std::move(*file), *hp, {.repack = repack});
+    EXPECT_TRUE(made.ok()) << made.status().message();
+    weights = std::move(*made);
+  }
+  const LayerWeights& layer(int64_t i) const { return weights->layer(i); }
+};
+
+std::vector<float> floats(const ggml_tensor* t) {
+  EXPECT_EQ(t->type, GGML_TYPE_F32);
+  std::vector<float> x(static_cast<size_t>(ggml_nelements(t)));
+  ggml_backend_tensor_get(t, x.data(), 0, x.size() * sizeof(float));
+  return x;
+}
+
+/// Row r of a matrix of n_in columns.
+std::vector<float> row(const std::vector<float>& matrix, int64_t n_in, int64_t r) {
+  return {matrix.begin() + r * n_in, matrix.begin() + (r + 1) * n_in};
+}
+
+TEST(Weights, JoinWhatHasOneType) {
+  const Loaded plain{TinyModel()};
+  ASSERT_NE(plain.layer(0).wqkv, nullptr);
+  EXPECT_EQ(plain.layer(0).wq, nullptr);
+  EXPECT_EQ(plain.layer(0).bqkv, nullptr);
+  ASSERT_NE(plain.layer(1).gate_up, nullptr);
+  EXPECT_EQ(plain.layer(1).gate, nullptr);
+  EXPECT_EQ(plain.layer(0).q_norm, nullptr);
+
+  TinyModel m;
+  m.architecture = "qwen2";
+  const Loaded biased(m);
+  ASSERT_NE(biased.layer(0).bqkv, nullptr);
+  EXPECT_EQ(biased.layer(0).bqkv->ne[0], 64 + 2 * 32);
+
+  m.types = {{"blk.0.attn_v", GGML_TYPE_F16}, {"blk.1.ffn_up", GGML_TYPE_F16}};
+  const Loaded mixed(m);
+  EXPECT_EQ(mixed.layer(0).wqkv, nullptr);
+  EXPECT_EQ(mixed.layer(0).bqkv, nullptr);
+  for (const ggml_tensor* t : {mixed.layer(0).wq, mixed.layer(0).wk, mixed.layer(0).wv, mixed.layer(0).bq,
+                               mixed.layer(0).bk, mixed.layer(0).bv}) {
+    ASSERT_NE(t, nullptr);
+  }
+  EXPECT_EQ(mixed.layer(0).wv->type, GGML_TYPE_F16);
+  EXPECT_NE(mixed.layer(1).wqkv, nullptr);
+  EXPECT_NE(mixed.layer(0).gate_up, nullptr);
+  EXPECT_EQ(mixed.layer(1).gate_up, nullptr);
+  EXPECT_NE(mixed.layer(1).gate, nullptr);
+  EXPECT_NE(mixed.layer(1).up, nullptr);
+
+  TinyModel other;
+  other.other_bias = true;
+  const Loaded with_bias(other);
+  EXPECT_EQ(with_bias.layer(0).gate_up, nullptr);  // the joined product has no place for biases
+  EXPECT_NE(with_bias.layer(0).b_gate, nullptr);
+  EXPECT_NE(with_bias.layer(0).bo, nullptr);
+
+  // One bias of three.
+  TinyModel one;
+  one.architecture = "qwen2";
+  one.edit_tensors = [](std::vector<TinyTensor>& all) {
+    std::erase_if(all, [](const TinyTensor& t) {
+      return t.name == "blk.0.attn_q.bias" || t.name == "blk.0.attn_v.bias";
+    });
+  };
+  const Loaded odd(one);
+  EXPECT_EQ(odd.layer(0).wqkv, nullptr);
+  EXPECT_EQ(odd.layer(0).bq, nullptr);
+  EXPECT_NE(odd.layer(0).bk, nullptr);
+}
+
+TEST(Weights, JoinedRowsStandInOrder) {
+  TinyModel m;
+  m.architecture = "qwen2";  // halves already: nothing moves
+  const Loaded loaded(m);
+  auto all = m.tensors();
+  const std::vector<float> qkv = floats(loaded.layer(1).wqkv);
+  std::vector<float> want, want_bias;
+  for (const char* which : {"q", "k", "v"}) {
+    const auto& w = tensor(all, std::string("blk.1.attn_") + which + ".weight").data;
+    want.insert(want.end(), w.begin(), w.end());
+    const auto& b = tensor(all, std::string("blk.1.attn_") + which + ".bias").data;
+    want_bias.insert(want_bias.end(), b.begin(), b.end());
+  }
+  EXPECT_EQ(max_difference(qkv, want), 0);
+  EXPECT_EQ(max_difference(floats(loaded.layer(1).bqkv), want_bias), 0);
+  std::vector<float> gate_up = tensor(all, "blk.1.ffn_gate.weight").data;
+  const auto& up = tensor(all, "blk.1.ffn_up.weight").data;
+  gate_up.insert(gate_up.end(), up.begin(), up.end());
+  EXPECT_EQ(max_difference(floats(loaded.layer(1).gate_up), gate_up), 0);
+  EXPECT_EQ(max_difference(floats(loaded.layer(1).wo), tensor(all, "blk.1.attn_output.weight").data), 0);
+  EXPECT_EQ(max_difference(floats(loaded.layer(0).attn_norm), tensor(all, "blk.0.attn_norm.weight").data), 0);
+}
+
+// In the file of a llama pair i is rows 2i, 2i + 1 of a head; here it is i, i + n_rot / 2.
+TEST(Weights, NeighboursBecomeHalves) {
+  for (const int64_t n_rot : {16, 8}) {
+    TinyModel m;
+    m.qkv_bias = true;
+    m.n_rot = n_rot;
+    const Loaded loaded(m);
+    auto all = m.tensors();
+    const std::vector<float> qkv = floats(loaded.layer(0).wqkv), bias = floats(loaded.layer(0).bqkv);
+    const auto source = [&](int64_t r) {  // of row r within a head
+      if (r >= n_rot) return r;
+      return r < n_rot / 2 ? 2 * r : 2 * (r - n_rot / 2) + 1;
+    };
+    int64_t out = 0;
+    for (const char* which : {"q", "k", "v"}) {
+      const auto& w = tensor(all, std::string("blk.0.attn_") + which + ".weight").data;
+      const auto& b = tensor(all, std::string("blk.0.attn_") + which + ".bias").data;
+      for (int64_t r = 0; r < static_cast<int64_t>(b.size()); ++r, ++out) {
+        const int64_t from = *which == 'v' ? r : r / 16 * 16 + source(r % 16);
+        ASSERT_EQ(row(qkv, 64, out), row(w, 64, from)) << which << " " << r << " rotating " << n_rot;
+        ASSERT_EQ(bias[static_cast<size_t>(out)], b[static_cast<size_t>(from)]);
+      }
+    }
+  }
+}
+
+TEST(Weights, EmbeddingRowsOfEveryType) {
+  for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                               GGML_TYPE_Q4_1, GGML_TYPE_Q5_1, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K}) {
+    TinyModel m;
+    m.n_embd = 256;
+    m.head_dim = 64;
+    m.types = {{"token_embd", type}};
+    const Loaded loaded(m, true);
+    auto all = m.tensors();
+    const std::vector<float>& want = tensor(all, "token_embd.weight").data;
+    const std::vector<Token> tokens = {0, 257, 17, 17, 255};
+    std::vector<float> got(tokens.size() * 256);
+    ASSERT_TRUE(loaded.weights->embed(tokens, got.data()).ok());
+    // Rounding of the type: a share of the row's range (about 6) by its bits.
+    const double step = type == GGML_TYPE_F32                                                       ? 1e-9
+                        : type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0 ? 0.05
+                        : type == GGML_TYPE_Q6_K || type == GGML_TYPE_Q5_1                          ? 0.2
+                                                                                                    : 0.6;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      EXPECT_LT(max_difference(std::span(got).subspan(i * 256, 256), row(want, 256, tokens[i])), step)
+          << ggml_type_name(type) << " token " << tokens[i];
+    }
+  }
+}
+
+TEST(Weights, EmbedRefusesTokensThatDoNotExist) {
+  const Loaded loaded{TinyModel()};
+  std::vector<float> out(64);
+  for (const Token bad : {-1, static_cast<Token>(kTinyVocab), std::numeric_limits<Token>::max(),
+                          std::numeric_limits<Token>::min()}) {
+    expect_refusal(loaded.weights->embed({&bad, 1}, out.data()), StatusCode::invalid_argument,
+                   {std::to_string(bad), "258"});
+  }
+}
+
+TEST(Weights, TakeTheMemoryOfTheFileAndNotTheEmbeddingTwice) {
+  for (const bool tied : {false, true}) {
+    TinyModel m;
+    m.tied_output = tied;
+    m.type = GGML_TYPE_Q8_0;
+    const Loaded loaded(m);
+    int64_t bytes = 0;
+    for (const TinyTensor& t : m.tensors()) {
+      const bool used = tied || t.name != "token_embd.weight";  // rows of it are read from the file
+      bytes += used ? static_cast<int64_t>(ggml_row_size(t.type, static_cast<int64_t>(t.data.size()))) : 0;
+    }
+    EXPECT_GE(loaded.weights->allocated_bytes(), bytes);
+    EXPECT_LT(loaded.weights->allocated_bytes(), bytes + bytes / 8);
+  }
+}
+
+TEST(Weights, RopeFactorsReachTheTable) {
+  TinyModel m;
+  m.rope_factors = {1, 1, 1, 1, 2, 3, 4, 5};
+  const Loaded loaded(m);
+  EXPECT_EQ(loaded.weights->hparams().rope.freq_factors, m.rope_factors);
+}
+
+}  // namespace
+}  // namespace narrows::testing
