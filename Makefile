@@ -65,7 +65,7 @@ ifneq ($(have_tests),)
 endif
 
 tsan: model build/tsan/build.ninja ## the concurrent tests under ThreadSanitizer
-	@cmake --build --preset debug-tsan
+	@cmake --build --preset debug-tsan --target narrows_tests_concurrent
 ifneq ($(have_tests),)
 	@$(fixed_addresses) ctest --preset debug-tsan
 endif

@@ -152,6 +152,7 @@ Result<KvProfile> KvProfile::parse(std::string_view text) {
 
 std::vector<std::string> KvProfile::names() {
   std::vector<std::string> list;
+  list.reserve(kProfiles.size());
   for (const NamedProfile& profile : kProfiles) list.emplace_back(profile.name);
   return list;
 }

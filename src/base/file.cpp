@@ -125,10 +125,11 @@ Status write_and_close(const std::string& path, std::FILE* file, const FileWrite
   int error = errno;
   if (std::ferror(file) != 0) {
     status = write_failed(path, error);
-  } else if (status.ok() && std::fflush(file) != 0) {
-    status = write_failed(path, errno);
-  } else if (status.ok() && ::fsync(::fileno(file)) != 0 && errno != EINVAL && errno != ENOTSUP) {
-    status = write_failed(path, errno);
+  } else if (status.ok()) {
+    // Some file systems cannot sync; that is no failure of the write.
+    const bool flushed = std::fflush(file) == 0;
+    const bool synced = flushed && (::fsync(::fileno(file)) == 0 || errno == EINVAL || errno == ENOTSUP);
+    if (!synced) status = write_failed(path, errno);
   }
   const bool closed = std::fclose(file) == 0;
   error = errno;

@@ -5,6 +5,7 @@ namespace narrows::cli {
 
 int exit_code(const Outcome& outcome) {
   const bool before = outcome.phase == Phase::before_work;
+  // A row a code, and the compiler names a code that is forgotten. NOLINTNEXTLINE(bugprone-branch-clone)
   switch (outcome.status.code()) {
     case StatusCode::ok:
       return kExitDone;

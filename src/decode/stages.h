@@ -80,7 +80,7 @@ void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, i
                  StepScratch::Thread& thread);
 
 /// Merges slices [0, n_slices) for query heads [heads.begin, heads.end) in order and writes them to out
-/// [n_head, head_dim]. The states of these heads are used up.
+/// [n_head, head_dim].
 void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out);
 
 }  // namespace narrows

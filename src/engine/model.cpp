@@ -1,5 +1,5 @@
 // Model::load: file -> hparams -> weights, and the tokenizer of the same file.
-#include <filesystem>
+#include <mutex>
 
 #include "gguf/gguf_file.h"
 #include "gguf/hparams.h"
@@ -13,6 +13,9 @@ Model::Model() = default;
 Model::~Model() = default;
 
 Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const LoadOptions& options) {
+  // ggml and libllama fill tables of their own at first use; one load at a time leaves nobody reading a half-made one.
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   silence_llama_log();
   Result<GgufFile> file = GgufFile::open(path);
   if (!file.ok()) return file.status();

@@ -80,20 +80,6 @@ HWY_INLINE void value_block(const float* weight, int64_t n, const T* v, int64_t 
   }
 }
 
-/// Reads a byte of each cache line of x [m, n] in order, if column blocks are narrower than a tile: they then
-/// walk the rows with a stride that the hardware prefetchers follow badly.
-template <class T>
-HWY_INLINE void touch(const T* x, int64_t ld, int64_t m, int64_t n) {
-  if constexpr (kBlockColumns < kTile) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; j += kLine) {
-        [[maybe_unused]] const T value = *const_cast<const volatile T*>(x + i * ld + j);
-      }
-    }
-  }
-}
-
 template <int MR, class T>
 HWY_NOINLINE void attend_rows(const float* q, int64_t head_dim, const T* k_t, int64_t ldk, const T* v,
                               int64_t ldv, int64_t n, const SoftmaxRows& state) {
@@ -101,7 +87,6 @@ HWY_NOINLINE void attend_rows(const float* q, int64_t head_dim, const T* k_t, in
   constexpr int64_t kColumns = NV * kLanes;
   const DF d;
   HWY_ALIGN float score[MR * kTile];
-  touch(k_t, ldk, head_dim, n);
   int64_t j = 0;
   for (; j + kColumns <= n; j += kColumns) {
     score_block<MR, NV, false>(q, head_dim, k_t + j, ldk, 0, score + j);
@@ -115,7 +100,6 @@ HWY_NOINLINE void attend_rows(const float* q, int64_t head_dim, const T* k_t, in
     for (int i = 0; i < MR; ++i) hn::Store(hn::Set(d, kMinusInfinity), d, score + i * kTile + j);
   }
 
-  touch(v, ldv, n, head_dim);
   float keep[MR];
   for (int i = 0; i < MR; ++i) {
     VF sum = hn::Zero(d);

@@ -300,10 +300,10 @@ TEST_F(BasisFileTest, WritesOnlyCompleteBases) {
   EXPECT_FALSE(write_basis_file((folder_ / "none" / "basis.gguf").string(), made(), model_).ok());
 }
 
-TEST_F(BasisFileTest, FullDiskIsAnIoError) {
+TEST_F(BasisFileTest, FailedWriteKeepsTheOldFile) {
   ASSERT_TRUE(write_basis_file(path_, made(), model_).ok());
   const std::string before = content();
-  // A limit on the size of files fails a write as a full disk does.
+  // A limit on the size of files fails a write on the way, as a full disk does.
   rlimit old = {};
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &old), 0);
   const auto handler = std::signal(SIGXFSZ, SIG_IGN);

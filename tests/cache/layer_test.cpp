@@ -214,6 +214,8 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Layer,
                          testing::Values(Case{"f16", 3, 16, false}, Case{"sals-25", 3, 16, true},
                                          Case{"sals-12.5", 2, 20, true},
                                          Case{"sals-12.5:sinks=5,recent=40", 1, 48, true},
+                                         Case{"sals-25:sinks=0,recent=1", 3, 16, true},
+                                         Case{"kivi-4:sinks=0,recent=1", 3, 16, false},
                                          Case{"sals-25", 3, 16, false}, Case{"kivi-4", 3, 16, false},
                                          Case{"kivi-2", 1, 80, false}));
 

@@ -54,14 +54,15 @@ TEST_P(Decode, EveryLengthMatchesReference) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, Decode,
-                         testing::Values(Case{"f16", 9, 3, 64, 0}, Case{"f16", 4, 4, 48, 0},
-                                         Case{"f16", 7, 1, 80, 64}, Case{"sals-25", 9, 3, 64, 0},
-                                         Case{"sals-12.5", 6, 2, 32, 0},
-                                         Case{"sals-25:budget=100", 4, 4, 48, 0},
-                                         Case{"sals-12.5:budget=37", 14, 2, 80, 40},
-                                         Case{"sals-25:budget=all", 3, 1, 64, 0}, Case{"kivi-4", 9, 3, 64, 0},
-                                         Case{"kivi-2", 4, 4, 48, 0}, Case{"kivi-2", 7, 1, 80, 0}));
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, Decode,
+    testing::Values(Case{"f16", 9, 3, 64, 0}, Case{"f16", 4, 4, 48, 0}, Case{"f16", 7, 1, 80, 64},
+                    Case{"sals-25", 9, 3, 64, 0}, Case{"sals-12.5", 6, 2, 32, 0},
+                    Case{"sals-25:budget=100", 4, 4, 48, 0}, Case{"sals-12.5:budget=37", 14, 2, 80, 40},
+                    Case{"sals-25:budget=all", 3, 1, 64, 0},
+                    Case{"sals-25:sinks=0,recent=1,budget=40", 4, 2, 32, 0},
+                    Case{"kivi-4:sinks=0,recent=1", 4, 2, 32, 0}, Case{"kivi-4", 9, 3, 64, 0},
+                    Case{"kivi-2", 4, 4, 48, 0}, Case{"kivi-2", 7, 1, 80, 0}));
 
 }  // namespace
 }  // namespace narrows::test
