@@ -13,7 +13,8 @@ Model::Model() = default;
 Model::~Model() = default;
 
 Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const LoadOptions& options) {
-  // ggml and libllama fill tables of their own at first use; one load at a time leaves nobody reading a half-made one.
+  // ggml and libllama fill tables of their own at first use; one load at a time leaves nobody reading a
+  // half-made one.
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   silence_llama_log();
