@@ -28,7 +28,8 @@ LlamaPeer::~LlamaPeer() = default;
 
 Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_path,
                                                      const LlamaPeerOptions& options) {
-  silence_llama_log();
+  const LlamaAbortGuard guard;  // libllama asserts what a file says: a RoPE over half a head, for one
+  clear_llama_error();
   llama_backend_init();
   auto impl = std::make_unique<Impl>();
   llama_model_params mp = llama_model_default_params();
@@ -50,8 +51,10 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
   cp.type_v = cp.type_k;
   impl->context = llama_init_from_model(impl->model, cp);
   if (impl->context == nullptr) {
-    return Status(StatusCode::out_of_memory,
-                  fmt::format("llama.cpp gave no context of {} tokens", options.n_ctx));
+    const std::string reason = llama_error();
+    const bool asserted = reason.find("GGML_ASSERT") != std::string::npos;
+    return Status(asserted ? StatusCode::unsupported : StatusCode::out_of_memory,
+                  fmt::format("{}: llama.cpp gave no context of {} tokens: {}", gguf_path, options.n_ctx, reason));
   }
   impl->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl->model));
   impl->n_ctx = options.n_ctx;

@@ -57,11 +57,23 @@ TEST(Peer, MoreThanItsContextIsAnError) {
   expect_sentence(s);
 }
 
-TEST(Peer, NamesTheFileThatItRefuses) {
+TEST(Peer, NamesTheFileThatItRefusesAndItsOwnReason) {
   const TempDir dir;
-  for (const std::string& path : {dir.path("none.gguf"), dir.file("text.gguf", "no model")}) {
-    expect_refusal(status_of(LlamaPeer::create(path, {64, 1, false})), StatusCode::invalid_file, {path});
-  }
+  const Status none = status_of(LlamaPeer::create(dir.path("none.gguf"), {64, 1, false}));
+  expect_refusal(none, StatusCode::invalid_file, {dir.path("none.gguf")});
+  const Status text =
+      status_of(LlamaPeer::create(dir.file("text.gguf", "no model, but long enough to look at"), {64, 1, false}));
+  expect_refusal(text, StatusCode::invalid_file, {dir.path("text.gguf")});
+  EXPECT_EQ(text.message().find("none.gguf"), std::string::npos) << "the reason of the file before: " << text.message();
+}
+
+// libllama runs no such RoPE and asserts: that must not end our process.
+TEST(Peer, WhatLibllamaAssertsIsAnError) {
+  TinyModel half;
+  half.architecture = "qwen2";
+  half.n_rot = 8;
+  const LoadedTiny tiny(half);   // ours runs it
+  expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1, false})), StatusCode::unsupported, {tiny.path, "n_rot"});
 }
 
 }  // namespace
