@@ -14,6 +14,7 @@ enum class KvKind {
   f16,   ///< exact keys and values in half precision, all tokens read
   kivi,  ///< KIVI (arXiv:2402.02750): per-channel quantised rotated keys, per-token quantised values, all
          ///< tokens read
+  klt,   ///< latent codes of centred, weighted Karhunen-Loeve transforms, scored with RoPE; few tokens read
   sals,  ///< SALS (arXiv:2510.24273): low-rank pre-RoPE keys, quantised values, few tokens read
 };
 
@@ -27,6 +28,10 @@ struct KvProfile {
   int key_bits = 16;             ///< kivi: bits a code (2 or 4); otherwise 16
   int value_bits = 16;           ///< kivi, sals: bits a code (2 or 4); f16: 16
   int rank_divisor = 1;          ///< sals: rank_latent = D / rank_divisor, D = n_head_kv * head_dim
+  double key_rate = 0;           ///< klt: average bits a key coordinate
+  double value_rate = 0;         ///< klt: average bits a value coordinate
+  int64_t rank = 0;              ///< klt: key coordinates that scoring reads; 0: D / 8
+  int64_t block = 64;            ///< klt: tokens that share a rotation in scoring; 16, 32 or 64
   int64_t budget = kBudgetAuto;  ///< tokens selected beside the sinks and the recent ones
   int64_t n_sink = 16;           ///< first tokens, always exact and always read (all kinds but f16)
   int64_t n_recent = 64;         ///< last tokens, always exact and always read (all kinds but f16)
@@ -36,7 +41,7 @@ struct KvProfile {
   int64_t budget_at(int64_t n_kv) const;
 
   /// True if this layer keeps an exact f16 cache: all layers for f16; 0, 1 and the last for sals; none for
-  /// kivi.
+  /// kivi and klt.
   bool layer_is_dense(int64_t layer, int64_t n_layer) const;
 
   /// invalid_argument names the unknown profile or key, or the impossible number, and lists what exists.

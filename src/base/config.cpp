@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <optional>
 
 #include "base/utf8.h"
 
@@ -20,36 +19,50 @@ struct NamedProfile {
   int key_bits;
   int value_bits;
   int rank_divisor;
+  double key_rate = 0;
+  double value_rate = 0;
 };
 
-/// By stored bits of a compressed layer, scales included: 16+16, 5+5, 4+5, 3+3, 2+3 (DESIGN.md).
-constexpr std::array<NamedProfile, 5> kProfiles = {{
+/// By stored bits of a compressed layer, scales included: 16+16, 5+5, 4+5, 3+3, 2+3.1, 2+3, 1.1+2.1 (DESIGN.md).
+constexpr std::array<NamedProfile, 7> kProfiles = {{
     {"f16", KvKind::f16, 16, 16, 1},
     {"kivi-4", KvKind::kivi, 4, 4, 1},
     {"sals-25", KvKind::sals, 16, 4, 4},
     {"kivi-2", KvKind::kivi, 2, 2, 1},
+    {"klt", KvKind::klt, 16, 16, 1, 2, 3},
     {"sals-12.5", KvKind::sals, 16, 2, 8},
+    {"klt-10x", KvKind::klt, 16, 16, 1, 1, 2},
 }};
 
 struct Key {
   std::string_view name;
-  int64_t KvProfile::*member;
+  int64_t KvProfile::*whole;  ///< one of the two
+  double KvProfile::*real;
   int64_t low;
   int64_t high;
   bool takes_all;  ///< "all" is a value too
   bool for_kivi;
   bool for_sals;
+  bool for_klt;
 
   bool fits(KvKind kind) const {
-    return (kind == KvKind::kivi && for_kivi) || (kind == KvKind::sals && for_sals);
+    return (kind == KvKind::kivi && for_kivi) || (kind == KvKind::sals && for_sals) ||
+           (kind == KvKind::klt && for_klt);
   }
 };
 
-constexpr std::array<Key, 3> kKeys = {{
-    {"budget", &KvProfile::budget, 1, 1'000'000'000, true, false, true},
-    {"sinks", &KvProfile::n_sink, 0, 4096, false, true, true},
-    {"recent", &KvProfile::n_recent, 1, 65536, false, true, true},
+constexpr std::array<Key, 7> kKeys = {{
+    {"k", nullptr, &KvProfile::key_rate, 0, 8, false, false, false, true},
+    {"v", nullptr, &KvProfile::value_rate, 0, 8, false, false, false, true},
+    {"budget", &KvProfile::budget, nullptr, 1, 1'000'000'000, true, false, true, true},
+    {"rank", &KvProfile::rank, nullptr, 8, 4096, false, false, false, true},
+    {"block", &KvProfile::block, nullptr, 16, 64, false, false, false, true},
+    {"sinks", &KvProfile::n_sink, nullptr, 0, 4096, false, true, true, true},
+    {"recent", &KvProfile::n_recent, nullptr, 1, 65536, false, true, true, true},
 }};
+
+/// Fewest bits that still give every model a coordinate to score.
+constexpr double kLeastRate = 0.25;
 
 /// Tokens that SALS selects at 4K, beside 16 sinks and 64 recent ones (arXiv:2510.24273).
 constexpr int64_t kBudgetAt4K = 432;
@@ -66,13 +79,36 @@ Status bad_profile(std::string_view text, const std::string& reason) {
   return {StatusCode::invalid_argument, fmt::format("cache profile {}: {}", quote(text), reason)};
 }
 
-std::optional<int64_t> parse_number(std::string_view text, const Key& key) {
-  if (key.takes_all && text == "all") return KvProfile::kBudgetAll;
-  int64_t number = 0;
+/// Reads the value of a key into the profile; false if it is not a number in the key's range.
+bool parse_number(std::string_view text, const Key& key, KvProfile& profile) {
   const char* end = text.data() + text.size();
+  if (key.real != nullptr) {
+    double number = 0;
+    const auto [stop, error] = std::from_chars(text.data(), end, number, std::chars_format::fixed);
+    if (error != std::errc() || stop != end || !(number >= kLeastRate) || number > static_cast<double>(key.high))
+      return false;
+    profile.*(key.real) = number;
+    return true;
+  }
+  if (key.takes_all && text == "all") {
+    profile.*(key.whole) = KvProfile::kBudgetAll;
+    return true;
+  }
+  int64_t number = 0;
   const auto [stop, error] = std::from_chars(text.data(), end, number);
-  if (error != std::errc() || stop != end || number < key.low || number > key.high) return std::nullopt;
-  return number;
+  if (error != std::errc() || stop != end || number < key.low || number > key.high) return false;
+  if (key.whole == &KvProfile::block && number != 16 && number != 32 && number != 64) return false;
+  if (key.whole == &KvProfile::rank && number % 8 != 0) return false;
+  profile.*(key.whole) = number;
+  return true;
+}
+
+/// What the value of a key may be, for an error sentence.
+std::string range_of(const Key& key) {
+  if (key.real != nullptr) return fmt::format("a number of bits from {} to {}", kLeastRate, key.high);
+  if (key.whole == &KvProfile::block) return "16, 32 or 64";
+  return fmt::format("a {} from {} to {}{}", key.whole == &KvProfile::rank ? "multiple of 8" : "whole number",
+                     key.low, key.high, key.takes_all ? " or all" : "");
 }
 
 /// One `key=value`; `seen` holds a flag for every entry of kKeys.
@@ -92,12 +128,8 @@ Status parse_setting(std::string_view text, std::string_view setting, const Name
   if (was_seen) return bad_profile(text, fmt::format("{}= is given twice", name));
   was_seen = true;
   const std::string_view value = setting.substr(equals + 1);
-  const std::optional<int64_t> number = parse_number(value, *key);
-  if (!number) {
-    return bad_profile(text, fmt::format("{}= must be a whole number from {} to {}{}, not {}", name, key->low,
-                                         key->high, key->takes_all ? " or all" : "", quote(value)));
-  }
-  profile.*(key->member) = *number;
+  if (!parse_number(value, *key, profile))
+    return bad_profile(text, fmt::format("{}= must be {}, not {}", name, range_of(*key), quote(value)));
   return {};
 }
 
@@ -114,6 +146,7 @@ bool KvProfile::layer_is_dense(int64_t layer, int64_t n_layer) const {
     case KvKind::f16:
       return true;
     case KvKind::kivi:
+    case KvKind::klt:
       return false;
     case KvKind::sals:
       return layer < 2 || layer == n_layer - 1;
@@ -137,6 +170,8 @@ Result<KvProfile> KvProfile::parse(std::string_view text) {
   profile.key_bits = named->key_bits;
   profile.value_bits = named->value_bits;
   profile.rank_divisor = named->rank_divisor;
+  profile.key_rate = named->key_rate;
+  profile.value_rate = named->value_rate;
   if (colon == std::string_view::npos) return profile;
 
   std::array<bool, kKeys.size()> seen = {};

@@ -1,10 +1,12 @@
 // Makes the layers of a profile, adds up their bytes, and says beforehand what they will take.
 #include "cache/kv_cache.h"
 
+#include <algorithm>
 #include <new>
 
 #include "cache/f16_layer.h"
 #include "cache/kivi_layer.h"
+#include "cache/klt_layer.h"
 #include "cache/sals_layer.h"
 
 namespace narrows {
@@ -25,7 +27,38 @@ Status check_shape(const AttentionShape& s, const kernels::RopeTable& rope) {
 }
 
 WindowPlan window_plan(const KvProfile& profile) {
-  return {profile.n_sink, profile.n_recent, profile.kind == KvKind::kivi ? kKiviUnit : kSalsUnit};
+  const int64_t unit = profile.kind == KvKind::klt    ? kPageTokens
+                       : profile.kind == KvKind::kivi ? kKiviUnit
+                                                      : kSalsUnit;
+  return {profile.n_sink, profile.n_recent, unit};
+}
+
+KltOptions klt_options(const KvProfile& profile, int64_t width) {
+  // D / 8 coordinates find the same tokens as D / 4 (docs/experiments.md).
+  const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(16, width / 8);
+  return {profile.key_rate, profile.value_rate, rank};
+}
+
+/// Bytes of the klt pages and transforms of a layer, if every coordinate has bits: an upper bound, because those
+/// without bits need neither scale nor transform.
+struct KltBytes {
+  int64_t page = 0;
+  int64_t basis = 0;
+};
+
+KltBytes klt_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_dim) {
+  const int64_t width = n_head_kv * head_dim;
+  const int64_t part = heads_of_part(n_head_kv, head_dim) * head_dim;
+  const int64_t padded = ceil_div(part, kernels::kOctet) * kernels::kOctet;
+  const auto bits = [part](double rate) {
+    return static_cast<int64_t>(rate * static_cast<double>(part) / kernels::kOctet + 1e-9) * kernels::kOctet;
+  };
+  KltBytes bytes;
+  bytes.page = width / part * (2 * padded + kPageTokens * (bits(profile.key_rate) + bits(profile.value_rate)) / 8);
+  bytes.basis = width / part * 2 *
+                    (padded * part * kF16 + part * head_dim * kF16 + part * int64_t{sizeof(float)} + padded / 8 + 2) +
+                (4 + width) * (klt_options(profile, width).n_index + 8 * width / part + 1) * int64_t{sizeof(float)};
+  return bytes;
 }
 
 SalsLayout sals_layout(const KvProfile& profile, int64_t width) {
@@ -59,16 +92,27 @@ int64_t exact_bytes(int64_t n, int64_t width, int64_t block) {
 }
 
 /// Bytes of a layer of kind `profile.kind` after append() of n tokens.
-int64_t layer_bytes(const KvProfile& profile, int64_t width, int64_t n) {
+int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_dim, int64_t n) {
+  const int64_t width = n_head_kv * head_dim;
   if (profile.kind == KvKind::f16) return exact_bytes(n, width, kDenseBlock);
   const WindowPlan plan = window_plan(profile);
   const bool sals = profile.kind == KvKind::sals;
-  const bool encodes = !sals || n >= tokens_for_basis(width);
+  const bool klt = profile.kind == KvKind::klt;
+  const bool encodes = (!sals || n >= tokens_for_basis(width)) && (!klt || n >= tokens_for_klt(width));
   const int64_t n_sink = std::min(n, plan.n_sink);
   const int64_t in_pages = encodes ? plan.in_pages(n) : 0;
-  const int64_t page_bytes = sals ? sals_layout(profile, width).bytes() : kivi_layout(profile, width).bytes();
-  const int64_t basis =
-      sals && encodes ? width * sals_layout(profile, width).rank * int64_t{sizeof(float)} : 0;
+  int64_t page_bytes = 0;
+  int64_t basis = 0;
+  if (klt) {
+    const KltBytes bytes = klt_bytes(profile, n_head_kv, head_dim);
+    page_bytes = bytes.page;
+    basis = encodes ? bytes.basis : 0;
+  } else if (sals) {
+    page_bytes = sals_layout(profile, width).bytes();
+    basis = encodes ? width * sals_layout(profile, width).rank * int64_t{sizeof(float)} : 0;
+  } else {
+    page_bytes = kivi_layout(profile, width).bytes();
+  }
   return exact_bytes(n_sink, width, kWindowBlock) + exact_bytes(n - n_sink - in_pages, width, kWindowBlock) +
          ceil_div(in_pages, kPageTokens) * page_bytes + basis;
 }
@@ -77,19 +121,26 @@ int64_t layer_bytes(const KvProfile& profile, int64_t width, int64_t n) {
 
 Result<std::unique_ptr<KvCache>> KvCache::create(const ModelInfo& model, const KvProfile& profile,
                                                  const AttentionShape& shape, const kernels::RopeTable* rope,
-                                                 std::shared_ptr<const BasisFile> basis) {
+                                                 std::shared_ptr<const BasisFile> basis,
+                                                 ValueWeightFn value_weight) {
   if (Status s = check_shape(shape, *rope); !s.ok()) return s;
   if (model.n_layer < 1) return Status{StatusCode::invalid_argument, "a cache needs at least one layer"};
   try {
     std::unique_ptr<KvCache> cache(new KvCache());
     cache->profile_ = profile;
     cache->shape_ = shape;
+    std::shared_ptr<const DistanceAverage> distances;
+    if (profile.kind == KvKind::klt) distances = std::make_shared<DistanceAverage>(*rope, shape.head_dim);
     for (int64_t i = 0; i < model.n_layer; ++i) {
       if (profile.layer_is_dense(i, model.n_layer)) {
         cache->layers_.push_back(std::make_unique<F16Layer>(shape, rope));
       } else if (profile.kind == KvKind::kivi) {
         cache->layers_.push_back(std::make_unique<KiviLayer>(shape, rope, window_plan(profile),
                                                              kivi_layout(profile, shape.width())));
+      } else if (profile.kind == KvKind::klt) {
+        auto klt = std::make_unique<KltLayer>(i, shape, rope, window_plan(profile),
+                                              klt_options(profile, shape.width()), distances, value_weight);
+        cache->layers_.push_back(std::move(klt));
       } else {
         const SalsLayout layout = sals_layout(profile, shape.width());
         auto own = layer_basis(basis, i, layout);
@@ -122,17 +173,21 @@ CacheStats KvCache::stats() const {
   return stats;
 }
 
+bool KvCache::wants_queries() const {
+  return std::any_of(layers_.begin(), layers_.end(), [](const auto& layer) { return layer->wants_queries(); });
+}
+
 void KvCache::clear() {
   for (auto& layer : layers_) layer->clear();
 }
 
 int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens) {
-  const int64_t width = model.n_head_kv * model.head_dim;
   KvProfile dense = profile;
   dense.kind = KvKind::f16;
   int64_t total = 0;
   for (int64_t i = 0; i < model.n_layer; ++i) {
-    total += layer_bytes(profile.layer_is_dense(i, model.n_layer) ? dense : profile, width, n_tokens);
+    total += layer_bytes(profile.layer_is_dense(i, model.n_layer) ? dense : profile, model.n_head_kv,
+                         model.head_dim, n_tokens);
   }
   return total;
 }

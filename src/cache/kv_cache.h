@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cache/basis.h"
+#include "cache/klt_layer.h"
 #include "cache/layer_cache.h"
 #include "narrows/engine.h"
 
@@ -15,10 +16,11 @@ class KvCache {
  public:
   /// basis may be null: SALS layers then keep tokens exact until tokens_for_basis() of them are there,
   /// compute their own basis from tokens 4.. (the first few are attention sinks with outlying keys) and
-  /// convert themselves.
+  /// convert themselves. klt layers do the same; value_weight (may be empty for other profiles) serves them then.
   static Result<std::unique_ptr<KvCache>> create(const ModelInfo& model, const KvProfile& profile,
                                                  const AttentionShape& shape, const kernels::RopeTable* rope,
-                                                 std::shared_ptr<const BasisFile> basis);
+                                                 std::shared_ptr<const BasisFile> basis,
+                                                 ValueWeightFn value_weight);
 
   LayerCache& layer(int64_t i) { return *layers_[static_cast<size_t>(i)]; }
   const LayerCache& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
@@ -26,6 +28,8 @@ class KvCache {
   const KvProfile& profile() const { return profile_; }
   int64_t n_tokens() const { return layers_.front()->n_tokens(); }
   CacheStats stats() const;
+  /// True if a layer still gathers statistics of queries.
+  bool wants_queries() const;
   void clear();
 
  private:
@@ -35,7 +39,7 @@ class KvCache {
 };
 
 /// What the cache of n_tokens takes by its layout, whole model, own basis included; what stats().bytes will
-/// show.
+/// show (klt: at most).
 int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens);
 
 }  // namespace narrows

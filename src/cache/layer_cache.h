@@ -56,6 +56,11 @@ class LayerCache {
   /// [n, D] each. For later prompts, tests and eval. Thread-safe among readers.
   virtual void read(int64_t first, int64_t n, float* k, float* v) const = 0;
 
+  /// Queries before RoPE [n, n_head, head_dim] of tokens that append() or a step brings: what a codec that is
+  /// still to be made weighs errors by. Serial.
+  virtual void observe_queries(const float* /*q*/, int64_t /*n*/) {}
+  virtual bool wants_queries() const { return false; }
+
   virtual int64_t n_tokens() const = 0;
   virtual LayerBytes bytes() const = 0;
   virtual void clear() = 0;  ///< forgets tokens and a basis made from them; a basis from a file stays

@@ -17,6 +17,8 @@ class PageStore {
  public:
   explicit PageStore(int64_t page_bytes) : page_bytes_(page_bytes) {}
 
+  /// Only while there are no pages.
+  void set_page_bytes(int64_t bytes) { page_bytes_ = bytes; }
   int64_t n_page() const { return static_cast<int64_t>(pages_.size()); }
   int64_t bytes() const { return n_page() * page_bytes_; }
   std::byte* page(int64_t i) { return pages_[static_cast<size_t>(i)].data(); }

@@ -67,6 +67,8 @@ class WindowedLayer : public LayerCache {
   void gather(int64_t first, int64_t n, const Incoming& incoming, KeyForm form, float* k, float* v) const;
 
   const WindowPlan& plan() const { return plan_; }
+  /// For codecs whose pages have a size only when they are made; no page exists yet.
+  void set_page_bytes(int64_t bytes) { pages_.set_page_bytes(bytes); }
   std::byte* mutable_page(int64_t p) { return pages_.page(p); }
 
  private:

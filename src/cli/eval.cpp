@@ -25,6 +25,7 @@ tokens of the text itself (teacher-forced) out of its own cache, and its predict
   kl           mean and 99th percentile of the KL divergence to f16, nats a token
   top-1        share of steps that agree with f16 on the most likely token
   mass         share of the exact attention probability that falls on the tokens read (sparse layers)
+  best         the same if as many tokens had been chosen by their exact probability
   smaller      f16 bytes by bytes allocated: whole cache | layers that the profile compresses | encoded pages alone
 
 Examples:
@@ -43,16 +44,16 @@ struct EvalFlags {
 };
 
 std::string table(const std::vector<EvalRow>& rows) {
-  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean", "kl p99",
-                                "top-1", "mass", "smaller");
+  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean", "kl p99",
+                                "top-1", "mass", "best", "smaller");
   for (const EvalRow& r : rows) {
     // llama.cpp's row has no cache of ours to count.
     const std::string smaller = r.cache.n_tokens == 0
                                     ? "-"
                                     : fmt::format("{:.2f} | {:.2f} | {:.2f}", r.compression(),
                                                   r.compression_layers(), r.compression_pages());
-    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>22}\n", r.kv, r.ppl, r.kl_mean,
-                       r.kl_p99, r.top1, r.mass_kept, smaller);
+    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>8.4f}{:>22}\n", r.kv, r.ppl, r.kl_mean,
+                       r.kl_p99, r.top1, r.mass_kept, r.mass_best, smaller);
   }
   return out;
 }
@@ -66,6 +67,7 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
                     {"kl_p99", r.kl_p99},
                     {"top1", r.top1},
                     {"mass_kept", r.mass_kept},
+                    {"mass_best", r.mass_best},
                     {"compression", r.compression()},
                     {"compression_layers", r.compression_layers()},
                     {"compression_pages", r.compression_pages()},

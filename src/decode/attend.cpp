@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "decode/klt_work.h"
 #include "decode/stages.h"
 #include "kernels/softmax_state.h"
 

@@ -3,6 +3,7 @@
 
 #include "cache/f16_layer.h"
 #include "cache/kivi_layer.h"
+#include "cache/klt_layer.h"
 #include "cache/sals_layer.h"
 #include "decode/layer_decoder.h"
 #include "decode/stages.h"
@@ -43,7 +44,7 @@ class SalsDecoder final : public LayerDecoder {
   int n_phase() const override { return 4; }
   void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) override;
   void finish() override { layer_.finish_step(); }
-  std::optional<std::span<const int32_t>> last_selection() const override;
+  std::optional<std::span<const int32_t>> last_selection(int64_t head_kv) const override;
 
  private:
   bool reads_all() const { return n_selected_ == layer_.n_in_pages(); }
@@ -56,6 +57,33 @@ class SalsDecoder final : public LayerDecoder {
   int64_t n_selected_ = 0;
   bool sparse_ = false;             ///< the last step left tokens out
   std::vector<int32_t> positions_;  ///< [n_selected_], those of the last step
+};
+
+/// klt layers. Phase 0: store the new token, attend to exact blocks, score. 1: pool and select, a KV head a task. 2:
+/// rebuild the selected and attend to them. 3: merge. As with SALS, a layer that waits for its transforms has no
+/// pages.
+class KltDecoder final : public LayerDecoder {
+ public:
+  KltDecoder(KltLayer& layer, const KvProfile& profile)
+      : layer_(layer), profile_(profile), exact_{&layer.sinks(), &layer.window()} {}
+
+  Status prepare(StepScratch& scratch) override;
+  int n_phase() const override { return 4; }
+  void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) override;
+  void finish() override;
+  std::optional<std::span<const int32_t>> last_selection(int64_t head_kv) const override;
+
+ private:
+  void attend_slice(StepScratch& scratch, int i, int ith);
+  void select(StepScratch& scratch, int64_t head_kv);
+
+  KltLayer& layer_;
+  KvProfile profile_;
+  ExactBlocks exact_;
+  int64_t n_selected_ = 0;
+  bool sparse_ = false;             ///< the last step left tokens out
+  const float* query_ = nullptr;    ///< of the running step
+  std::vector<int32_t> positions_;  ///< [n_head_kv, n_selected_], those of the last step
 };
 
 }  // namespace narrows

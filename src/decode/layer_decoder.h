@@ -24,6 +24,8 @@ struct DecodeStep {
 
 /// Buffers of a step, shared by all layers of a session (layers run one after another). Sized once: a step
 /// allocates nothing but score room, which prepare() grows.
+struct KltWork;  // decode/klt_work.h
+
 class StepScratch {
  public:
   StepScratch(const AttentionShape& shape, int n_threads);
@@ -39,6 +41,7 @@ class StepScratch {
   std::vector<float> scores;      ///< [tokens in pages], written by `score`
   std::vector<int32_t> selected;  ///< chosen tokens, ascending; indices into the pages, 0 = position n_sink
   std::vector<uint64_t> select_work;
+  std::unique_ptr<KltWork> klt;  ///< made by the first klt layer
 
  private:
   std::vector<std::unique_ptr<Thread>> threads_;
@@ -56,8 +59,10 @@ class LayerDecoder {
   /// Serial, after the last phase: the token counts.
   virtual void finish() = 0;
 
-  /// Positions read from pages in the last step (ascending); nullopt if every token was read.
-  virtual std::optional<std::span<const int32_t>> last_selection() const { return std::nullopt; }
+  /// Positions that a KV head read from pages in the last step (ascending); nullopt if every token was read.
+  virtual std::optional<std::span<const int32_t>> last_selection(int64_t /*head_kv*/) const {
+    return std::nullopt;
+  }
 };
 
 /// The decoder that fits the cache's kind; `cache` must outlive it.

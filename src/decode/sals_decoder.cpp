@@ -88,13 +88,14 @@ void SalsDecoder::attend_slices(StepScratch& scratch, Part slices, StepScratch::
   }
 }
 
-std::optional<std::span<const int32_t>> SalsDecoder::last_selection() const {
+std::optional<std::span<const int32_t>> SalsDecoder::last_selection(int64_t /*head_kv*/) const {
   if (!sparse_) return std::nullopt;
   return std::span<const int32_t>(positions_);
 }
 
 std::unique_ptr<LayerDecoder> make_layer_decoder(LayerCache& cache, const KvProfile& profile) {
   if (auto* sals = dynamic_cast<SalsLayer*>(&cache)) return std::make_unique<SalsDecoder>(*sals, profile);
+  if (auto* klt = dynamic_cast<KltLayer*>(&cache)) return std::make_unique<KltDecoder>(*klt, profile);
   if (auto* kivi = dynamic_cast<KiviLayer*>(&cache)) return std::make_unique<DenseDecoder>(*kivi);
   return std::make_unique<DenseDecoder>(static_cast<F16Layer&>(cache));
 }

@@ -7,6 +7,7 @@
 
 #include "base/memory.h"
 #include "engine/session_impl.h"
+#include "engine/value_weight.h"
 
 namespace narrows {
 
@@ -35,7 +36,8 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int
 Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const Hparams& hp = model->weights().hparams();
   Result<std::unique_ptr<KvCache>> made =
-      KvCache::create(model->info(), options.kv, attention_shape(hp), &rope, std::move(basis));
+      KvCache::create(model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
+                      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w); });
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
@@ -143,6 +145,12 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
     }
     return {};
   };
+  const auto wants_queries = [](const Session* s) { return s->impl_->cache->wants_queries(); };
+  if (std::any_of(sessions.begin(), sessions.end(), wants_queries)) {
+    hooks.queries = [&](int64_t layer, const float* q, int64_t n) {
+      for (Session* s : sessions) s->impl_->cache->layer(layer).observe_queries(q, n);
+    };
+  }
   hooks.read_past = [&](int64_t layer, int64_t first, int64_t n, float* k, float* v) {
     lead.cache->layer(layer).read(first, n, k, v);
   };

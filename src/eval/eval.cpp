@@ -157,6 +157,7 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
   for (size_t s = 1; s < sessions.size(); ++s) {
     rows.push_back(tallies[s].row(profiles[s].name));
     rows.back().mass_kept = mass[s]->mean();
+    rows.back().mass_best = mass[s]->best();
     rows.back().cache = sessions[s]->cache_stats();
   }
   for (size_t p = 0; p < peers.size(); ++p) {

@@ -45,12 +45,11 @@ void MassKept::observe() {
     kernels::ops().rope_rows(session_.graph->step(static_cast<int64_t>(l)).k, shape_.n_head_kv,
                              shape_.head_dim, 2 * half, angle.data(), angle.data() + half, 0, false,
                              keys.data() + (n_decoded_ - 1) * width);
-    const auto selected = session_.decoders[l]->last_selection();
-    if (selected) observe_layer(static_cast<int64_t>(l), *selected);
+    if (session_.decoders[l]->last_selection(0)) observe_layer(static_cast<int64_t>(l));
   }
 }
 
-void MassKept::observe_layer(int64_t layer, std::span<const int32_t> selected) {
+void MassKept::observe_layer(int64_t layer) {
   const int64_t d = shape_.head_dim, group = shape_.group(), n_context = prompt_.n_context();
   const int64_t n = n_context + n_decoded_, half = session_.rope.n_rot() / 2, pos = n - 1;
   std::vector<float> angle(static_cast<size_t>(2 * half)), q(static_cast<size_t>(shape_.n_head * d));
@@ -60,10 +59,7 @@ void MassKept::observe_layer(int64_t layer, std::span<const int32_t> selected) {
 
   const KvProfile& profile = session_.options.kv;
   const int64_t in_pages = session_.cache->layer(layer).bytes().n_tokens_in_pages;
-  std::vector<char> read(static_cast<size_t>(n), 0);
-  for (int64_t i = 0; i < n; ++i)
-    read[static_cast<size_t>(i)] = i < profile.n_sink || i >= profile.n_sink + in_pages;
-  for (const int32_t i : selected) read[static_cast<size_t>(i)] = 1;
+  const int64_t end = profile.n_sink + in_pages;
 
   std::vector<float> score(static_cast<size_t>(group * n));
   const std::vector<float>& own = decoded_keys_[static_cast<size_t>(layer)];
@@ -80,15 +76,32 @@ void MassKept::observe_layer(int64_t layer, std::span<const int32_t> selected) {
         s[n_context + i] = dot;
       }
       const float top = *std::max_element(s, s + n);
-      double all = 0, kept = 0;
+      double all = 0;
       for (int64_t i = 0; i < n; ++i) {
-        const double p = std::exp(static_cast<double>((s[i] - top) * shape_.scale));
-        all += p;
-        if (read[static_cast<size_t>(i)] != 0) kept += p;
+        s[i] = std::exp((s[i] - top) * shape_.scale);
+        all += static_cast<double>(s[i]);
       }
-      sum_ += kept / all;
-      ++count_;
+      for (int64_t i = 0; i < n; ++i) s[i] = static_cast<float>(static_cast<double>(s[i]) / all);
     }
+    // Probabilities of the group's heads, and what the best choice of as many tokens would keep.
+    const auto selected = *session_.decoders[static_cast<size_t>(layer)]->last_selection(h);
+    std::vector<float> pooled(static_cast<size_t>(in_pages), 0.0F);
+    double kept = 0;
+    for (int64_t g = 0; g < group; ++g) {
+      const float* p = score.data() + g * n;
+      for (int64_t i = 0; i < n; ++i) {
+        if (i < profile.n_sink || i >= end) kept += static_cast<double>(p[i]);
+      }
+      for (int64_t i = 0; i < in_pages; ++i) pooled[static_cast<size_t>(i)] += p[profile.n_sink + i];
+    }
+    double best = kept;
+    for (const int32_t i : selected) kept += static_cast<double>(pooled[static_cast<size_t>(i - profile.n_sink)]);
+    std::nth_element(pooled.begin(), pooled.begin() + static_cast<int64_t>(selected.size()), pooled.end(),
+                     std::greater<>());
+    for (size_t i = 0; i < selected.size(); ++i) best += static_cast<double>(pooled[i]);
+    sum_ += kept;
+    best_ += best;
+    count_ += group;
   }
 }
 

@@ -33,9 +33,11 @@ class MassKept {
   void observe();
   /// Mean so far; 1 if no layer was sparse.
   double mean() const { return count_ == 0 ? 1.0 : sum_ / static_cast<double>(count_); }
+  /// The same if the tokens of each KV head had been ranked by their exact probability, summed over its heads.
+  double best() const { return count_ == 0 ? 1.0 : best_ / static_cast<double>(count_); }
 
  private:
-  void observe_layer(int64_t layer, std::span<const int32_t> selected);
+  void observe_layer(int64_t layer);
 
   const ExactKeys& prompt_;
   Session::Impl& session_;
@@ -43,6 +45,7 @@ class MassKept {
   int64_t n_decoded_ = 0;
   std::vector<std::vector<float>> decoded_keys_;  ///< per layer [n_decoded, D] rotated
   double sum_ = 0;
+  double best_ = 0;
   int64_t count_ = 0;
 };
 

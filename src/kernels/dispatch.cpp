@@ -30,6 +30,11 @@ constinit const Ops kTable = {
     .dequant_groups = dequant_groups,
     .quant_groups = quant_groups,
     .select_top = select_top,
+    .quant_latents = quant_latents,
+    .unpack_planes = unpack_planes,
+    .expand_index = expand_index,
+    .score_index = score_index,
+    .softmax_part = softmax_part,
 };
 
 }  // namespace narrows::kernels::HWY_NAMESPACE

@@ -57,6 +57,8 @@ struct Prefill::ChunkOp {
   int64_t first;        ///< index of the chunk's first token among the new ones
   int64_t n;            ///< tokens of the chunk
   int64_t attend_from;  ///< first row of the chunk that needs attention
+  int64_t layer = 0;
+  const std::function<void(int64_t, const float*, int64_t)>* queries = nullptr;
   std::atomic<int64_t> next_task{0};
 
   int64_t tile_stride() const { return hp->head_dim * kTile; }
@@ -89,6 +91,17 @@ struct Prefill::ChunkOp {
                  b->q.data() + r * hp->n_head * hp->head_dim);
   }
 
+  /// One thread; rows of a joined product have the keys and values between them.
+  void pass_queries(const ggml_tensor* q) const {
+    const int64_t width = hp->n_head * hp->head_dim;
+    std::vector<float> rows(static_cast<size_t>(n * width));
+    for (int64_t r = 0; r < n; ++r) {
+      std::memcpy(rows.data() + r * width, static_cast<const char*>(q->data) + static_cast<size_t>(r) * q->nb[2],
+                  static_cast<size_t>(width) * sizeof(float));
+    }
+    (*queries)(layer, rows.data(), n);
+  }
+
   static void store(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const ChunkOp& op = *static_cast<const ChunkOp*>(userdata);
     const Qkv t{dst->src[0], dst->src[1], dst->src[2]};
@@ -96,6 +109,7 @@ struct Prefill::ChunkOp {
     std::vector<float> key(static_cast<size_t>(op.hp->n_head_kv * op.hp->head_dim));
     const int64_t from = op.n * ith / nth, to = op.n * (ith + 1) / nth;
     for (int64_t r = from; r < to; ++r) op.store_row(t, r, angle.data(), key.data());
+    if (ith == nth - 1 && op.queries != nullptr) op.pass_queries(t.q);
   }
 
   /// dst [n_head * head_dim, n - attend_from]. Tasks of one head follow each other, so that its keys stay in
@@ -141,7 +155,8 @@ ggml_tensor* tensor_over(ggml_context* ctx, float* data, int64_t n_row, int64_t 
 
 }  // namespace
 
-Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only, float* logits) {
+Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only,
+                          const PrefillHooks& hooks, float* logits) {
   const Hparams& hp = weights_.hparams();
   LayerBuffers& b = *buffers_;
   const bool final_chunk = first + n == b.n;
@@ -150,6 +165,8 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   ggml_cgraph* graph = ggml_new_graph_custom(ctx, kGraphTensors, false);
 
   ChunkOp op;
+  op.queries = hooks.queries ? &hooks.queries : nullptr;
+  op.layer = layer;
   op.hp = &hp;
   op.rope = &rope_;
   op.b = &b;
@@ -237,7 +254,7 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
             static_cast<double>(hp.n_layer);
         if (!progress(done)) status = Status(StatusCode::cancelled, "the prompt was cancelled");
       }
-      if (status.ok()) status = run_chunk(layer, first, std::min(kChunk, n - first), last_layer, logits);
+      if (status.ok()) status = run_chunk(layer, first, std::min(kChunk, n - first), last_layer, hooks, logits);
     }
     if (!status.ok()) break;
     status = hooks.layer_done(layer, b.k_raw.data(), b.v.data() + n_past * width, n);

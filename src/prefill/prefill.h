@@ -18,6 +18,9 @@ namespace narrows {
 
 /// D = n_head_kv * head_dim.
 struct PrefillHooks {
+  /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May be
+  /// empty.
+  std::function<void(int64_t layer, const float* q, int64_t n)> queries;
   /// A layer is done: keys before RoPE and values of the new tokens, [n, D] each, valid during the call.
   std::function<Status(int64_t layer, const float* k, const float* v, int64_t n)> layer_done;
   /// Rotated keys and values of tokens [first, first + n) that the cache held before, [n, D] each.
@@ -42,7 +45,8 @@ class Prefill {
  private:
   struct LayerBuffers;
   struct ChunkOp;
-  Status run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only, float* logits);
+  Status run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only, const PrefillHooks& hooks,
+                   float* logits);
 
   const ModelWeights& weights_;
   const kernels::RopeTable& rope_;

@@ -21,6 +21,11 @@ std::remove_pointer_t<decltype(Ops::prefill_attend)> prefill_attend;
 std::remove_pointer_t<decltype(Ops::dequant_groups)> dequant_groups;
 std::remove_pointer_t<decltype(Ops::quant_groups)> quant_groups;
 std::remove_pointer_t<decltype(Ops::select_top)> select_top;
+std::remove_pointer_t<decltype(Ops::quant_latents)> quant_latents;
+std::remove_pointer_t<decltype(Ops::unpack_planes)> unpack_planes;
+std::remove_pointer_t<decltype(Ops::expand_index)> expand_index;
+std::remove_pointer_t<decltype(Ops::score_index)> score_index;
+std::remove_pointer_t<decltype(Ops::softmax_part)> softmax_part;
 
 /// The table named "ref".
 extern const Ops kTable;

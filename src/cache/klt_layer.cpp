@@ -1,0 +1,191 @@
+// Statistics -> transforms -> pages, and pages back to keys and values.
+#include "cache/klt_layer.h"
+
+#include <algorithm>
+#include <string>
+
+namespace narrows {
+
+using kernels::ops;
+
+// --- statistics ---
+
+KltStatistics::KltStatistics(const AttentionShape& shape)
+    : shape_(shape), heads_(heads_of_part(shape.n_head_kv, shape.head_dim)) {
+  query_.assign(static_cast<size_t>(shape.n_head_kv), KeyMoments(shape.head_dim));
+}
+
+void KltStatistics::add(const float* k, const float* v, int64_t n) {
+  // Only now: layers that wait for tokens need room for queries alone.
+  for (int64_t h = 0; key_.size() * static_cast<size_t>(heads_) < query_.size(); h += heads_) {
+    key_.emplace_back(heads_ * shape_.head_dim);
+    value_.emplace_back(heads_ * shape_.head_dim);
+  }
+  for (size_t p = 0; p < key_.size(); ++p) {
+    const int64_t channel = static_cast<int64_t>(p) * heads_ * shape_.head_dim;
+    key_[p].add(k + channel, shape_.width(), n);
+    value_[p].add(v + channel, shape_.width(), n);
+  }
+}
+
+void KltStatistics::add_queries(const float* q, int64_t n) {
+  const int64_t d = shape_.head_dim;
+  std::vector<float> rows(static_cast<size_t>(n * d));
+  for (int64_t h = 0; h < shape_.n_head; ++h) {
+    for (int64_t t = 0; t < n; ++t) std::copy_n(q + (t * shape_.n_head + h) * d, d, rows.data() + t * d);
+    query_[static_cast<size_t>(h / shape_.group())].add(rows.data(), n);
+  }
+  n_queries_ += n;
+}
+
+Result<KltLayerBasis> KltStatistics::basis(const DistanceAverage& distances,
+                                           const std::vector<double>& value_weight) const {
+  const int64_t square = shape_.head_dim * shape_.head_dim;
+  KltLayerBasis out;
+  for (size_t p = 0; p < key_.size(); ++p) {
+    const size_t first = p * static_cast<size_t>(heads_);
+    std::vector<double> weight;
+    for (size_t h = first; h < first + static_cast<size_t>(heads_); ++h) {
+      std::vector<double> c = query_[h].moments();
+      for (double& x : c) x /= static_cast<double>(std::max<int64_t>(1, query_[h].n_tokens()));
+      const std::vector<double> seen = distances.apply(c.data());
+      weight.insert(weight.end(), seen.begin(), seen.end());
+    }
+    Result<KltBasis> key = make_klt_basis(key_[p], weight, shape_.head_dim);
+    if (!key.ok()) return key.status();
+    out.key.push_back(std::move(*key));
+    const auto begin = value_weight.begin() + static_cast<int64_t>(first) * square;
+    weight.assign(begin, begin + heads_ * square);
+    Result<KltBasis> value = make_klt_basis(value_[p], weight, shape_.head_dim);
+    if (!value.ok()) return value.status();
+    out.value.push_back(std::move(*value));
+  }
+  return out;
+}
+
+// --- layer ---
+
+KltLayer::KltLayer(int64_t layer, const AttentionShape& shape, const kernels::RopeTable* rope,
+                   const WindowPlan& plan, const KltOptions& options,
+                   std::shared_ptr<const DistanceAverage> distances, ValueWeightFn value_weight)
+    : WindowedLayer(shape, rope, plan, 0),
+      layer_(layer),
+      options_(options),
+      distances_(std::move(distances)),
+      value_weight_(std::move(value_weight)),
+      heads_(heads_of_part(shape.n_head_kv, shape.head_dim)),
+      queries_(std::make_unique<KltStatistics>(shape)) {}
+
+Status KltLayer::use_basis(const KltLayerBasis& basis) {
+  Status s = set_transforms(basis);
+  from_file_ = s.ok();
+  return s;
+}
+
+void KltLayer::observe_queries(const float* q, int64_t n) {
+  if (queries_ && queries_->n_queries() < kKltEnd) queries_->add_queries(q, n);
+}
+
+Status KltLayer::set_transforms(const KltLayerBasis& basis) {
+  std::vector<KltPart> parts;
+  int64_t page_bytes = 0;
+  const auto n_part = static_cast<int64_t>(basis.key.size());
+  for (int64_t p = 0; p < n_part; ++p) {
+    Result<KltTransform> key = make_klt_transform(basis.key[static_cast<size_t>(p)], options_.key_rate);
+    if (!key.ok()) return key.status();
+    Result<KltTransform> value = make_klt_transform(basis.value[static_cast<size_t>(p)], options_.value_rate);
+    if (!value.ok()) return value.status();
+    parts.emplace_back(p * heads_ * shape().head_dim, std::move(*key), std::move(*value),
+                       ceil_div(options_.n_index / n_part, kernels::kOctet) * kernels::kOctet, page_bytes);
+    page_bytes = parts.back().layout().end();
+  }
+  parts_ = std::move(parts);
+  set_page_bytes(page_bytes);
+  queries_.reset();
+  return {};
+}
+
+Status KltLayer::make_codec(const Incoming& incoming) {
+  const int64_t width = shape().width();
+  const int64_t n_held = n_tokens();
+  const int64_t n_all = n_held + incoming.n;
+  if (has_codec() || n_all < tokens_for_klt(width)) return {};
+
+  KltStatistics& statistics = *queries_;
+  const int64_t end = std::min(n_all, kKltEnd);
+  std::vector<float> k(static_cast<size_t>(kPageTokens * width));
+  std::vector<float> v(k.size());
+  for (int64_t pos = kKltBegin; pos < std::min(end, n_held); pos += kPageTokens) {
+    const int64_t n = std::min({kPageTokens, end - pos, n_held - pos});
+    read(pos, n, k.data(), v.data());
+    rotate_keys(shape(), rope(), pos, n, /*inverse=*/true, k.data(), k.data());
+    statistics.add(k.data(), v.data(), n);
+  }
+  const int64_t skip = std::max<int64_t>(0, kKltBegin - n_held);
+  if (end > n_held + skip)
+    statistics.add(incoming.k + skip * width, incoming.v + skip * width, end - n_held - skip);
+
+  std::vector<double> value_weight;
+  if (Status s = value_weight_(layer_, value_weight); !s.ok()) return s;
+  const Result<KltLayerBasis> basis = statistics.basis(*distances_, value_weight);
+  if (!basis.ok()) return basis.status();
+  return set_transforms(*basis);
+}
+
+int64_t KltLayer::codec_bytes() const {
+  int64_t n = 0;
+  if (!from_file_) {
+    for (const KltPart& part : parts_) n += part.bytes();
+  }
+  return n;
+}
+
+void KltLayer::drop_codec() {
+  if (from_file_) return;
+  parts_.clear();
+  queries_ = std::make_unique<KltStatistics>(shape());
+}
+
+Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
+  const int64_t width = shape().width();
+  const int64_t n_held = n_tokens() - n_sink();  // as an index into the pages; may be negative
+  std::vector<float> k(static_cast<size_t>(kPageTokens * width));
+  std::vector<float> v(k.size());
+  for (int64_t token = first; token < last; token += kPageTokens) {  // whole pages: the plan's unit
+    const float* keys = k.data();
+    const float* values = v.data();
+    if (token >= n_held) {
+      keys = incoming.k + (token - n_held) * width;
+      values = incoming.v + (token - n_held) * width;
+    } else {
+      gather(token, kPageTokens, incoming, KeyForm::plain, k.data(), v.data());
+    }
+    for (const KltPart& part : parts_) {
+      if (!part.encode(keys, values, width, mutable_page(token / kPageTokens)))
+        return non_finite_token(n_sink() + token);
+    }
+  }
+  return {};
+}
+
+void KltLayer::decode(int64_t first, int64_t n, float* k, float* v) const {
+  const int64_t width = shape().width();
+  KltScratch scratch(heads_ * shape().head_dim);
+  if (!scratch.ok()) throw std::bad_alloc();
+  int32_t slots[kPageTokens];
+  for (int64_t done = 0; done < n;) {
+    const int64_t slot = (first + done) % kPageTokens;
+    const int64_t m = std::min(n - done, kPageTokens - slot);
+    for (int64_t t = 0; t < m; ++t) slots[t] = static_cast<int32_t>(slot + t);
+    for (const KltPart& part : parts_) {
+      part.read_rows(page((first + done) / kPageTokens), slots, m, 0, scratch);
+      part.rebuild_keys(scratch.key.data(), scratch.ld, m, 0, part.width(),
+                        k + done * width + part.first_channel(), width);
+      part.rebuild_values(scratch.value.data(), scratch.ld, m, v + done * width + part.first_channel(), width);
+    }
+    done += m;
+  }
+  rotate_keys(shape(), rope(), n_sink() + first, n, /*inverse=*/false, k, k);
+}
+
+}  // namespace narrows

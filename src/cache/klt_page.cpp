@@ -1,0 +1,205 @@
+// Writes and reads one part of a klt page. Encoding: centre, weigh, transform, quantise, pack; reading: planes to
+// latents, latents through the inverse transform.
+#include "cache/klt_page.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/half.h"
+
+namespace narrows {
+
+using kernels::kOctet;
+using kernels::ops;
+using kernels::pad_latent;
+
+namespace {
+
+/// Bits k, 8 + k, .. 56 + k of eight bytes as one byte: bit i is that of byte i.
+uint8_t gather_bit(uint64_t bytes, int k) {
+  return static_cast<uint8_t>(((bytes >> k & 0x0101010101010101ULL) * 0x0102040810204080ULL) >> 56);
+}
+
+uint64_t eight_bytes(const uint8_t* p) {
+  uint64_t x = 0;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+void amplitudes_of(const uint8_t* scales, int64_t n, float* amplitude) {
+  for (int64_t c = 0; c < n; ++c) amplitude[c] = kernels::kAmplitude[scales[c]];
+}
+
+/// z [kPageTokens, ldz] of rows x [kPageTokens, ld].
+void transform(const KltTransform& t, const float* x, int64_t ld, float* z, int64_t ldz) {
+  const int64_t width = t.width;
+  std::vector<float> centred(static_cast<size_t>(kPageTokens * width));
+  std::vector<float> weighted(centred.size());
+  for (int64_t i = 0; i < kPageTokens; ++i) {
+    for (int64_t c = 0; c < width; ++c)
+      centred[static_cast<size_t>(i * width + c)] = x[i * ld + c] - t.mean[static_cast<size_t>(c)];
+  }
+  for (int64_t b = 0; b < width; b += t.block) {
+    ops().gemm_f16(kPageTokens, t.block, t.block, centred.data() + b, width, t.weight.data() + b * t.block, t.block,
+                   weighted.data() + b, width, false);
+  }
+  // decode^T in float: pages are written seldom, and a second copy of the transform would stay for ever.
+  std::vector<float> turned(static_cast<size_t>(width * ldz), 0.0F);
+  std::vector<float> row(static_cast<size_t>(width));
+  for (int64_t c = 0; c < t.n_coord; ++c) {
+    ops().f16_to_f32(t.decode.data() + c * width, row.data(), width);
+    for (int64_t i = 0; i < width; ++i) turned[static_cast<size_t>(i * ldz + c)] = row[static_cast<size_t>(i)];
+  }
+  ops().gemm(kPageTokens, ldz, width, weighted.data(), width, turned.data(), ldz, z, ldz, false);
+}
+
+}  // namespace
+
+int64_t heads_of_part(int64_t n_head_kv, int64_t head_dim) {
+  int64_t heads = n_head_kv;
+  while (heads > 1 && (n_head_kv % heads != 0 || heads * head_dim > kMaxTransform)) --heads;
+  return heads;
+}
+
+KltScratch::KltScratch(int64_t width)
+    : codes(pad_latent(width) * kPageTokens),
+      key_amplitude(pad_latent(width) + kernels::kLatentPad),
+      value_amplitude(key_amplitude.size()),
+      key(kPageTokens * key_amplitude.size()),
+      value(key.size()),
+      ld(key_amplitude.size()) {
+  // Padding is multiplied by nothing, but must not be NaN.
+  for (int64_t i = 0; i < key.size(); ++i) key[i] = value[i] = 0;
+  for (int64_t i = 0; i < key_amplitude.size(); ++i) key_amplitude[i] = value_amplitude[i] = 0;
+}
+
+KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, int64_t n_index, int64_t page_offset)
+    : first_channel_(first_channel), key_(std::move(key)), value_(std::move(value)) {
+  layout_.offset = page_offset;
+  layout_.n_key = key_.n_coord;
+  layout_.n_value = value_.n_coord;
+  layout_.n_index = std::min(n_index / kOctet * kOctet, layout_.n_key);
+  const int64_t index_octets = layout_.n_index / kOctet;
+  for (int64_t o = 0; o < index_octets; ++o)
+    layout_.index_bytes += key_.octet_bits[static_cast<size_t>(o)] * kOctet * kPageTokens / 8;
+  layout_.rest =
+      kernels::make_plane_row(key_.octet_bits.data() + index_octets, (layout_.n_key - layout_.n_index) / kOctet);
+  layout_.value = kernels::make_plane_row(value_.octet_bits.data(), layout_.n_value / kOctet);
+  score_basis_.resize(static_cast<size_t>(width() * ld_score()));
+  for (int64_t i = 0; i < width(); ++i) {
+    float* row = score_basis_.data() + i * ld_score();
+    for (int64_t c = 0; c < layout_.n_index; ++c)
+      row[c] = kernels::half_to_float(key_.decode[static_cast<size_t>(c * width() + i)]);
+    row[layout_.n_index] = key_.mean[static_cast<size_t>(i)];
+  }
+  for (int64_t c = 0; c < layout_.n_index; ++c) {
+    const int bits = key_.octet_bits[static_cast<size_t>(c / kOctet)];
+    const int scored = std::min(bits, kernels::kScoreBits);
+    score_step_.push_back(std::ldexp(1.0F, 2 - scored));
+    score_centre_.push_back(std::ldexp(1.0F, scored - 1) - 0.5F);
+    full_step_.push_back(std::ldexp(1.0F, 2 - bits));
+    full_centre_.push_back(std::ldexp(1.0F, bits - 1) - 0.5F);
+  }
+}
+
+int64_t KltPart::bytes() const {
+  const size_t floats =
+      score_step_.capacity() + score_centre_.capacity() + full_step_.capacity() + full_centre_.capacity() +
+                        score_basis_.capacity();
+  return key_.bytes() + value_.bytes() + static_cast<int64_t>(floats * sizeof(float));
+}
+
+bool KltPart::encode(const float* k, const float* v, int64_t ld, std::byte* page) const {
+  auto* const bytes = reinterpret_cast<uint8_t*>(page);
+  const int64_t ldz = std::max(pad_latent(key_.n_coord), pad_latent(value_.n_coord));
+  std::vector<float> z(static_cast<size_t>(kPageTokens * ldz));
+  std::vector<uint8_t> codes(z.size());
+  std::vector<uint8_t> scales(static_cast<size_t>(ldz));
+
+  transform(key_, k + first_channel_, ld, z.data(), ldz);
+  if (!ops().quant_latents(z.data(), ldz, key_.n_coord, key_.octet_bits.data(), scales.data(), codes.data(), ldz))
+    return false;
+  std::memcpy(bytes + layout_.scale_offset(), scales.data(), static_cast<size_t>(layout_.n_key));
+  write_index(codes.data(), ldz, bytes + layout_.index_offset());
+  write_rows(codes.data(), ldz, key_.octet_bits.data(), layout_.rest, layout_.n_index / kOctet,
+             bytes + layout_.rest_offset());
+
+  transform(value_, v + first_channel_, ld, z.data(), ldz);
+  if (!ops().quant_latents(z.data(), ldz, value_.n_coord, value_.octet_bits.data(), scales.data(), codes.data(), ldz))
+    return false;
+  std::memcpy(bytes + layout_.scale_offset() + layout_.n_key, scales.data(), static_cast<size_t>(layout_.n_value));
+  write_rows(codes.data(), ldz, value_.octet_bits.data(), layout_.value, 0, bytes + layout_.value_offset());
+  return true;
+}
+
+void KltPart::write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits, const kernels::PlaneRow& shape,
+                         int64_t first_octet, uint8_t* rows) const {
+  for (int64_t t = 0; t < kPageTokens; ++t) {
+    uint8_t* row = rows + t * shape.bytes;
+    for (int64_t o = 0; o < shape.n_octet; ++o) {
+      const uint64_t eight = eight_bytes(codes + t * ldc + (first_octet + o) * kOctet);
+      const int bits = octet_bits[first_octet + o];
+      for (int j = 0; j < bits; ++j)
+        row[shape.offset[static_cast<size_t>(j)] + o] = gather_bit(eight, bits - 1 - j);
+    }
+  }
+}
+
+void KltPart::write_index(const uint8_t* codes, int64_t ldc, uint8_t* planes) const {
+  for (int64_t c = 0; c < layout_.n_index; ++c) {
+    uint8_t column[kPageTokens];
+    for (int64_t t = 0; t < kPageTokens; ++t) column[kernels::index_slot(t)] = codes[t * ldc + c];
+    const int bits = key_.octet_bits[static_cast<size_t>(c / kOctet)];
+    for (int j = 0; j < bits; ++j) {
+      for (int64_t i = 0; i < kPageTokens / 8; ++i) *planes++ = gather_bit(eight_bytes(column + 8 * i), bits - 1 - j);
+    }
+  }
+}
+
+void KltPart::read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
+                        KltScratch& scratch) const {
+  const kernels::Ops& op = ops();
+  const auto* const bytes = reinterpret_cast<const uint8_t*>(page);
+  amplitudes_of(key_scales(page), layout_.n_key, scratch.key_amplitude.data());
+  amplitudes_of(value_scales(page), layout_.n_value, scratch.value_amplitude.data());
+  if (layout_.n_index > 0) {
+    op.expand_index(index(page), key_.octet_bits.data(), layout_.n_index / kOctet, kernels::kMaxBits,
+                    scratch.codes.data());
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t t = slots[i];
+    float* z = scratch.key.data() + (row + i) * scratch.ld;
+    const uint8_t* four = scratch.codes.data() + 4 * t;
+    for (int64_t c = 0; c < layout_.n_index; c += 4, four += 4 * kPageTokens) {
+      for (int64_t j = 0; j < 4; ++j) {
+        const auto at = static_cast<size_t>(c + j);
+        z[c + j] =
+            (static_cast<float>(four[j]) - full_centre_[at]) * full_step_[at] * scratch.key_amplitude[c + j];
+      }
+    }
+    op.unpack_planes(bytes + layout_.rest_offset() + t * layout_.rest.bytes, layout_.rest,
+                     scratch.key_amplitude.data() + layout_.n_index, z + layout_.n_index);
+    op.unpack_planes(bytes + layout_.value_offset() + t * layout_.value.bytes, layout_.value,
+                     scratch.value_amplitude.data(), scratch.value.data() + (row + i) * scratch.ld);
+  }
+}
+
+void KltPart::rebuild_keys(const float* latent, int64_t ld, int64_t n, int64_t channel, int64_t count, float* k,
+                           int64_t ldk) const {
+  for (int64_t i = 0; i < n; ++i) std::copy_n(key_.mean.data() + channel, count, k + i * ldk);
+  ops().gemm_f16(n, count, key_.n_coord, latent, ld, key_.decode.data() + channel, key_.width, k, ldk, true);
+}
+
+void KltPart::rebuild_values(const float* latent, int64_t ld, int64_t n, float* v, int64_t ldv) const {
+  for (int64_t i = 0; i < n; ++i) std::copy(value_.mean.begin(), value_.mean.end(), v + i * ldv);
+  ops().gemm_f16(n, width(), value_.n_coord, latent, ld, value_.decode.data(), width(), v, ldv, true);
+}
+
+void KltPart::rebuild_value(const float* latent, float weight, int64_t channel, int64_t count, float* v) const {
+  for (int64_t c = 0; c < count; ++c) v[c] += weight * value_.mean[static_cast<size_t>(channel + c)];
+  ops().gemm_f16(1, count, value_.n_coord, latent, value_.n_coord, value_.decode.data() + channel, value_.width, v,
+                 count, true);
+}
+
+}  // namespace narrows

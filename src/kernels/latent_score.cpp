@@ -1,0 +1,223 @@
+// expand_index, score_index, softmax_part: the scan over the index of a latent cache. Planes become bytes by mask
+// arithmetic (a lane a token), bytes are multiplied by int8 queries four coordinates at a time.
+#include "kernels/latent_page.h"
+#include "kernels/ref/ref.h"
+#include "kernels/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/latent_score.cpp"
+#include <hwy/foreach_target.h>
+
+#include "kernels/simd-inl.h"
+
+/// x86 has products of unsigned and signed bytes in all our targets.
+#undef NARROWS_BYTE_PRODUCTS
+#if HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+#define NARROWS_BYTE_PRODUCTS 1
+#else
+#define NARROWS_BYTE_PRODUCTS 0
+#endif
+
+#if NARROWS_SIMD
+HWY_BEFORE_NAMESPACE();
+namespace narrows::kernels::HWY_NAMESPACE {
+namespace {
+
+using DB = hn::Repartition<uint8_t, DF>;
+using DW = hn::Repartition<uint16_t, DF>;
+using VB = hn::Vec<DB>;
+using VI = hn::Vec<DI>;
+constexpr int64_t kByteLanes = 4 * kLanes;
+static_assert(kTile % kByteLanes == 0);
+
+/// Codes of one coordinate for kByteLanes slots.
+HWY_INLINE VB expand(const uint8_t* planes, int n_plane) {
+  const DB d;
+  VB code = hn::Zero(d);
+  for (int j = 0; j < n_plane; ++j) {
+    uint8_t bits[8];  // LoadMaskBits may look at 8
+    std::memcpy(bits, planes + j * kTile / 8, kByteLanes / 8);
+    const VB set = hn::VecFromMask(d, hn::LoadMaskBits(d, bits));  // -1 where the bit is set
+    code = hn::Sub(hn::Add(code, code), set);
+  }
+  return code;
+}
+
+#if NARROWS_BYTE_PRODUCTS
+/// sum += products of unsigned bytes a (at most 63) and signed bytes b, four to a lane.
+HWY_INLINE VI add_products(VI sum, VB a, VB b) {
+#if HWY_TARGET == HWY_AVX3_DL
+  // Highway's target has VNNI (it checks the CPU for it) but 1.0.3 does not tell the compiler so.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+  return sum;
+#elif HWY_TARGET == HWY_AVX3
+  return VI{_mm512_add_epi32(
+      sum.raw, _mm512_madd_epi16(_mm512_maddubs_epi16(a.raw, b.raw), _mm512_set1_epi16(1)))};
+#elif HWY_TARGET == HWY_AVX2
+  return VI{_mm256_add_epi32(
+      sum.raw, _mm256_madd_epi16(_mm256_maddubs_epi16(a.raw, b.raw), _mm256_set1_epi16(1)))};
+#else
+  return VI{_mm_add_epi32(sum.raw, _mm_madd_epi16(_mm_maddubs_epi16(a.raw, b.raw), _mm_set1_epi16(1)))};
+#endif
+}
+
+/// Up to this many coordinates have their query in a buffer on the stack.
+constexpr int64_t kMaxIndex = 512;
+
+/// A query row rounded to int8.
+struct ByteQuery {
+  HWY_ALIGN int8_t weight[kMaxIndex + kLatentPad];
+  float unit;    ///< of a weight
+  float offset;  ///< what centring takes away, and the row's own constant
+};
+
+HWY_INLINE void round_query(const float* u, int64_t n_coord, const float* step, const float* centre, ByteQuery& q) {
+  const DF d;
+  const DI di;
+  const hn::Rebind<int8_t, DF> db;
+  VF top = hn::Zero(d);
+  for (int64_t c = 0; c < n_coord; c += kLanes) {
+    const int64_t n = n_coord - c < kLanes ? n_coord - c : kLanes;
+    top = hn::Max(top, hn::Abs(hn::Mul(load_n(d, u + c, n), load_n(d, step + c, n))));
+  }
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, top));
+  q.unit = largest / 127;
+  const VF inverse = hn::Set(d, largest > 0 ? 127 / largest : 0.0F);
+  VF shift = hn::Zero(d);
+  for (int64_t c = 0; c < n_coord; c += kLanes) {
+    const int64_t n = n_coord - c < kLanes ? n_coord - c : kLanes;
+    const VF product = hn::Mul(hn::Mul(load_n(d, u + c, n), load_n(d, step + c, n)), inverse);
+    const VI weight = hn::NearestInt(product);
+    shift = hn::MulAdd(hn::ConvertTo(d, weight), load_n(d, centre + c, n), shift);
+    hn::StoreU(hn::DemoteTo(db, weight), db, q.weight + c);
+  }
+  q.offset = u[n_coord] - q.unit * hn::GetLane(hn::SumOfLanes(d, shift));
+}
+
+/// kRows query rows against 16 tokens.
+template <int kRows>
+HWY_INLINE void score_block(const uint8_t* codes, int64_t n_coord, const ByteQuery* q, float* score, int64_t lds) {
+  constexpr int kVectors = static_cast<int>(16 / kLanes);
+  const DF d;
+  const DI di;
+  const DB db;
+  VI sum[kRows][kVectors];
+  NARROWS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    NARROWS_UNROLL
+    for (int j = 0; j < kVectors; ++j) sum[r][j] = hn::Zero(di);
+  }
+  for (int64_t c = 0; c < n_coord; c += 4) {
+    VB code[kVectors];
+    NARROWS_UNROLL
+    for (int j = 0; j < kVectors; ++j) code[j] = hn::LoadU(db, codes + c * kTile + j * kByteLanes);
+    NARROWS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four = 0;
+      std::memcpy(&four, q[r].weight + c, sizeof(four));
+      const VB weight = hn::BitCast(db, hn::Set(di, four));
+      NARROWS_UNROLL
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = add_products(sum[r][j], code[j], weight);
+    }
+  }
+  NARROWS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    NARROWS_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const VF x = hn::MulAdd(hn::ConvertTo(d, sum[r][j]), hn::Set(d, q[r].unit), hn::Set(d, q[r].offset));
+      hn::StoreU(x, d, score + r * lds + j * kLanes);
+    }
+  }
+}
+#endif  // NARROWS_BYTE_PRODUCTS
+
+}  // namespace
+
+void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_octet, int max_bits, uint8_t* codes) {
+  const DB d;
+  const DW dw;
+  for (int64_t i = 0; i < 2 * n_octet; ++i) {  // four coordinates at a time
+    const int bits = octet_bits[i / 2];
+    const int kept = bits < max_bits ? bits : max_bits;
+    const int64_t next = bits * kTile / 8;
+    for (int64_t part = 0; part < kTile / kByteLanes; ++part) {
+      const uint8_t* from = planes + part * kByteLanes / 8;
+      const VB a = expand(from, kept);
+      const VB b = expand(from + next, kept);
+      const VB c = expand(from + 2 * next, kept);
+      const VB e = expand(from + 3 * next, kept);
+      const auto ab_low = hn::BitCast(dw, hn::InterleaveLower(d, a, b));
+      const auto ab_high = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
+      const auto ce_low = hn::BitCast(dw, hn::InterleaveLower(d, c, e));
+      const auto ce_high = hn::BitCast(dw, hn::InterleaveUpper(d, c, e));
+      // Slots are ordered so that these are runs of tokens: 16 q + (first token of the part).
+      uint8_t* to = codes + i * 4 * kTile + part * kByteLanes;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, ab_low, ce_low)), d, to);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, ab_low, ce_low)), d, to + kTile);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, ab_high, ce_high)), d, to + 2 * kTile);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, ab_high, ce_high)), d, to + 3 * kTile);
+    }
+    planes += 4 * next;
+  }
+}
+
+void score_index(const uint8_t* codes, int64_t n_coord, const float* u, int64_t ldu, int64_t n_row,
+                 const float* step, const float* centre, int64_t first, int64_t n, float* score, int64_t lds) {
+#if NARROWS_BYTE_PRODUCTS
+  if (n_coord <= kMaxIndex) {
+    constexpr int kRows = 4;
+    ByteQuery q[kRows];
+    for (int64_t r = 0; r < n_row; r += kRows) {
+      const int64_t m = n_row - r < kRows ? n_row - r : kRows;
+      for (int64_t i = 0; i < m; ++i) round_query(u + (r + i) * ldu, n_coord, step, centre, q[i]);
+      for (int64_t t = first; t < first + n; t += 16) {
+        float* to = score + r * lds + t;
+        switch (m) {
+          case 1:
+            score_block<1>(codes + 4 * t, n_coord, q, to, lds);
+            break;
+          case 2:
+            score_block<2>(codes + 4 * t, n_coord, q, to, lds);
+            break;
+          case 3:
+            score_block<3>(codes + 4 * t, n_coord, q, to, lds);
+            break;
+          default:
+            score_block<kRows>(codes + 4 * t, n_coord, q, to, lds);
+            break;
+        }
+      }
+    }
+    return;
+  }
+#endif
+  ref::score_index(codes, n_coord, u, ldu, n_row, step, centre, first, n, score, lds);
+}
+
+void softmax_part(float* s, int64_t n, float* max, float* sum) {
+  const DF d;
+  const int64_t whole = n / kLanes * kLanes;
+  VF top_lane = hn::Set(d, s[0]);
+  for (int64_t i = 0; i < whole; i += kLanes) top_lane = hn::Max(top_lane, hn::LoadU(d, s + i));
+  float top = hn::GetLane(hn::MaxOfLanes(d, top_lane));
+  for (int64_t i = whole; i < n; ++i) top = s[i] > top ? s[i] : top;
+  const VF shift = hn::Set(d, top);
+  VF total = hn::Zero(d);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const VF e = exp_nonpositive(d, hn::Sub(hn::LoadU(d, s + i), shift));
+    total = hn::Add(total, e);
+    hn::StoreU(e, d, s + i);
+  }
+  if (whole < n) {
+    const VF e = hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(n - whole)),
+                                    exp_nonpositive(d, hn::Sub(load_n(d, s + whole, n - whole), shift)));
+    total = hn::Add(total, e);
+    store_n(e, d, s + whole, n - whole);
+  }
+  *max = top;
+  *sum = hn::GetLane(hn::SumOfLanes(d, total));
+}
+
+}  // namespace narrows::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif  // NARROWS_SIMD
