@@ -137,6 +137,7 @@ Status parse_setting(std::string_view text, std::string_view setting, const Name
 
 int64_t KvProfile::budget_at(int64_t n_kv) const {
   if (budget == kBudgetAll) return n_kv;
+  if (budget == kBudgetAuto && kind == KvKind::klt) return std::max(kBudgetAt4K, n_kv / 12);
   if (budget == kBudgetAuto) return std::max(kBudgetAt4K, n_kv / 8 - n_sink - n_recent);
   return budget;
 }

@@ -4,11 +4,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <string>
 #include <vector>
 
-#include "narrows/engine.h"
 #include "narrows/status.h"
 
 namespace narrows {
@@ -40,21 +37,5 @@ class KeyMoments {
   std::vector<double> sum_;      ///< [D]
   std::vector<double> moments_;  ///< [D, D], both sides of the diagonal
 };
-
-/// A basis file: GGUF, architecture "narrows-basis", version 1, the model's fingerprint and shapes, how it
-/// was made (tokens, source), tensors `blk.N.key_basis` F32 [D, D] and `blk.N.key_energy` F32 [D].
-struct BasisFile {
-  std::string fingerprint;
-  std::string made_from;  ///< free text: files and number of tokens
-  int64_t n_tokens = 0;
-  std::vector<LayerBasis> layers;
-};
-
-/// Written aside and renamed. disk_full if there is no room.
-Status write_basis_file(const std::string& path, const BasisFile& basis, const ModelInfo& model);
-
-/// Treats the file as hostile. invalid_file if it is missing, cut off, not a basis, has a wrong shape or
-/// non-finite numbers, or was made for another model (names both fingerprints).
-Result<std::shared_ptr<const BasisFile>> read_basis_file(const std::string& path, const ModelInfo& model);
 
 }  // namespace narrows

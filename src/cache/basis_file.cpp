@@ -1,6 +1,8 @@
 // Basis files: GGUF out and in by ggml's reader, which checks structure; what a basis must be on top of that
 // is checked here. Nothing in the file is believed before it is checked: ggml's accessors abort on a wrong
 // type.
+#include "cache/basis_file.h"
+
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -8,7 +10,7 @@
 #include <stdexcept>
 
 #include "base/file.h"
-#include "cache/basis.h"
+#include "cache/klt_page.h"
 #include "ggml.h"
 #include "gguf.h"
 
@@ -17,7 +19,7 @@ namespace narrows {
 namespace {
 
 constexpr const char* kArchitecture = "narrows-basis";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr const char* kKeyArchitecture = "general.architecture";
 constexpr const char* kKeyVersion = "narrows-basis.version";
 constexpr const char* kKeyFingerprint = "narrows-basis.fingerprint";
@@ -40,7 +42,65 @@ using Gguf = std::unique_ptr<gguf_context, FreeGguf>;
 using File = std::unique_ptr<std::FILE, CloseFile>;
 
 std::string tensor_name(int64_t layer, const char* what) {
-  return "blk." + std::to_string(layer) + ".key_" + what;
+  return "blk." + std::to_string(layer) + "." + what;
+}
+
+/// One tensor of a layer, [rows, columns], and where its numbers are.
+template <class Vector>
+struct Field {
+  const char* name;
+  int64_t rows;
+  int64_t columns;
+  Vector* data;
+};
+
+/// Tensors of the transform of one part; all parts of a layer are one tensor, part after part.
+struct KltShape {
+  int64_t width;     ///< of a part
+  int64_t head_dim;
+  int64_t n_part;
+};
+
+KltShape klt_shape(const ModelInfo& model) {
+  const int64_t heads = heads_of_part(model.n_head_kv, model.head_dim);
+  return {heads * model.head_dim, model.head_dim, model.n_head_kv / heads};
+}
+
+/// Transforms of keys or of values in file order, parts joined; the numbers of a KltBasis each.
+struct JoinedKlt {
+  std::vector<float> mean, weight, decode, variance;
+
+  template <class F>
+  void each(const KltShape& s, bool key, F&& visit) {
+    const int64_t width = s.width * s.n_part;
+    visit(Field<std::vector<float>>{key ? "klt_key_mean" : "klt_value_mean", 1, width, &mean});
+    visit(Field<std::vector<float>>{key ? "klt_key_weight" : "klt_value_weight", width, s.head_dim, &weight});
+    visit(Field<std::vector<float>>{key ? "klt_key_decode" : "klt_value_decode", width, s.width, &decode});
+    visit(Field<std::vector<float>>{key ? "klt_key_variance" : "klt_value_variance", 1, width, &variance});
+  }
+};
+
+JoinedKlt join(const std::vector<KltBasis>& parts) {
+  JoinedKlt all;
+  for (const KltBasis& b : parts) {
+    all.mean.insert(all.mean.end(), b.mean.begin(), b.mean.end());
+    all.weight.insert(all.weight.end(), b.weight.begin(), b.weight.end());
+    all.decode.insert(all.decode.end(), b.decode.begin(), b.decode.end());
+    all.variance.insert(all.variance.end(), b.variance.begin(), b.variance.end());
+  }
+  return all;
+}
+
+std::vector<KltBasis> split(const JoinedKlt& all, const KltShape& s) {
+  std::vector<KltBasis> parts;
+  for (int64_t p = 0; p < s.n_part; ++p) {
+    const auto slice = [p](const std::vector<float>& x, int64_t n) {
+      return std::vector<float>(x.begin() + p * n, x.begin() + (p + 1) * n);
+    };
+    parts.push_back({s.width, s.head_dim, slice(all.mean, s.width), slice(all.weight, s.width * s.head_dim),
+                     slice(all.decode, s.width * s.width), slice(all.variance, s.width)});
+  }
+  return parts;
 }
 
 /// A string of the file, fit for a message: short, one line, plain characters.
@@ -61,6 +121,18 @@ Status check_writable(const BasisFile& basis, const ModelInfo& model) {
            static_cast<int64_t>(layer.u.size()) == width * width &&
            static_cast<int64_t>(layer.energy.size()) == width;
   }
+  const KltShape shape = klt_shape(model);
+  good = good && static_cast<int64_t>(basis.klt.size()) == model.n_layer;
+  for (const KltLayerBasis& layer : basis.klt) {
+    for (const auto* parts : {&layer.key, &layer.value}) {
+      good = good && static_cast<int64_t>(parts->size()) == shape.n_part;
+      for (const KltBasis& b : *parts) {
+        const auto holds = [](const std::vector<float>& x, int64_t n) { return static_cast<int64_t>(x.size()) == n; };
+        good = good && b.width == shape.width && b.block == shape.head_dim && holds(b.mean, b.width) &&
+               holds(b.weight, b.width * b.block) && holds(b.decode, b.width * b.width) && holds(b.variance, b.width);
+      }
+    }
+  }
   if (good) return {};
   return {StatusCode::invalid_argument, "a basis file needs all " + std::to_string(width) +
                                             " vectors of each of the " + std::to_string(model.n_layer) +
@@ -76,7 +148,7 @@ void write_padded(std::FILE* file, const std::vector<float>& data, size_t alignm
 Status write_content(const BasisFile& basis, const ModelInfo& model, std::FILE* file) {
   const int64_t width = model.n_head_kv * model.head_dim;
   const Gguf gguf(gguf_init_empty());
-  const size_t n_tensor = basis.layers.size() * 2;
+  const size_t n_tensor = basis.layers.size() * 10;
   const std::unique_ptr<ggml_context, FreeGgml> tensors(
       ggml_init({.mem_size = n_tensor * ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true}));
   if (!tensors) return {StatusCode::out_of_memory, "no memory to describe the tensors of a basis file"};
@@ -89,22 +161,33 @@ Status write_content(const BasisFile& basis, const ModelInfo& model, std::FILE* 
   gguf_set_val_u32(gguf.get(), kKeyLayers, static_cast<uint32_t>(model.n_layer));
   gguf_set_val_u32(gguf.get(), kKeyHeadsKv, static_cast<uint32_t>(model.n_head_kv));
   gguf_set_val_u32(gguf.get(), kKeyHeadDim, static_cast<uint32_t>(model.head_dim));
+  const KltShape shape = klt_shape(model);
+  const auto declare = [&](int64_t layer, const char* name, int64_t rows, int64_t columns) {
+    // ggml's shapes are reversed: ne[0] is the fastest dimension.
+    ggml_tensor* t = rows == 1 ? ggml_new_tensor_1d(tensors.get(), GGML_TYPE_F32, columns)
+                               : ggml_new_tensor_2d(tensors.get(), GGML_TYPE_F32, columns, rows);
+    ggml_set_name(t, tensor_name(layer, name).c_str());
+    gguf_add_tensor(gguf.get(), t);
+  };
   for (int64_t i = 0; i < model.n_layer; ++i) {
-    // ggml's shapes are reversed: ne[0] is the fastest dimension, the rank of u [D, rank].
-    ggml_tensor* u = ggml_new_tensor_2d(tensors.get(), GGML_TYPE_F32, width, width);
-    ggml_set_name(u, tensor_name(i, "basis").c_str());
-    gguf_add_tensor(gguf.get(), u);
-    ggml_tensor* energy = ggml_new_tensor_1d(tensors.get(), GGML_TYPE_F32, width);
-    ggml_set_name(energy, tensor_name(i, "energy").c_str());
-    gguf_add_tensor(gguf.get(), energy);
+    declare(i, "key_basis", width, width);
+    declare(i, "key_energy", 1, width);
+    JoinedKlt none;
+    for (const bool key : {true, false})
+      none.each(shape, key, [&](const auto& f) { declare(i, f.name, f.rows, f.columns); });
   }
 
   std::vector<char> head(gguf_get_meta_size(gguf.get()));
   gguf_get_meta_data(gguf.get(), head.data());
   std::fwrite(head.data(), 1, head.size(), file);
-  for (const LayerBasis& layer : basis.layers) {
-    write_padded(file, layer.u, gguf_get_alignment(gguf.get()));
-    write_padded(file, layer.energy, gguf_get_alignment(gguf.get()));
+  const size_t alignment = gguf_get_alignment(gguf.get());
+  for (size_t i = 0; i < basis.layers.size(); ++i) {
+    write_padded(file, basis.layers[i].u, alignment);
+    write_padded(file, basis.layers[i].energy, alignment);
+    for (const bool key : {true, false}) {
+      JoinedKlt all = join(key ? basis.klt[i].key : basis.klt[i].value);
+      all.each(shape, key, [&](const auto& f) { write_padded(file, *f.data, alignment); });
+    }
   }
   return {};  // write_file_atomically() looks at the stream's errors
 }
@@ -245,11 +328,23 @@ Result<std::shared_ptr<const BasisFile>> read_content(const std::string& path, c
     LayerBasis layer;
     layer.width = width;
     layer.rank = width;
-    if (Status s = in.tensor(tensor_name(i, "basis"), width, width, layer.u); !s.ok()) return s;
-    if (Status s = in.tensor(tensor_name(i, "energy"), width, 1, layer.energy); !s.ok()) return s;
+    if (Status s = in.tensor(tensor_name(i, "key_basis"), width, width, layer.u); !s.ok()) return s;
+    if (Status s = in.tensor(tensor_name(i, "key_energy"), width, 1, layer.energy); !s.ok()) return s;
     if (!has_unit_columns(layer))
-      return in.bad("tensor " + tensor_name(i, "basis") + " has a column that is not of length 1");
+      return in.bad("tensor " + tensor_name(i, "key_basis") + " has a column that is not of length 1");
     basis->layers.push_back(std::move(layer));
+    KltLayerBasis klt;
+    const KltShape shape = klt_shape(model);
+    for (const bool key : {true, false}) {
+      JoinedKlt all;
+      Status s;
+      all.each(shape, key, [&](const auto& f) {
+        if (s.ok()) s = in.tensor(tensor_name(i, f.name), f.columns, f.rows, *f.data);
+      });
+      if (!s.ok()) return s;
+      (key ? klt.key : klt.value) = split(all, shape);
+    }
+    basis->klt.push_back(std::move(klt));
   }
   return std::shared_ptr<const BasisFile>(std::move(basis));
 }

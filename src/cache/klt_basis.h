@@ -44,6 +44,12 @@ struct KltBasis {
   std::vector<float> variance;  ///< [width], descending
 };
 
+/// Keys and values of one layer: a KltBasis each for every part.
+struct KltLayerBasis {
+  std::vector<KltBasis> key;
+  std::vector<KltBasis> value;
+};
+
 /// weight [width / block, block, block]: cost of an error, block by block. non_finite if a moment or a weight is not
 /// finite; a channel of zero variance or weight is harmless.
 Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector<double>& weight, int64_t block);

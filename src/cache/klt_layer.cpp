@@ -134,9 +134,7 @@ Status KltLayer::make_codec(const Incoming& incoming) {
 
 int64_t KltLayer::codec_bytes() const {
   int64_t n = 0;
-  if (!from_file_) {
-    for (const KltPart& part : parts_) n += part.bytes();
-  }
+  for (const KltPart& part : parts_) n += part.bytes();
   return n;
 }
 

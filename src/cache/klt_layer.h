@@ -13,12 +13,6 @@
 
 namespace narrows {
 
-/// Keys and values of one layer: a KltBasis each for every part.
-struct KltLayerBasis {
-  std::vector<KltBasis> key;
-  std::vector<KltBasis> value;
-};
-
 /// What an error of a value costs, [n_head_kv, head_dim, head_dim]: the sum over a KV head's query heads of
 /// Wo_h^T Wo_h. Asked for when a layer makes its own transforms.
 using ValueWeightFn = std::function<Status(int64_t layer, std::vector<double>& weight)>;
@@ -93,7 +87,7 @@ class KltLayer final : public WindowedLayer {
   std::shared_ptr<const DistanceAverage> distances_;
   ValueWeightFn value_weight_;
   int64_t heads_;
-  bool from_file_ = false;
+  bool from_file_ = false;  ///< then the transforms outlive clear()
   std::unique_ptr<KltStatistics> queries_;  ///< until there are transforms
   std::vector<KltPart> parts_;
 };

@@ -34,8 +34,8 @@ WindowPlan window_plan(const KvProfile& profile) {
 }
 
 KltOptions klt_options(const KvProfile& profile, int64_t width) {
-  // D / 8 coordinates find the same tokens as D / 4 (docs/experiments.md).
-  const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(16, width / 8);
+  // D / 8 coordinates find the same tokens as D / 4, but not fewer than 32 (docs/experiments.md).
+  const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(32, width / 8);
   return {profile.key_rate, profile.value_rate, rank};
 }
 
@@ -140,6 +140,9 @@ Result<std::unique_ptr<KvCache>> KvCache::create(const ModelInfo& model, const K
       } else if (profile.kind == KvKind::klt) {
         auto klt = std::make_unique<KltLayer>(i, shape, rope, window_plan(profile),
                                               klt_options(profile, shape.width()), distances, value_weight);
+        if (basis && i < static_cast<int64_t>(basis->klt.size())) {
+          if (Status s = klt->use_basis(basis->klt[static_cast<size_t>(i)]); !s.ok()) return s;
+        }
         cache->layers_.push_back(std::move(klt));
       } else {
         const SalsLayout layout = sals_layout(profile, shape.width());

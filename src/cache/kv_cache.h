@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "cache/basis.h"
+#include "cache/basis_file.h"
 #include "cache/klt_layer.h"
 #include "cache/layer_cache.h"
 #include "narrows/engine.h"

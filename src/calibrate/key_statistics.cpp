@@ -4,15 +4,28 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <thread>
 
+#include "cache/klt_layer.h"
 #include "engine/session_impl.h"
+#include "engine/value_weight.h"
 #include "narrows/sampling.h"
 
 namespace narrows {
 
-Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text,
-                                                   int n_threads, const ProgressFn& progress) {
+namespace {
+
+/// Called with the rows of one sequence, n of them: keys before RoPE and values [n, D], or queries [n, n_head,
+/// head_dim].
+struct Gather {
+  std::function<void(int64_t layer, const float* k, const float* v, int64_t n)> rows;
+  std::function<void(int64_t layer, const float* q, int64_t n)> queries;
+};
+
+/// Runs the text through the model in sequences; the first kSkipTokens of each are left out of `rows`.
+Status run_text(const Model& model, std::span<const Token> text, int n_threads, const ProgressFn& progress,
+                const Gather& gather) {
   const Hparams& hp = model.weights().hparams();
   const int64_t width = hp.n_head_kv * hp.head_dim;
   const auto n = static_cast<int64_t>(text.size());
@@ -27,11 +40,11 @@ Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span
   kernels::RopeTable rope(hp.rope, sequence);
   GraphRunner runner(n_threads);
   Prefill prefill(model.weights(), rope, runner);
-  std::vector<KeyMoments> moments(static_cast<size_t>(hp.n_layer), KeyMoments(width));
   PrefillHooks hooks;
-  hooks.layer_done = [&](int64_t layer, const float* k, const float* /*v*/, int64_t rows) -> Status {
+  hooks.queries = gather.queries;
+  hooks.layer_done = [&](int64_t layer, const float* k, const float* v, int64_t rows) -> Status {
     const int64_t skip = std::min(kSkipTokens, rows);
-    moments[static_cast<size_t>(layer)].add(k + skip * width, rows - skip);
+    gather.rows(layer, k + skip * width, v + skip * width, rows - skip);
     return {};
   };
   std::vector<float> logits(static_cast<size_t>(hp.n_vocab));
@@ -45,23 +58,59 @@ Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span
     const auto tokens = text.subspan(static_cast<size_t>(at), static_cast<size_t>(rows));
     if (Status s = prefill.run(tokens, 0, hooks, part, logits.data()); !s.ok()) return s;
   }
+  return {};
+}
+
+}  // namespace
+
+Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text, int n_threads,
+                                                   const ProgressFn& progress) {
+  const ModelInfo& info = model.info();
+  std::vector<KeyMoments> moments(static_cast<size_t>(info.n_layer), KeyMoments(info.n_head_kv * info.head_dim));
+  Gather gather;
+  gather.rows = [&](int64_t layer, const float* k, const float* /*v*/, int64_t n) {
+    moments[static_cast<size_t>(layer)].add(k, n);
+  };
+  if (Status s = run_text(model, text, n_threads, progress, gather); !s.ok()) return s;
   return moments;
 }
 
 Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, const std::string& made_from,
                             int n_threads, const ProgressFn& progress) {
-  Result<std::vector<KeyMoments>> moments = gather_key_moments(model, text, n_threads, progress);
-  if (!moments.ok()) return moments.status();
   const ModelInfo& info = model.info();
+  const Hparams& hp = model.weights().hparams();
+  const auto n_layer = static_cast<size_t>(info.n_layer);
+  std::vector<KeyMoments> moments(n_layer, KeyMoments(info.n_head_kv * info.head_dim));
+  std::vector<KltStatistics> statistics(n_layer, KltStatistics(attention_shape(hp)));
+  Gather gather;
+  gather.rows = [&](int64_t layer, const float* k, const float* v, int64_t n) {
+    moments[static_cast<size_t>(layer)].add(k, n);
+    statistics[static_cast<size_t>(layer)].add(k, v, n);
+  };
+  gather.queries = [&](int64_t layer, const float* q, int64_t n) {
+    statistics[static_cast<size_t>(layer)].add_queries(q, n);
+  };
+  if (Status s = run_text(model, text, n_threads, progress, gather); !s.ok()) return s;
+
   BasisFile file;
   file.fingerprint = info.fingerprint;
   file.made_from = made_from;
   file.n_tokens = static_cast<int64_t>(text.size());
-  for (size_t i = 0; i < moments->size(); ++i) {
-    Result<LayerBasis> basis = (*moments)[i].leading(info.n_head_kv * info.head_dim);
-    if (!basis.ok())
-      return Status(basis.status().code(), fmt::format("layer {}: {}", i, basis.status().message()));
+  // Caches that use the file may be longer than its text: distances up to a usual context.
+  const kernels::RopeTable rope(hp.rope, std::min<int64_t>(kCalibratedReach, hp.n_ctx_train));
+  const DistanceAverage distances(rope, info.head_dim);
+  for (size_t i = 0; i < n_layer; ++i) {
+    const auto in_layer = [i](const Status& s) {
+      return Status(s.code(), fmt::format("layer {}: {}", i, s.message()));
+    };
+    Result<LayerBasis> basis = moments[i].leading(info.n_head_kv * info.head_dim);
+    if (!basis.ok()) return in_layer(basis.status());
     file.layers.push_back(std::move(*basis));
+    std::vector<double> weight;
+    if (Status s = value_weight(model.weights(), static_cast<int64_t>(i), weight); !s.ok()) return in_layer(s);
+    Result<KltLayerBasis> klt = statistics[i].basis(distances, weight);
+    if (!klt.ok()) return in_layer(klt.status());
+    file.klt.push_back(std::move(*klt));
   }
   return file;
 }

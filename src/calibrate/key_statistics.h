@@ -8,13 +8,15 @@
 #include <string>
 #include <vector>
 
-#include "cache/basis.h"
+#include "cache/basis_file.h"
 #include "narrows/engine.h"
 
 namespace narrows {
 
 /// Longest sequence that statistics are gathered from, as in the paper's calibration (4096 tokens).
 inline constexpr int64_t kSequence = 4096;
+/// Farthest look back that a basis file weighs errors for.
+inline constexpr int64_t kCalibratedReach = 8192;
 /// First tokens of a sequence that are left out: attention sinks, whose keys lie far from all others.
 inline constexpr int64_t kSkipTokens = 4;
 

@@ -8,7 +8,7 @@
 #include <fstream>
 #include <functional>
 
-#include "cache/basis.h"
+#include "cache/basis_file.h"
 #include "cache/cache_data.h"
 #include "ggml.h"
 #include "gguf.h"

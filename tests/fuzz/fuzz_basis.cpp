@@ -1,5 +1,5 @@
 // A basis file, read for a model of two layers with keys of width 16.
-#include "cache/basis.h"
+#include "cache/basis_file.h"
 #include "fuzz/fuzz.h"
 #include "support/tiny_model.h"
 #include "temp_dir.h"
