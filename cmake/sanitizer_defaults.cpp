@@ -4,8 +4,8 @@
 // sanitizers are ready.
 
 extern "C" const char* __asan_default_options() {
-  // llama.cpp is not instrumented: a container that it fills and we read (or the reverse) has stale bounds marks,
-  // which would be reported as container overflows.
+  // llama.cpp is not instrumented: a container that it fills and we read (or the reverse) has stale bounds
+  // marks, which would be reported as container overflows.
   return "detect_container_overflow=0:strict_string_checks=1:detect_stack_use_after_return=1";
 }
 
@@ -17,9 +17,10 @@ extern "C" const char* __tsan_default_options() { return "halt_on_error=1:second
 #include <dlfcn.h>
 #include <sanitizer/tsan_interface.h>
 
-// ggml's threads are libgomp's, and libgomp synchronises with futexes that TSan cannot see: whatever one thread
-// writes before a barrier and another reads behind it would be called a race, in our custom ops too. The two entry
-// points that ggml calls stand here in libgomp's place, say what they order, and pass the call on.
+// ggml's threads are libgomp's, and libgomp synchronises with futexes that TSan cannot see: whatever one
+// thread writes before a barrier and another reads behind it would be called a race, in our custom ops too.
+// The two entry points that ggml calls stand here in libgomp's place, say what they order, and pass the call
+// on.
 namespace {
 
 char order;  // its address names the order between all OpenMP threads

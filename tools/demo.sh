@@ -19,5 +19,5 @@ show() {
   "$@"
 }
 
-show build/narrows run -m "$model" -f "$text" -p "In one sentence: what is this document?" --temp 0 --seed 1 -n 128 --kv sals-25
-show build/narrows bench -m "$model" -f "$text" --context 7600 --kv f16,sals-25,sals-12.5
+show build/narrows run -m "$model" -f "$text" -p "In one sentence: what is this document?" --temp 0 --seed 1 -n 128
+show build/narrows bench -m "$model" -f "$text" --context 7600 --kv f16,klt,sals-25

@@ -10,6 +10,9 @@
 
 namespace narrows {
 
+/// What commands take when no profile is asked for. (A KvProfile{} of code is f16.)
+inline constexpr const char* kDefaultProfile = "klt";
+
 enum class KvKind {
   f16,   ///< exact keys and values in half precision, all tokens read
   kivi,  ///< KIVI (arXiv:2402.02750): per-channel quantised rotated keys, per-token quantised values, all
@@ -37,8 +40,8 @@ struct KvProfile {
   int64_t n_recent = 64;         ///< last tokens, always exact and always read (all kinds but f16)
 
   /// Tokens to select at a context of n_kv tokens: max(432, n_kv / 8 - n_sink - n_recent) when automatic,
-  /// i.e. 1/8 of the context from 4K on (PAPERS: the split 16 + 432 + 64 of SALS at 4K). klt: max(432, n_kv / 12),
-  /// with which it is as close to f16 as with all tokens (docs/experiments.md).
+  /// i.e. 1/8 of the context from 4K on (PAPERS: the split 16 + 432 + 64 of SALS at 4K). klt: max(432, n_kv /
+  /// 12), with which it is as close to f16 as with all tokens (docs/experiments.md).
   int64_t budget_at(int64_t n_kv) const;
 
   /// True if this layer keeps an exact f16 cache: all layers for f16; 0, 1 and the last for sals; none for

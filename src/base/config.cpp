@@ -23,7 +23,8 @@ struct NamedProfile {
   double value_rate = 0;
 };
 
-/// By stored bits of a compressed layer, scales included: 16+16, 5+5, 4+5, 3+3, 2+3.1, 2+3, 1.1+2.1 (DESIGN.md).
+/// By stored bits of a compressed layer, scales included: 16+16, 5+5, 4+5, 3+3, 2+3.1, 2+3, 1.1+2.1
+/// (DESIGN.md).
 constexpr std::array<NamedProfile, 7> kProfiles = {{
     {"f16", KvKind::f16, 16, 16, 1},
     {"kivi-4", KvKind::kivi, 4, 4, 1},
@@ -85,7 +86,8 @@ bool parse_number(std::string_view text, const Key& key, KvProfile& profile) {
   if (key.real != nullptr) {
     double number = 0;
     const auto [stop, error] = std::from_chars(text.data(), end, number, std::chars_format::fixed);
-    if (error != std::errc() || stop != end || !(number >= kLeastRate) || number > static_cast<double>(key.high))
+    if (error != std::errc() || stop != end || !(number >= kLeastRate) ||
+        number > static_cast<double>(key.high))
       return false;
     profile.*(key.real) = number;
     return true;

@@ -56,7 +56,7 @@ struct Field {
 
 /// Tensors of the transform of one part; all parts of a layer are one tensor, part after part.
 struct KltShape {
-  int64_t width;     ///< of a part
+  int64_t width;  ///< of a part
   int64_t head_dim;
   int64_t n_part;
 };
@@ -127,9 +127,12 @@ Status check_writable(const BasisFile& basis, const ModelInfo& model) {
     for (const auto* parts : {&layer.key, &layer.value}) {
       good = good && static_cast<int64_t>(parts->size()) == shape.n_part;
       for (const KltBasis& b : *parts) {
-        const auto holds = [](const std::vector<float>& x, int64_t n) { return static_cast<int64_t>(x.size()) == n; };
+        const auto holds = [](const std::vector<float>& x, int64_t n) {
+          return static_cast<int64_t>(x.size()) == n;
+        };
         good = good && b.width == shape.width && b.block == shape.head_dim && holds(b.mean, b.width) &&
-               holds(b.weight, b.width * b.block) && holds(b.decode, b.width * b.width) && holds(b.variance, b.width);
+               holds(b.weight, b.width * b.block) && holds(b.decode, b.width * b.width) &&
+               holds(b.variance, b.width);
       }
     }
   }

@@ -1,4 +1,5 @@
-// Basis files: what `narrows calibrate` makes of a text, and caches of that model use instead of their prompt.
+// Basis files: what `narrows calibrate` makes of a text, and caches of that model use instead of their
+// prompt.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,9 @@
 
 namespace narrows {
 
-/// A basis file: GGUF, architecture "narrows-basis", version 2, the model's fingerprint and shapes, how it was made
-/// (tokens, source). All tensors F32, shapes row-major, D = n_head_kv * head_dim, w = width of a transform
-/// (heads_of_part() heads, D / w of them one after another):
+/// A basis file: GGUF, architecture "narrows-basis", version 2, the model's fingerprint and shapes, how it
+/// was made (tokens, source). All tensors F32, shapes row-major, D = n_head_kv * head_dim, w = width of a
+/// transform (heads_of_part() heads, D / w of them one after another):
 ///   SALS  blk.N.key_basis [D, D], blk.N.key_energy [D]
 ///   klt   blk.N.klt_X_mean [D], blk.N.klt_X_weight [D, head_dim], blk.N.klt_X_decode [D, w],
 ///         blk.N.klt_X_variance [D], X = key and value

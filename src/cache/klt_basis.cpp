@@ -19,9 +19,9 @@ using kernels::kOctet;
 /// would otherwise be stored with any error at all.
 constexpr double kLeastWeight = 1e-4;
 
-/// Mean squared error of a uniform quantiser of 0 .. 8 bits on a unit Gaussian, each with its best step (Max 1960;
-/// computed by integration).
-constexpr double kDistortion[] = {1,       0.3634,   0.1188,  0.03744,  0.01154,
+/// Mean squared error of a uniform quantiser of 0 .. 8 bits on a unit Gaussian, each with its best step (Max
+/// 1960; computed by integration).
+constexpr double kDistortion[] = {1,        0.3634,  0.1188,   0.03744,  0.01154,
                                   0.003495, 0.00104, 0.000304, 0.0000869};
 
 constexpr int kDistances = 256;
@@ -55,7 +55,8 @@ void CentredMoments::add(const float* x, int64_t ld, int64_t n) {
 std::vector<double> CentredMoments::mean() const {
   std::vector<double> mean = moments_.sum();
   for (size_t c = 0; c < mean.size(); ++c) {
-    mean[c] = n_tokens() > 0 ? mean[c] / static_cast<double>(n_tokens()) + static_cast<double>(centre_[c]) : 0.0;
+    mean[c] =
+        n_tokens() > 0 ? mean[c] / static_cast<double>(n_tokens()) + static_cast<double>(centre_[c]) : 0.0;
   }
   return mean;
 }
@@ -71,7 +72,8 @@ std::vector<double> CentredMoments::covariance() const {
   return c;
 }
 
-Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector<double>& weight, int64_t block) {
+Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector<double>& weight,
+                                int64_t block) {
   const int64_t width = moments.width();
   if (block < 1 || width % block != 0 || static_cast<int64_t>(weight.size()) != width * block) {
     return Status{StatusCode::internal, "the weight of a transform does not fit its width"};
@@ -113,8 +115,8 @@ Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector
     for (int64_t i = 0; i < n_block; ++i) {
       for (int64_t j = 0; j < n_block; ++j) {
         weighted.block(i * block, j * block, block, block) = half.block(i * block, i * block, block, block) *
-                                                            c.block(i * block, j * block, block, block) *
-                                                            half.block(j * block, j * block, block, block);
+                                                             c.block(i * block, j * block, block, block) *
+                                                             half.block(j * block, j * block, block, block);
       }
     }
   }
@@ -142,8 +144,8 @@ Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector
     basis.variance[static_cast<size_t>(c)] =
         static_cast<float>(std::max(0.0, solver.eigenvalues()[from]) / (sd * sd));
     for (int64_t b = 0; b < n_block; ++b) {
-      const Eigen::VectorXd row =
-          inverse.block(b * block, b * block, block, block) * solver.eigenvectors().col(from).segment(b * block, block);
+      const Eigen::VectorXd row = inverse.block(b * block, b * block, block, block) *
+                                  solver.eigenvectors().col(from).segment(b * block, block);
       for (int64_t i = 0; i < block; ++i)
         basis.decode[static_cast<size_t>(c * width + b * block + i)] = static_cast<float>(sd * row[i]);
     }

@@ -15,8 +15,8 @@
 
 namespace narrows {
 
-/// Second moments of rows about a point near their mean, summed in double: the means of keys may be 50 times their
-/// spread (Qwen2, layer 0), and plain sums of squares would lose the spread.
+/// Second moments of rows about a point near their mean, summed in double: the means of keys may be 50 times
+/// their spread (Qwen2, layer 0), and plain sums of squares would lose the spread.
 class CentredMoments {
  public:
   explicit CentredMoments(int64_t width) : moments_(width), width_(width) {}
@@ -33,8 +33,8 @@ class CentredMoments {
   std::vector<float> centre_;  ///< [width], mean of the first rows that came
 };
 
-/// A transform of `width` channels, for any number of bits. z = (x - mean) W decode^T, x^ = mean + z decode, W block
-/// diagonal. Scaled so that the first coordinate has variance 1.
+/// A transform of `width` channels, for any number of bits. z = (x - mean) W decode^T, x^ = mean + z decode,
+/// W block diagonal. Scaled so that the first coordinate has variance 1.
 struct KltBasis {
   int64_t width = 0;
   int64_t block = 0;            ///< side of a block of W: head_dim
@@ -50,15 +50,17 @@ struct KltLayerBasis {
   std::vector<KltBasis> value;
 };
 
-/// weight [width / block, block, block]: cost of an error, block by block. non_finite if a moment or a weight is not
-/// finite; a channel of zero variance or weight is harmless.
-Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector<double>& weight, int64_t block);
+/// weight [width / block, block, block]: cost of an error, block by block. non_finite if a moment or a weight
+/// is not finite; a channel of zero variance or weight is harmless.
+Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector<double>& weight,
+                                int64_t block);
 
-/// Whole bits 0 to 8 for each octet of coordinates, falling, rate * width in all (rounded down to octets): the next
-/// bit goes to the octet where it removes most error of a uniform quantiser on Gaussian numbers.
+/// Whole bits 0 to 8 for each octet of coordinates, falling, rate * width in all (rounded down to octets):
+/// the next bit goes to the octet where it removes most error of a uniform quantiser on Gaussian numbers.
 std::vector<uint8_t> allocate_octets(const std::vector<float>& variance, double rate);
 
-/// A basis with its bits: what a cache holds. Half precision, because its rounding is far below that of the codes.
+/// A basis with its bits: what a cache holds. Half precision, because its rounding is far below that of the
+/// codes.
 struct KltTransform {
   int64_t width = 0;
   int64_t block = 0;
@@ -74,8 +76,8 @@ struct KltTransform {
 /// invalid_argument if a number of the basis leaves half precision.
 Result<KltTransform> make_klt_transform(const KltBasis& basis, double rate);
 
-/// Averages over distances: what the second moment of queries before RoPE becomes when they look back by t tokens, t
-/// log-uniform in 1 .. n_ctx. One weight then serves all positions.
+/// Averages over distances: what the second moment of queries before RoPE becomes when they look back by t
+/// tokens, t log-uniform in 1 .. n_ctx. One weight then serves all positions.
 class DistanceAverage {
  public:
   DistanceAverage(const kernels::RopeTable& rope, int64_t head_dim);
@@ -83,7 +85,9 @@ class DistanceAverage {
   std::vector<double> apply(const double* c) const;
 
  private:
-  double at(const double* c, int64_t i, int64_t j) const { return i < 0 || j < 0 ? 0.0 : c[i * head_dim_ + j]; }
+  double at(const double* c, int64_t i, int64_t j) const {
+    return i < 0 || j < 0 ? 0.0 : c[i * head_dim_ + j];
+  }
 
   int64_t head_dim_;
   std::vector<int64_t> first_;   ///< coordinates of each rotated pair; those that are not rotated turn by 0

@@ -179,7 +179,8 @@ void KltLayer::decode(int64_t first, int64_t n, float* k, float* v) const {
       part.read_rows(page((first + done) / kPageTokens), slots, m, 0, scratch);
       part.rebuild_keys(scratch.key.data(), scratch.ld, m, 0, part.width(),
                         k + done * width + part.first_channel(), width);
-      part.rebuild_values(scratch.value.data(), scratch.ld, m, v + done * width + part.first_channel(), width);
+      part.rebuild_values(scratch.value.data(), scratch.ld, m, v + done * width + part.first_channel(),
+                          width);
     }
     done += m;
   }

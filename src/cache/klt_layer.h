@@ -1,6 +1,6 @@
-// klt storage of a layer (ours; DESIGN.md): keys before RoPE and values as latent codes of centred, weighted KLTs,
-// all coordinates kept with the bits they deserve, in pages of 64 tokens. Without a basis file the layer keeps tokens
-// exact until enough are there, makes its own transforms from them and converts itself.
+// klt storage of a layer (ours; DESIGN.md): keys before RoPE and values as latent codes of centred, weighted
+// KLTs, all coordinates kept with the bits they deserve, in pages of 64 tokens. Without a basis file the
+// layer keeps tokens exact until enough are there, makes its own transforms from them and converts itself.
 #pragma once
 
 #include <functional>
@@ -24,7 +24,8 @@ class KltStatistics {
   void add(const float* k, const float* v, int64_t n);  ///< [n, D] each
   void add_queries(const float* q, int64_t n);          ///< [n, n_head, head_dim]
   int64_t n_queries() const { return n_queries_; }
-  Result<KltLayerBasis> basis(const DistanceAverage& distances, const std::vector<double>& value_weight) const;
+  Result<KltLayerBasis> basis(const DistanceAverage& distances,
+                              const std::vector<double>& value_weight) const;
 
  private:
   AttentionShape shape_;
@@ -38,35 +39,38 @@ class KltStatistics {
 /// Tokens a layer needs before it makes its own transforms (docs/experiments.md has the sweep).
 inline constexpr int64_t tokens_for_klt(int64_t width) { return std::max<int64_t>(512, 2 * width); }
 
-/// Positions that make a layer's own transforms: the first few are attention sinks with outlying keys, and more than
-/// 4096 change nothing that was measurable.
+/// Positions that make a layer's own transforms: the first few are attention sinks with outlying keys, and
+/// more than 4096 change nothing that was measurable.
 inline constexpr int64_t kKltBegin = 4;
 inline constexpr int64_t kKltEnd = 4096;
 
 /// Bits and sizes of a profile for one layer.
 struct KltOptions {
-  double key_rate = 2;    ///< average bits a key coordinate
+  double key_rate = 2;  ///< average bits a key coordinate
   double value_rate = 3;
-  int64_t n_index = 0;    ///< coordinates scored, over all parts together
+  int64_t n_index = 0;  ///< coordinates scored, over all parts together
 };
 
 class KltLayer final : public WindowedLayer {
  public:
   /// basis may be null; if given, it fits the shape. distances outlive the layer.
   KltLayer(int64_t layer, const AttentionShape& shape, const kernels::RopeTable* rope, const WindowPlan& plan,
-           const KltOptions& options, std::shared_ptr<const DistanceAverage> distances, ValueWeightFn value_weight);
+           const KltOptions& options, std::shared_ptr<const DistanceAverage> distances,
+           ValueWeightFn value_weight);
 
   /// Transforms of a file: the layer need not wait for tokens.
   Status use_basis(const KltLayerBasis& basis);
 
-  /// Queries before RoPE [n, n_head, head_dim] of tokens that append() or store_step() brings later: statistics, as
-  /// long as wants_queries().
+  /// Queries before RoPE [n, n_head, head_dim] of tokens that append() or store_step() brings later:
+  /// statistics, as long as wants_queries().
   void observe_queries(const float* q, int64_t n) override;
   bool wants_queries() const override { return parts_.empty(); }
 
   const std::vector<KltPart>& parts() const { return parts_; }
   /// The part of a KV head and the head's first channel in it.
-  const KltPart& part_of_head(int64_t head) const { return parts_[static_cast<size_t>(head / heads_of_a_part())]; }
+  const KltPart& part_of_head(int64_t head) const {
+    return parts_[static_cast<size_t>(head / heads_of_a_part())];
+  }
   int64_t channel_of_head(int64_t head) const { return head % heads_of_a_part() * shape().head_dim; }
   int64_t heads_of_a_part() const { return heads_; }
   const KltOptions& options() const { return options_; }
@@ -87,7 +91,7 @@ class KltLayer final : public WindowedLayer {
   std::shared_ptr<const DistanceAverage> distances_;
   ValueWeightFn value_weight_;
   int64_t heads_;
-  bool from_file_ = false;  ///< then the transforms outlive clear()
+  bool from_file_ = false;                  ///< then the transforms outlive clear()
   std::unique_ptr<KltStatistics> queries_;  ///< until there are transforms
   std::vector<KltPart> parts_;
 };

@@ -1,5 +1,5 @@
-// Writes and reads one part of a klt page. Encoding: centre, weigh, transform, quantise, pack; reading: planes to
-// latents, latents through the inverse transform.
+// Writes and reads one part of a klt page. Encoding: centre, weigh, transform, quantise, pack; reading:
+// planes to latents, latents through the inverse transform.
 #include "cache/klt_page.h"
 
 #include <algorithm>
@@ -41,15 +41,16 @@ void transform(const KltTransform& t, const float* x, int64_t ld, float* z, int6
       centred[static_cast<size_t>(i * width + c)] = x[i * ld + c] - t.mean[static_cast<size_t>(c)];
   }
   for (int64_t b = 0; b < width; b += t.block) {
-    ops().gemm_f16(kPageTokens, t.block, t.block, centred.data() + b, width, t.weight.data() + b * t.block, t.block,
-                   weighted.data() + b, width, false);
+    ops().gemm_f16(kPageTokens, t.block, t.block, centred.data() + b, width, t.weight.data() + b * t.block,
+                   t.block, weighted.data() + b, width, false);
   }
   // decode^T in float: pages are written seldom, and a second copy of the transform would stay for ever.
   std::vector<float> turned(static_cast<size_t>(width * ldz), 0.0F);
   std::vector<float> row(static_cast<size_t>(width));
   for (int64_t c = 0; c < t.n_coord; ++c) {
     ops().f16_to_f32(t.decode.data() + c * width, row.data(), width);
-    for (int64_t i = 0; i < width; ++i) turned[static_cast<size_t>(i * ldz + c)] = row[static_cast<size_t>(i)];
+    for (int64_t i = 0; i < width; ++i)
+      turned[static_cast<size_t>(i * ldz + c)] = row[static_cast<size_t>(i)];
   }
   ops().gemm(kPageTokens, ldz, width, weighted.data(), width, turned.data(), ldz, z, ldz, false);
 }
@@ -74,7 +75,8 @@ KltScratch::KltScratch(int64_t width)
   for (int64_t i = 0; i < key_amplitude.size(); ++i) key_amplitude[i] = value_amplitude[i] = 0;
 }
 
-KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, int64_t n_index, int64_t page_offset)
+KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, int64_t n_index,
+                 int64_t page_offset)
     : first_channel_(first_channel), key_(std::move(key)), value_(std::move(value)) {
   layout_.offset = page_offset;
   layout_.n_key = key_.n_coord;
@@ -83,8 +85,8 @@ KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, in
   const int64_t index_octets = layout_.n_index / kOctet;
   for (int64_t o = 0; o < index_octets; ++o)
     layout_.index_bytes += key_.octet_bits[static_cast<size_t>(o)] * kOctet * kPageTokens / 8;
-  layout_.rest =
-      kernels::make_plane_row(key_.octet_bits.data() + index_octets, (layout_.n_key - layout_.n_index) / kOctet);
+  layout_.rest = kernels::make_plane_row(key_.octet_bits.data() + index_octets,
+                                         (layout_.n_key - layout_.n_index) / kOctet);
   layout_.value = kernels::make_plane_row(value_.octet_bits.data(), layout_.n_value / kOctet);
   score_basis_.resize(static_cast<size_t>(width() * ld_score()));
   for (int64_t i = 0; i < width(); ++i) {
@@ -104,9 +106,8 @@ KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, in
 }
 
 int64_t KltPart::bytes() const {
-  const size_t floats =
-      score_step_.capacity() + score_centre_.capacity() + full_step_.capacity() + full_centre_.capacity() +
-                        score_basis_.capacity();
+  const size_t floats = score_step_.capacity() + score_centre_.capacity() + full_step_.capacity() +
+                        full_centre_.capacity() + score_basis_.capacity();
   return key_.bytes() + value_.bytes() + static_cast<int64_t>(floats * sizeof(float));
 }
 
@@ -118,7 +119,8 @@ bool KltPart::encode(const float* k, const float* v, int64_t ld, std::byte* page
   std::vector<uint8_t> scales(static_cast<size_t>(ldz));
 
   transform(key_, k + first_channel_, ld, z.data(), ldz);
-  if (!ops().quant_latents(z.data(), ldz, key_.n_coord, key_.octet_bits.data(), scales.data(), codes.data(), ldz))
+  if (!ops().quant_latents(z.data(), ldz, key_.n_coord, key_.octet_bits.data(), scales.data(), codes.data(),
+                           ldz))
     return false;
   std::memcpy(bytes + layout_.scale_offset(), scales.data(), static_cast<size_t>(layout_.n_key));
   write_index(codes.data(), ldz, bytes + layout_.index_offset());
@@ -126,15 +128,17 @@ bool KltPart::encode(const float* k, const float* v, int64_t ld, std::byte* page
              bytes + layout_.rest_offset());
 
   transform(value_, v + first_channel_, ld, z.data(), ldz);
-  if (!ops().quant_latents(z.data(), ldz, value_.n_coord, value_.octet_bits.data(), scales.data(), codes.data(), ldz))
+  if (!ops().quant_latents(z.data(), ldz, value_.n_coord, value_.octet_bits.data(), scales.data(),
+                           codes.data(), ldz))
     return false;
-  std::memcpy(bytes + layout_.scale_offset() + layout_.n_key, scales.data(), static_cast<size_t>(layout_.n_value));
+  std::memcpy(bytes + layout_.scale_offset() + layout_.n_key, scales.data(),
+              static_cast<size_t>(layout_.n_value));
   write_rows(codes.data(), ldz, value_.octet_bits.data(), layout_.value, 0, bytes + layout_.value_offset());
   return true;
 }
 
-void KltPart::write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits, const kernels::PlaneRow& shape,
-                         int64_t first_octet, uint8_t* rows) const {
+void KltPart::write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits,
+                         const kernels::PlaneRow& shape, int64_t first_octet, uint8_t* rows) const {
   for (int64_t t = 0; t < kPageTokens; ++t) {
     uint8_t* row = rows + t * shape.bytes;
     for (int64_t o = 0; o < shape.n_octet; ++o) {
@@ -152,7 +156,8 @@ void KltPart::write_index(const uint8_t* codes, int64_t ldc, uint8_t* planes) co
     for (int64_t t = 0; t < kPageTokens; ++t) column[kernels::index_slot(t)] = codes[t * ldc + c];
     const int bits = key_.octet_bits[static_cast<size_t>(c / kOctet)];
     for (int j = 0; j < bits; ++j) {
-      for (int64_t i = 0; i < kPageTokens / 8; ++i) *planes++ = gather_bit(eight_bytes(column + 8 * i), bits - 1 - j);
+      for (int64_t i = 0; i < kPageTokens / 8; ++i)
+        *planes++ = gather_bit(eight_bytes(column + 8 * i), bits - 1 - j);
     }
   }
 }
@@ -185,8 +190,8 @@ void KltPart::read_rows(const std::byte* page, const int32_t* slots, int64_t n, 
   }
 }
 
-void KltPart::rebuild_keys(const float* latent, int64_t ld, int64_t n, int64_t channel, int64_t count, float* k,
-                           int64_t ldk) const {
+void KltPart::rebuild_keys(const float* latent, int64_t ld, int64_t n, int64_t channel, int64_t count,
+                           float* k, int64_t ldk) const {
   for (int64_t i = 0; i < n; ++i) std::copy_n(key_.mean.data() + channel, count, k + i * ldk);
   ops().gemm_f16(n, count, key_.n_coord, latent, ld, key_.decode.data() + channel, key_.width, k, ldk, true);
 }
@@ -196,10 +201,11 @@ void KltPart::rebuild_values(const float* latent, int64_t ld, int64_t n, float* 
   ops().gemm_f16(n, width(), value_.n_coord, latent, ld, value_.decode.data(), width(), v, ldv, true);
 }
 
-void KltPart::rebuild_value(const float* latent, float weight, int64_t channel, int64_t count, float* v) const {
+void KltPart::rebuild_value(const float* latent, float weight, int64_t channel, int64_t count,
+                            float* v) const {
   for (int64_t c = 0; c < count; ++c) v[c] += weight * value_.mean[static_cast<size_t>(channel + c)];
-  ops().gemm_f16(1, count, value_.n_coord, latent, value_.n_coord, value_.decode.data() + channel, value_.width, v,
-                 count, true);
+  ops().gemm_f16(1, count, value_.n_coord, latent, value_.n_coord, value_.decode.data() + channel,
+                 value_.width, v, count, true);
 }
 
 }  // namespace narrows

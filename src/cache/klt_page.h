@@ -1,6 +1,7 @@
-// One part of a klt page: kPageTokens tokens of `width` neighbouring key channels and the same value channels, as
-// latent codes. A part is all channels of a transform: the whole layer where D is small, a group of KV heads
-// where a transform of all of them would cost too much. docs/cache_layout.md draws it. Pipeline step 5.
+// One part of a klt page: kPageTokens tokens of `width` neighbouring key channels and the same value
+// channels, as latent codes. A part is all channels of a transform: the whole layer where D is small, a group
+// of KV heads where a transform of all of them would cost too much. docs/cache_layout.md draws it. Pipeline
+// step 5.
 #pragma once
 
 #include <cstddef>
@@ -44,14 +45,16 @@ struct KltLayout {
 /// Buffers of reading, for one thread.
 struct KltScratch {
   explicit KltScratch(int64_t width);
-  bool ok() const { return codes.ok() && key_amplitude.ok() && value_amplitude.ok() && key.ok() && value.ok(); }
+  bool ok() const {
+    return codes.ok() && key_amplitude.ok() && value_amplitude.ok() && key.ok() && value.ok();
+  }
 
   AlignedArray<uint8_t> codes;          ///< expanded index
   AlignedArray<float> key_amplitude;    ///< [ld]
   AlignedArray<float> value_amplitude;  ///< [ld]
   AlignedArray<float> key;              ///< [kPageTokens, ld] latents of a tile
   AlignedArray<float> value;            ///< [kPageTokens, ld]
-  int64_t ld = 0;                       ///< at least pad_latent(width), and a vector more: the rest of the key begins at any octet
+  int64_t ld = 0;  ///< at least pad_latent(width), and a vector more: the rest of the key begins at any octet
 };
 
 class KltPart {
@@ -66,15 +69,16 @@ class KltPart {
   const KltTransform& value() const { return value_; }
   int64_t bytes() const;
 
-  /// Writes kPageTokens tokens: k before RoPE and v, whole rows with `ld` between them. False if a number cannot be
-  /// stored (not finite, or 8,000 standard deviations away).
+  /// Writes kPageTokens tokens: k before RoPE and v, whole rows with `ld` between them. False if a number
+  /// cannot be stored (not finite, or 8,000 standard deviations away).
   bool encode(const float* k, const float* v, int64_t ld, std::byte* page) const;
 
   /// Latents of tokens slots [n] of a page into rows [row, row + n) of scratch.key and scratch.value.
-  void read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row, KltScratch& scratch) const;
+  void read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
+                 KltScratch& scratch) const;
 
-  /// Keys before RoPE of one KV head out of n latent rows: k [n, ldk], channels [channel, channel + count) of the
-  /// part.
+  /// Keys before RoPE of one KV head out of n latent rows: k [n, ldk], channels [channel, channel + count) of
+  /// the part.
   void rebuild_keys(const float* latent, int64_t ld, int64_t n, int64_t channel, int64_t count, float* k,
                     int64_t ldk) const;
   /// Values of n latent rows, all channels of the part: v [n, ldv].
@@ -92,15 +96,15 @@ class KltPart {
   /// Of the codes that expand_index() gives with kScoreBits: step by amplitude, and centre; [n_index].
   const std::vector<float>& score_step() const { return score_step_; }
   const std::vector<float>& score_centre() const { return score_centre_; }
-  /// What a query is projected with, [width, ld_score()]: column c < n_index is row c of the keys' inverse transform,
-  /// column n_index the mean key. In float: the mean may be large.
+  /// What a query is projected with, [width, ld_score()]: column c < n_index is row c of the keys' inverse
+  /// transform, column n_index the mean key. In float: the mean may be large.
   const std::vector<float>& score_basis() const { return score_basis_; }
   int64_t ld_score() const { return layout_.n_index + 1; }
 
  private:
   const uint8_t* value_scales(const std::byte* page) const { return key_scales(page) + layout_.n_key; }
-  void write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits, const kernels::PlaneRow& shape,
-                  int64_t first_octet, uint8_t* rows) const;
+  void write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits,
+                  const kernels::PlaneRow& shape, int64_t first_octet, uint8_t* rows) const;
   void write_index(const uint8_t* codes, int64_t ldc, uint8_t* planes) const;
 
   int64_t first_channel_;
@@ -109,7 +113,7 @@ class KltPart {
   KltLayout layout_;
   std::vector<float> score_step_, score_centre_;  ///< [n_index]
   std::vector<float> score_basis_;
-  std::vector<float> full_step_, full_centre_;    ///< [n_index] of all bits
+  std::vector<float> full_step_, full_centre_;  ///< [n_index] of all bits
 };
 
 }  // namespace narrows

@@ -39,8 +39,8 @@ KltOptions klt_options(const KvProfile& profile, int64_t width) {
   return {profile.key_rate, profile.value_rate, rank};
 }
 
-/// Bytes of the klt pages and transforms of a layer, if every coordinate has bits: an upper bound, because those
-/// without bits need neither scale nor transform.
+/// Bytes of the klt pages and transforms of a layer, if every coordinate has bits: an upper bound, because
+/// those without bits need neither scale nor transform.
 struct KltBytes {
   int64_t page = 0;
   int64_t basis = 0;
@@ -54,10 +54,12 @@ KltBytes klt_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_dim
     return static_cast<int64_t>(rate * static_cast<double>(part) / kernels::kOctet + 1e-9) * kernels::kOctet;
   };
   KltBytes bytes;
-  bytes.page = width / part * (2 * padded + kPageTokens * (bits(profile.key_rate) + bits(profile.value_rate)) / 8);
-  bytes.basis = width / part * 2 *
-                    (padded * part * kF16 + part * head_dim * kF16 + part * int64_t{sizeof(float)} + padded / 8 + 2) +
-                (4 + width) * (klt_options(profile, width).n_index + 8 * width / part + 1) * int64_t{sizeof(float)};
+  bytes.page =
+      width / part * (2 * padded + kPageTokens * (bits(profile.key_rate) + bits(profile.value_rate)) / 8);
+  bytes.basis =
+      width / part * 2 *
+          (padded * part * kF16 + part * head_dim * kF16 + part * int64_t{sizeof(float)} + padded / 8 + 2) +
+      (4 + width) * (klt_options(profile, width).n_index + 8 * width / part + 1) * int64_t{sizeof(float)};
   return bytes;
 }
 
@@ -177,7 +179,8 @@ CacheStats KvCache::stats() const {
 }
 
 bool KvCache::wants_queries() const {
-  return std::any_of(layers_.begin(), layers_.end(), [](const auto& layer) { return layer->wants_queries(); });
+  return std::any_of(layers_.begin(), layers_.end(),
+                     [](const auto& layer) { return layer->wants_queries(); });
 }
 
 void KvCache::clear() {

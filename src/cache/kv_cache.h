@@ -16,7 +16,8 @@ class KvCache {
  public:
   /// basis may be null: SALS layers then keep tokens exact until tokens_for_basis() of them are there,
   /// compute their own basis from tokens 4.. (the first few are attention sinks with outlying keys) and
-  /// convert themselves. klt layers do the same; value_weight (may be empty for other profiles) serves them then.
+  /// convert themselves. klt layers do the same; value_weight (may be empty for other profiles) serves them
+  /// then.
   static Result<std::unique_ptr<KvCache>> create(const ModelInfo& model, const KvProfile& profile,
                                                  const AttentionShape& shape, const kernels::RopeTable* rope,
                                                  std::shared_ptr<const BasisFile> basis,

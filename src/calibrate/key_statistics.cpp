@@ -16,8 +16,8 @@ namespace narrows {
 
 namespace {
 
-/// Called with the rows of one sequence, n of them: keys before RoPE and values [n, D], or queries [n, n_head,
-/// head_dim].
+/// Called with the rows of one sequence, n of them: keys before RoPE and values [n, D], or queries [n,
+/// n_head, head_dim].
 struct Gather {
   std::function<void(int64_t layer, const float* k, const float* v, int64_t n)> rows;
   std::function<void(int64_t layer, const float* q, int64_t n)> queries;
@@ -63,10 +63,11 @@ Status run_text(const Model& model, std::span<const Token> text, int n_threads, 
 
 }  // namespace
 
-Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text, int n_threads,
-                                                   const ProgressFn& progress) {
+Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span<const Token> text,
+                                                   int n_threads, const ProgressFn& progress) {
   const ModelInfo& info = model.info();
-  std::vector<KeyMoments> moments(static_cast<size_t>(info.n_layer), KeyMoments(info.n_head_kv * info.head_dim));
+  std::vector<KeyMoments> moments(static_cast<size_t>(info.n_layer),
+                                  KeyMoments(info.n_head_kv * info.head_dim));
   Gather gather;
   gather.rows = [&](int64_t layer, const float* k, const float* /*v*/, int64_t n) {
     moments[static_cast<size_t>(layer)].add(k, n);
@@ -107,7 +108,8 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
     if (!basis.ok()) return in_layer(basis.status());
     file.layers.push_back(std::move(*basis));
     std::vector<double> weight;
-    if (Status s = value_weight(model.weights(), static_cast<int64_t>(i), weight); !s.ok()) return in_layer(s);
+    if (Status s = value_weight(model.weights(), static_cast<int64_t>(i), weight); !s.ok())
+      return in_layer(s);
     Result<KltLayerBasis> klt = statistics[i].basis(distances, weight);
     if (!klt.ok()) return in_layer(klt.status());
     file.klt.push_back(std::move(*klt));

@@ -23,8 +23,8 @@ to llama.cpp is the median of the ratios round by round. All profiles of narrows
 from -f, or are ids that repeat a short pattern. peak RSS is that of the whole process, all engines together.
 
 Examples:
-  narrows bench -m model.gguf --context 0,4096 --kv f16,sals-12.5 --peer llama.cpp
-  narrows bench -m model.gguf --context 7600 -f report.txt --kv sals-25 --json)";
+  narrows bench -m model.gguf --context 0,4096 --kv f16,klt --peer llama.cpp
+  narrows bench -m model.gguf --context 7600 -f report.txt --kv klt --json)";
 
 struct BenchFlags {
   ModelFlags model;

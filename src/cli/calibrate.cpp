@@ -1,4 +1,4 @@
-// `narrows calibrate`: a basis file for the SALS profiles, from texts or from what the model writes itself.
+// `narrows calibrate`: a basis file for the klt and SALS profiles, from texts or from what the model writes itself.
 #include <fmt/format.h>
 
 #include <memory>
@@ -25,7 +25,7 @@ prompts are compressed too, and caches of one model share a basis. The file belo
 Examples:
   narrows calibrate -m model.gguf -f book.txt -f code.txt -o basis.gguf
   narrows calibrate -m model.gguf -o basis.gguf            the model writes its own text
-  narrows run -m model.gguf --basis basis.gguf --kv sals-25 -p "..." )";
+  narrows run -m model.gguf --basis basis.gguf -p "..." )";
 
 struct CalibrateFlags {
   ModelFlags model;
@@ -69,7 +69,7 @@ Outcome calibrate_command(const CalibrateFlags& flags) {
 }  // namespace
 
 Command make_calibrate_command(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("calibrate", "Make a basis file for the SALS cache profiles");
+  CLI::App* command = app.add_subcommand("calibrate", "Make a basis file for the klt and SALS cache profiles");
   auto flags = std::make_shared<CalibrateFlags>();
   flags->model.add_to(*command);
   command->add_option("-f,--file", flags->files, "text to calibrate on; may be given several times")

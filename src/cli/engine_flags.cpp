@@ -43,7 +43,7 @@ CLI::Validator whole_number(int64_t low, int64_t high) {
 
 std::string profile_help() {
   return fmt::format(
-      "how the key/value cache is kept: {}; with keys such as sals-25:budget=1024,sinks=16,recent=64",
+      "how the key/value cache is kept: {}; with keys such as klt:k=2,v=3,budget=1024",
       fmt::join(KvProfile::names(), ", "));
 }
 

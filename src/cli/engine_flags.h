@@ -21,7 +21,7 @@ struct ModelFlags {
 };
 
 struct SessionFlags {
-  std::string kv = KvProfile().name;
+  std::string kv = kDefaultProfile;
   std::string basis;
   std::optional<int64_t> n_ctx;
   std::optional<int> threads;

@@ -29,7 +29,7 @@ tokens of the text itself (teacher-forced) out of its own cache, and its predict
   smaller      f16 bytes by bytes allocated: whole cache | layers that the profile compresses | encoded pages alone
 
 Examples:
-  narrows eval -m model.gguf -f book.txt --kv sals-25 --kv kivi-2
+  narrows eval -m model.gguf -f book.txt --kv klt --kv klt-10x --kv sals-25
   narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json)";
 
 struct EvalFlags {
@@ -44,16 +44,16 @@ struct EvalFlags {
 };
 
 std::string table(const std::vector<EvalRow>& rows) {
-  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean", "kl p99",
-                                "top-1", "mass", "best", "smaller");
+  std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean",
+                                "kl p99", "top-1", "mass", "best", "smaller");
   for (const EvalRow& r : rows) {
     // llama.cpp's row has no cache of ours to count.
     const std::string smaller = r.cache.n_tokens == 0
                                     ? "-"
                                     : fmt::format("{:.2f} | {:.2f} | {:.2f}", r.compression(),
                                                   r.compression_layers(), r.compression_pages());
-    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>8.4f}{:>22}\n", r.kv, r.ppl, r.kl_mean,
-                       r.kl_p99, r.top1, r.mass_kept, r.mass_best, smaller);
+    out += fmt::format("{:<24}{:>9.3f}{:>10.5f}{:>9.4f}{:>8.3f}{:>8.4f}{:>8.4f}{:>22}\n", r.kv, r.ppl,
+                       r.kl_mean, r.kl_p99, r.top1, r.mass_kept, r.mass_best, smaller);
   }
   return out;
 }

@@ -24,7 +24,7 @@ the program chats: questions come from the terminal or, one a line, from a pipe.
 everything else to standard error. Ctrl-C stops an answer.
 
 Examples:
-  narrows run -m model.gguf -f report.txt -p "What are the three main findings?" --kv sals-25
+  narrows run -m model.gguf -f report.txt -p "What are the three main findings?" --kv klt-10x
   narrows run -m model.gguf -f report.txt                     chat about the file
   git diff | narrows run -m model.gguf -f /dev/stdin -p "Explain this change."
   narrows run -m model.gguf --raw -p "Once upon a time" -n 100 --seed 7 --json)";

@@ -59,9 +59,9 @@ class SalsDecoder final : public LayerDecoder {
   std::vector<int32_t> positions_;  ///< [n_selected_], those of the last step
 };
 
-/// klt layers. Phase 0: store the new token, attend to exact blocks, score. 1: pool and select, a KV head a task. 2:
-/// rebuild the selected and attend to them. 3: merge. As with SALS, a layer that waits for its transforms has no
-/// pages.
+/// klt layers. Phase 0: store the new token, attend to exact blocks, score. 1: pool and select, a KV head a
+/// task. 2: rebuild the selected and attend to them. 3: merge. As with SALS, a layer that waits for its
+/// transforms has no pages.
 class KltDecoder final : public LayerDecoder {
  public:
   KltDecoder(KltLayer& layer, const KvProfile& profile)

@@ -1,5 +1,5 @@
-// Stages 3 and 4 of a klt step: selected latents to keys, keys to their rotation, scores, and weighted sums of VALUE
-// LATENTS: the inverse transform of the values is applied once, to the sum.
+// Stages 3 and 4 of a klt step: selected latents to keys, keys to their rotation, scores, and weighted sums
+// of VALUE LATENTS: the inverse transform of the values is applied once, to the sum.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,7 +17,8 @@ namespace {
 int64_t padded(int64_t n) { return kernels::pad_latent(n); }
 
 /// Latents of n <= kTile tokens of one part into thread.tile.
-void read_tile(const KltLayer& layer, const KltPart& part, std::span<const int32_t> tokens, KltWork::Thread& thread) {
+void read_tile(const KltLayer& layer, const KltPart& part, std::span<const int32_t> tokens,
+               KltWork::Thread& thread) {
   int32_t slots[kTile];
   for (size_t i = 0; i < tokens.size();) {
     const int64_t page = tokens[i] / kPageTokens;
@@ -35,16 +36,18 @@ void read_tile(const KltLayer& layer, const KltPart& part, std::span<const int32
 void attend_head(const KltLayer& layer, int64_t head_kv, int64_t n, const float* q, const KltWork& work,
                  KltWork::Thread& thread, KltWork::Slice& slice) {
   const AttentionShape& shape = layer.shape();
-  const int64_t d = shape.head_dim, group = shape.group(), n_rot = layer.rope().n_rot(), columns = work.columns;
+  const int64_t d = shape.head_dim, group = shape.group(), n_rot = layer.rope().n_rot(),
+                columns = work.columns;
   const KltPart& part = layer.part_of_head(head_kv);
-  part.rebuild_keys(thread.tile.key.data(), thread.tile.ld, n, layer.channel_of_head(head_kv), d, thread.key.data(),
-                    d);
+  part.rebuild_keys(thread.tile.key.data(), thread.tile.ld, n, layer.channel_of_head(head_kv), d,
+                    thread.key.data(), d);
   ops().rope_rows(thread.key.data(), n, d, n_rot, thread.cos.data(), thread.sin.data(), n_rot / 2, false,
                   thread.key.data());
   for (int64_t r = 0; r < group; ++r) {
     for (int64_t c = 0; c < d; ++c) thread.query_t[c * columns + r] = q[(head_kv * group + r) * d + c];
   }
-  ops().gemm(n, columns, d, thread.key.data(), d, thread.query_t.data(), columns, thread.score.data(), columns, false);
+  ops().gemm(n, columns, d, thread.key.data(), d, thread.query_t.data(), columns, thread.score.data(),
+             columns, false);
 
   const int64_t n_value = part.layout().n_value;
   for (int64_t r = 0; r < group; ++r) {
@@ -68,14 +71,15 @@ void attend_head(const KltLayer& layer, int64_t head_kv, int64_t n, const float*
       slice.max[h] = top;
       slice.sum[h] = slice.sum[h] * keep + sum * add;
     }
-    ops().gemm(1, n_value, n, weight, n, thread.tile.value.data(), thread.tile.ld, latent, work.ld_latent, !empty);
+    ops().gemm(1, n_value, n, weight, n, thread.tile.value.data(), thread.tile.ld, latent, work.ld_latent,
+               !empty);
   }
 }
 
 }  // namespace
 
-void klt_attend(const KltLayer& layer, std::span<const int32_t> tokens, Part heads, const float* q, KltWork& work,
-                KltWork::Thread& thread, KltWork::Slice& slice) {
+void klt_attend(const KltLayer& layer, std::span<const int32_t> tokens, Part heads, const float* q,
+                KltWork& work, KltWork::Thread& thread, KltWork::Slice& slice) {
   const int64_t half = layer.rope().n_rot() / 2;
   for (size_t done = 0; done < tokens.size(); done += kTile) {
     const auto tile = tokens.subspan(done, std::min<size_t>(kTile, tokens.size() - done));
@@ -94,8 +98,8 @@ void klt_attend(const KltLayer& layer, std::span<const int32_t> tokens, Part hea
   }
 }
 
-void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWork::Thread& thread, Part heads,
-               float* out) {
+void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWork::Thread& thread,
+               Part heads, float* out) {
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim;
   const bool has_pages = !layer.parts().empty();
@@ -133,7 +137,8 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWo
     total += in_pages;
     if (in_pages > 0) {
       const int64_t head_kv = h / shape.group();
-      layer.part_of_head(head_kv).rebuild_value(sum_of_latents, in_pages, layer.channel_of_head(head_kv), d, y);
+      layer.part_of_head(head_kv).rebuild_value(sum_of_latents, in_pages, layer.channel_of_head(head_kv), d,
+                                                y);
     }
     const float inverse = total > 0 ? 1.0F / total : 0.0F;
     for (int64_t c = 0; c < d; ++c) y[c] *= inverse;
@@ -161,8 +166,8 @@ KltWork::Thread::Thread(const KltLayer& layer, int64_t blocks_a_page)
 }
 
 bool KltWork::Thread::ok() const {
-  return tile.ok() && query.ok() && turned.ok() && projected.ok() && step.ok() && codes.ok() && key.ok() && query_t.ok() &&
-         score.ok() && weight.ok() && cos.ok() && sin.ok() && latent.ok();
+  return tile.ok() && query.ok() && turned.ok() && projected.ok() && step.ok() && codes.ok() && key.ok() &&
+         query_t.ok() && score.ok() && weight.ok() && cos.ok() && sin.ok() && latent.ok();
 }
 
 KltWork::KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads)

@@ -79,7 +79,8 @@ void KltDecoder::select(StepScratch& scratch, int64_t head_kv) {
   if (!sparse_) return;
   // Positions outlive this layer's turn with the scratch.
   int32_t* positions = positions_.data() + head_kv * n_selected_;
-  for (int64_t i = 0; i < n_selected_; ++i) positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
+  for (int64_t i = 0; i < n_selected_; ++i)
+    positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
 }
 
 void KltDecoder::attend_slice(StepScratch& scratch, int i, int ith) {
@@ -101,7 +102,8 @@ void KltDecoder::attend_slice(StepScratch& scratch, int i, int ith) {
     klt_attend(layer_, tokens(0), {0, shape.n_head_kv}, q, work, mine, slice);
     return;
   }
-  for (int64_t h = 0; h < shape.n_head_kv; ++h) klt_attend(layer_, tokens(h), {h, h + 1}, q, work, mine, slice);
+  for (int64_t h = 0; h < shape.n_head_kv; ++h)
+    klt_attend(layer_, tokens(h), {h, h + 1}, q, work, mine, slice);
 }
 
 void KltDecoder::finish() {
@@ -116,7 +118,8 @@ void KltDecoder::finish() {
 
 std::optional<std::span<const int32_t>> KltDecoder::last_selection(int64_t head_kv) const {
   if (!sparse_) return std::nullopt;
-  return std::span<const int32_t>(positions_.data() + head_kv * n_selected_, static_cast<size_t>(n_selected_));
+  return std::span<const int32_t>(positions_.data() + head_kv * n_selected_,
+                                  static_cast<size_t>(n_selected_));
 }
 
 }  // namespace narrows

@@ -1,6 +1,7 @@
-// Stage 1 of a sparse klt step: the query, turned once per block of tokens into the latent space, against the index.
-// k at position j is R_j (mean + B z_j); inside a block R_j is replaced by the rotation at the block's centre, each
-// pair damped by its average over the block, so that s_j = (B R_c^T q) . z_j + mean . R_c^T q, no key rebuilt.
+// Stage 1 of a sparse klt step: the query, turned once per block of tokens into the latent space, against the
+// index. k at position j is R_j (mean + B z_j); inside a block R_j is replaced by the rotation at the block's
+// centre, each pair damped by its average over the block, so that s_j = (B R_c^T q) . z_j + mean . R_c^T q,
+// no key rebuilt.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,8 +18,8 @@ namespace {
 void turn_half(const KltLayer& layer, const float* q, const KltWork& work, float* turned) {
   const AttentionShape& shape = layer.shape();
   const int64_t half = layer.rope().n_rot() / 2;
-  ops().rope_rows(q, shape.n_head, shape.head_dim, 2 * half, work.half_cos.data(), work.half_sin.data(), 0, true,
-                  turned);
+  ops().rope_rows(q, shape.n_head, shape.head_dim, 2 * half, work.half_cos.data(), work.half_sin.data(), 0,
+                  true, turned);
   for (int64_t h = 0; h < shape.n_head; ++h) {
     float* row = turned + h * shape.head_dim;
     for (int64_t c = 0; c < half; ++c) {
@@ -28,10 +29,10 @@ void turn_half(const KltLayer& layer, const float* q, const KltWork& work, float
   }
 }
 
-/// Queries of a KV head turned to the centres of blocks [first, first + n), then projected on the index coordinates
-/// and the mean.
-void project_queries(const KltLayer& layer, const KvProfile& profile, int64_t head_kv, const float* q, int64_t first,
-                     int64_t n, const KltWork& work, KltWork::Thread& thread) {
+/// Queries of a KV head turned to the centres of blocks [first, first + n), then projected on the index
+/// coordinates and the mean.
+void project_queries(const KltLayer& layer, const KvProfile& profile, int64_t head_kv, const float* q,
+                     int64_t first, int64_t n, const KltWork& work, KltWork::Thread& thread) {
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim, group = shape.group(), n_rot = layer.rope().n_rot();
   const KltPart& part = layer.part_of_head(head_kv);
@@ -45,8 +46,9 @@ void project_queries(const KltLayer& layer, const KvProfile& profile, int64_t he
     ops().rope_rows(q + head_kv * group * d, group, d, n_rot, cos, sin, 0, true, turned + i * group * d);
   }
   const int64_t column = layer.channel_of_head(head_kv) * part.ld_score();
-  ops().gemm(n * group, part.layout().n_index + 1, d, turned, d, part.score_basis().data() + column, part.ld_score(),
-             thread.projected.data() + head_kv * kScoreChunk * group * work.ldu, work.ldu, false);
+  ops().gemm(n * group, part.layout().n_index + 1, d, turned, d, part.score_basis().data() + column,
+             part.ld_score(), thread.projected.data() + head_kv * kScoreChunk * group * work.ldu, work.ldu,
+             false);
 }
 
 }  // namespace
@@ -67,16 +69,16 @@ void klt_score_part(const KltLayer& layer, const KvProfile& profile, const float
         const KltPart& codec = layer.part_of_head(h);
         const int64_t n_index = codec.layout().n_index;
         if (h % layer.heads_of_a_part() == 0) {
-          ops().expand_index(codec.index(layer.page(p)), codec.key().octet_bits.data(), n_index / kernels::kOctet,
-                             kernels::kScoreBits, thread.codes.data());
+          ops().expand_index(codec.index(layer.page(p)), codec.key().octet_bits.data(),
+                             n_index / kernels::kOctet, kernels::kScoreBits, thread.codes.data());
           const uint8_t* scales = codec.key_scales(layer.page(p));
           for (int64_t c = 0; c < n_index; ++c)
             thread.step[c] = kernels::kAmplitude[scales[c]] * codec.score_step()[static_cast<size_t>(c)];
         }
         float* score = work.scores.data() + h * group * work.ld + p * kPageTokens;
         for (int64_t b = 0; b < blocks; ++b) {
-          const float* u = thread.projected.data() +
-                           (h * kScoreChunk + (p - begin) * blocks + b) * group * work.ldu;
+          const float* u =
+              thread.projected.data() + (h * kScoreChunk + (p - begin) * blocks + b) * group * work.ldu;
           ops().score_index(thread.codes.data(), n_index, u, work.ldu, group, thread.step.data(),
                             codec.score_centre().data(), b * profile.block, profile.block, score, work.ld);
         }
@@ -121,9 +123,9 @@ void klt_pool(const KltLayer& layer, int64_t head_kv, int64_t n_page, StepScratc
     const Part pages = part_of(n_page, i, kSlices);
     if (pages.begin == pages.end) continue;
     const int64_t at = pages.begin * kPageTokens;
-    ops().gemm(1, (pages.end - pages.begin) * kPageTokens, group, weight.data() + i * shape.n_head + first, group,
-               work.scores.data() + first * work.ld + at, work.ld, work.pooled.data() + head_kv * work.ld + at,
-               work.ld, false);
+    ops().gemm(1, (pages.end - pages.begin) * kPageTokens, group, weight.data() + i * shape.n_head + first,
+               group, work.scores.data() + first * work.ld + at, work.ld,
+               work.pooled.data() + head_kv * work.ld + at, work.ld, false);
   }
   // Only scores that are not finite make such sums; the step is lost anyway, but select_top must not be.
   float* pooled = work.pooled.data() + head_kv * work.ld;

@@ -35,9 +35,9 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int
 
 Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const Hparams& hp = model->weights().hparams();
-  Result<std::unique_ptr<KvCache>> made =
-      KvCache::create(model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
-                      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w); });
+  Result<std::unique_ptr<KvCache>> made = KvCache::create(
+      model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
+      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w); });
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());

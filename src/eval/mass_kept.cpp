@@ -95,7 +95,8 @@ void MassKept::observe_layer(int64_t layer) {
       for (int64_t i = 0; i < in_pages; ++i) pooled[static_cast<size_t>(i)] += p[profile.n_sink + i];
     }
     double best = kept;
-    for (const int32_t i : selected) kept += static_cast<double>(pooled[static_cast<size_t>(i - profile.n_sink)]);
+    for (const int32_t i : selected)
+      kept += static_cast<double>(pooled[static_cast<size_t>(i - profile.n_sink)]);
     std::nth_element(pooled.begin(), pooled.begin() + static_cast<int64_t>(selected.size()), pooled.end(),
                      std::greater<>());
     for (size_t i = 0; i < selected.size(); ++i) best += static_cast<double>(pooled[i]);

@@ -33,7 +33,8 @@ class MassKept {
   void observe();
   /// Mean so far; 1 if no layer was sparse.
   double mean() const { return count_ == 0 ? 1.0 : sum_ / static_cast<double>(count_); }
-  /// The same if the tokens of each KV head had been ranked by their exact probability, summed over its heads.
+  /// The same if the tokens of each KV head had been ranked by their exact probability, summed over its
+  /// heads.
   double best() const { return count_ == 0 ? 1.0 : best_ / static_cast<double>(count_); }
 
  private:

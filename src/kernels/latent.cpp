@@ -1,4 +1,5 @@
-// quant_latents, unpack_planes: latent numbers to codes and scales, planes back to numbers; a lane a coordinate.
+// quant_latents, unpack_planes: latent numbers to codes and scales, planes back to numbers; a lane a
+// coordinate.
 #include "kernels/latent_page.h"
 #include "kernels/ref/ref.h"
 #include "kernels/targets.h"
@@ -23,8 +24,7 @@ HWY_INLINE VI floor_scale(VF x) {
   const VI bits = hn::BitCast(di, x);
   const VI exponent = hn::Sub(hn::ShiftRight<23>(bits), hn::Set(di, 127));
   // Mantissas of 2^(1/8) .. 2^(7/8), as floats in [1, 2).
-  const VF mantissa = hn::BitCast(
-      d, hn::Or(hn::And(bits, hn::Set(di, 0x007FFFFF)), hn::Set(di, 0x3F800000)));
+  const VF mantissa = hn::BitCast(d, hn::Or(hn::And(bits, hn::Set(di, 0x007FFFFF)), hn::Set(di, 0x3F800000)));
   VI eighth = hn::Zero(di);
   NARROWS_UNROLL
   for (size_t i = 1; i < 8; ++i) {
@@ -58,7 +58,8 @@ HWY_INLINE VF amplitude_of(VI scale) {
 }
 
 /// Coordinates [c, c + lanes). False if one of their numbers cannot be stored.
-HWY_INLINE bool quant_vector(const float* z, int64_t ldz, VI bits, uint8_t* scales, uint8_t* codes, int64_t ldc) {
+HWY_INLINE bool quant_vector(const float* z, int64_t ldz, VI bits, uint8_t* scales, uint8_t* codes,
+                             int64_t ldc) {
   const DF d;
   const DI di;
   const hn::Rebind<uint8_t, DF> db;
@@ -71,7 +72,8 @@ HWY_INLINE bool quant_vector(const float* z, int64_t ldz, VI bits, uint8_t* scal
     top = hn::Max(top, size);
   }
   const auto tiny = hn::Lt(top, hn::Set(d, kAmplitude[0]));
-  const VI first = hn::IfThenElse(hn::RebindMask(di, tiny), hn::Zero(di), hn::Sub(floor_scale(top), hn::Set(di, 8)));
+  const VI first =
+      hn::IfThenElse(hn::RebindMask(di, tiny), hn::Zero(di), hn::Sub(floor_scale(top), hn::Set(di, 8)));
   const auto in_table = hn::Lt(first, hn::Set(di, 256 - kScaleSteps[0]));
   if (!hn::AllTrue(d, finite) || !hn::AllTrue(di, in_table)) return false;
 

@@ -6,7 +6,8 @@ namespace narrows::kernels {
 namespace {
 
 constexpr std::array<float, 256> amplitudes() {
-  // 2^(i/8), to the nearest float; products with powers of two are exact, so every machine has the same table.
+  // 2^(i/8), to the nearest float; products with powers of two are exact, so every machine has the same
+  // table.
   constexpr double kRoot[8] = {1.0,
                                1.0905077326652577,
                                1.189207115002721,

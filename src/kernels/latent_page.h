@@ -1,9 +1,10 @@
-// Pages of latent coordinates as bit planes: shapes and the amplitude scale that the latent kernels of ops.h and
-// the cache's layout share.
+// Pages of latent coordinates as bit planes: shapes and the amplitude scale that the latent kernels of ops.h
+// and the cache's layout share.
 //
-// A coordinate of b bits is a mid-rise uniform quantiser of 2^b levels between -2A and 2A: its code's bits, most
-// significant first, each add +A, A/2, A/4, .. (bit set) or subtract it. Planes of the same significance of all
-// coordinates lie together, and coordinates are sorted by falling bits, so plane j covers a prefix of them.
+// A coordinate of b bits is a mid-rise uniform quantiser of 2^b levels between -2A and 2A: its code's bits,
+// most significant first, each add +A, A/2, A/4, .. (bit set) or subtract it. Planes of the same significance
+// of all coordinates lie together, and coordinates are sorted by falling bits, so plane j covers a prefix of
+// them.
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
-// expand_index, score_index, softmax_part: the scan over the index of a latent cache. Planes become bytes by mask
-// arithmetic (a lane a token), bytes are multiplied by int8 queries four coordinates at a time.
+// expand_index, score_index, softmax_part: the scan over the index of a latent cache. Planes become bytes by
+// mask arithmetic (a lane a token), bytes are multiplied by int8 queries four coordinates at a time.
 #include "kernels/latent_page.h"
 #include "kernels/ref/ref.h"
 #include "kernels/targets.h"
@@ -51,11 +51,11 @@ HWY_INLINE VI add_products(VI sum, VB a, VB b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
   return sum;
 #elif HWY_TARGET == HWY_AVX3
-  return VI{_mm512_add_epi32(
-      sum.raw, _mm512_madd_epi16(_mm512_maddubs_epi16(a.raw, b.raw), _mm512_set1_epi16(1)))};
+  return VI{
+      _mm512_add_epi32(sum.raw, _mm512_madd_epi16(_mm512_maddubs_epi16(a.raw, b.raw), _mm512_set1_epi16(1)))};
 #elif HWY_TARGET == HWY_AVX2
-  return VI{_mm256_add_epi32(
-      sum.raw, _mm256_madd_epi16(_mm256_maddubs_epi16(a.raw, b.raw), _mm256_set1_epi16(1)))};
+  return VI{
+      _mm256_add_epi32(sum.raw, _mm256_madd_epi16(_mm256_maddubs_epi16(a.raw, b.raw), _mm256_set1_epi16(1)))};
 #else
   return VI{_mm_add_epi32(sum.raw, _mm_madd_epi16(_mm_maddubs_epi16(a.raw, b.raw), _mm_set1_epi16(1)))};
 #endif
@@ -71,7 +71,8 @@ struct ByteQuery {
   float offset;  ///< what centring takes away, and the row's own constant
 };
 
-HWY_INLINE void round_query(const float* u, int64_t n_coord, const float* step, const float* centre, ByteQuery& q) {
+HWY_INLINE void round_query(const float* u, int64_t n_coord, const float* step, const float* centre,
+                            ByteQuery& q) {
   const DF d;
   const DI di;
   const hn::Rebind<int8_t, DF> db;
@@ -96,7 +97,8 @@ HWY_INLINE void round_query(const float* u, int64_t n_coord, const float* step, 
 
 /// kRows query rows against 16 tokens.
 template <int kRows>
-HWY_INLINE void score_block(const uint8_t* codes, int64_t n_coord, const ByteQuery* q, float* score, int64_t lds) {
+HWY_INLINE void score_block(const uint8_t* codes, int64_t n_coord, const ByteQuery* q, float* score,
+                            int64_t lds) {
   constexpr int kVectors = static_cast<int>(16 / kLanes);
   const DF d;
   const DI di;
@@ -133,7 +135,8 @@ HWY_INLINE void score_block(const uint8_t* codes, int64_t n_coord, const ByteQue
 
 }  // namespace
 
-void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_octet, int max_bits, uint8_t* codes) {
+void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_octet, int max_bits,
+                  uint8_t* codes) {
   const DB d;
   const DW dw;
   for (int64_t i = 0; i < 2 * n_octet; ++i) {  // four coordinates at a time
@@ -162,7 +165,8 @@ void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_oc
 }
 
 void score_index(const uint8_t* codes, int64_t n_coord, const float* u, int64_t ldu, int64_t n_row,
-                 const float* step, const float* centre, int64_t first, int64_t n, float* score, int64_t lds) {
+                 const float* step, const float* centre, int64_t first, int64_t n, float* score,
+                 int64_t lds) {
 #if NARROWS_BYTE_PRODUCTS
   if (n_coord <= kMaxIndex) {
     constexpr int kRows = 4;

@@ -99,9 +99,9 @@ struct Ops {
   // --- latent pages of kTile tokens (klt); latent_page.h says what planes, amplitudes and slots are. Rows of
   // latent numbers are padded to pad_latent(n_coord): padding is read and written, but has no effect.
 
-  /// Quantises z [kTile, ldz], n_coord coordinates with octet_bits [pad_latent(n_coord) / 8] of 1 to 8 bits: for
-  /// each the scale byte [n_coord] with the least squared error of those that kScaleSteps names, and codes
-  /// [kTile, ldc] of a byte each. False if a number is not finite or its scale is beyond the table.
+  /// Quantises z [kTile, ldz], n_coord coordinates with octet_bits [pad_latent(n_coord) / 8] of 1 to 8 bits:
+  /// for each the scale byte [n_coord] with the least squared error of those that kScaleSteps names, and
+  /// codes [kTile, ldc] of a byte each. False if a number is not finite or its scale is beyond the table.
   bool (*quant_latents)(const float* z, int64_t ldz, int64_t n_coord, const uint8_t* octet_bits,
                         uint8_t* scales, uint8_t* codes, int64_t ldc);
 
@@ -109,16 +109,16 @@ struct Ops {
   /// [pad_latent(8 n_octet)].
   void (*unpack_planes)(const uint8_t* row, const PlaneRow& shape, const float* amplitude, float* z);
 
-  /// Index planes of a page, coordinate after coordinate (bits x 8 bytes each, token at index_slot()), to codes
-  /// [2 n_octet][kTile][4]: a byte a code, of which the first max_bits bits are kept, coordinate 4 i + j at
-  /// [i][token][j].
+  /// Index planes of a page, coordinate after coordinate (bits x 8 bytes each, token at index_slot()), to
+  /// codes [2 n_octet][kTile][4]: a byte a code, of which the first max_bits bits are kept, coordinate 4 i +
+  /// j at [i][token][j].
   void (*expand_index)(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_octet, int max_bits,
                        uint8_t* codes);
 
   /// score [n_row, lds] at columns [first, first + n) (both multiples of 16) = sum over coordinates of
-  /// round8(u step) (code - centre), plus u [n_coord]: u [n_row, ldu >= n_coord + 1], n_coord a multiple of 8,
-  /// step and centre [n_coord], codes as expand_index() writes them, at most 6 bits each. round8: to a multiple
-  /// of 1/127 of the row's largest. u and step are finite.
+  /// round8(u step) (code - centre), plus u [n_coord]: u [n_row, ldu >= n_coord + 1], n_coord a multiple of
+  /// 8, step and centre [n_coord], codes as expand_index() writes them, at most 6 bits each. round8: to a
+  /// multiple of 1/127 of the row's largest. u and step are finite.
   void (*score_index)(const uint8_t* codes, int64_t n_coord, const float* u, int64_t ldu, int64_t n_row,
                       const float* step, const float* centre, int64_t first, int64_t n, float* score,
                       int64_t lds);

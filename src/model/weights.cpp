@@ -363,10 +363,12 @@ Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
 
 Status ModelWeights::read_output_rows(int64_t layer, int64_t first, int64_t n, float* out) const {
   const TensorEntry* t = file_.find(fmt::format("blk.{}.attn_output.weight", layer));
-  if (t == nullptr || first < 0 || first + n > t->n_row()) return {StatusCode::internal, "no such row of attn_output"};
+  if (t == nullptr || first < 0 || first + n > t->n_row())
+    return {StatusCode::internal, "no such row of attn_output"};
   std::vector<char> row(static_cast<size_t>(t->row_bytes()));
   for (int64_t i = 0; i < n; ++i) {
-    if (Status s = file_.read(t->offset + (first + i) * t->row_bytes(), t->row_bytes(), row.data()); !s.ok()) return s;
+    if (Status s = file_.read(t->offset + (first + i) * t->row_bytes(), t->row_bytes(), row.data()); !s.ok())
+      return s;
     to_float(t->type, row.data(), out + i * t->ne[0], t->ne[0]);
   }
   return {};

@@ -62,8 +62,8 @@ class ModelWeights {
   /// invalid_argument for a token outside the vocabulary. Thread-safe.
   Status embed(std::span<const Token> tokens, float* out) const;
 
-  /// Rows [first, first + n) of a layer's output projection Wo as float, out [n, n_head * head_dim]; from the file.
-  /// io_error if it is gone. Thread-safe.
+  /// Rows [first, first + n) of a layer's output projection Wo as float, out [n, n_head * head_dim]; from the
+  /// file. io_error if it is gone. Thread-safe.
   Status read_output_rows(int64_t layer, int64_t first, int64_t n, float* out) const;
 
   /// Bytes allocated for weights.

@@ -53,8 +53,9 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
   if (impl->context == nullptr) {
     const std::string reason = llama_error();
     const bool asserted = reason.find("GGML_ASSERT") != std::string::npos;
-    return Status(asserted ? StatusCode::unsupported : StatusCode::out_of_memory,
-                  fmt::format("{}: llama.cpp gave no context of {} tokens: {}", gguf_path, options.n_ctx, reason));
+    return Status(
+        asserted ? StatusCode::unsupported : StatusCode::out_of_memory,
+        fmt::format("{}: llama.cpp gave no context of {} tokens: {}", gguf_path, options.n_ctx, reason));
   }
   impl->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl->model));
   impl->n_ctx = options.n_ctx;

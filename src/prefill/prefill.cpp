@@ -96,7 +96,8 @@ struct Prefill::ChunkOp {
     const int64_t width = hp->n_head * hp->head_dim;
     std::vector<float> rows(static_cast<size_t>(n * width));
     for (int64_t r = 0; r < n; ++r) {
-      std::memcpy(rows.data() + r * width, static_cast<const char*>(q->data) + static_cast<size_t>(r) * q->nb[2],
+      std::memcpy(rows.data() + r * width,
+                  static_cast<const char*>(q->data) + static_cast<size_t>(r) * q->nb[2],
                   static_cast<size_t>(width) * sizeof(float));
     }
     (*queries)(layer, rows.data(), n);
@@ -254,7 +255,8 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
             static_cast<double>(hp.n_layer);
         if (!progress(done)) status = Status(StatusCode::cancelled, "the prompt was cancelled");
       }
-      if (status.ok()) status = run_chunk(layer, first, std::min(kChunk, n - first), last_layer, hooks, logits);
+      if (status.ok())
+        status = run_chunk(layer, first, std::min(kChunk, n - first), last_layer, hooks, logits);
     }
     if (!status.ok()) break;
     status = hooks.layer_done(layer, b.k_raw.data(), b.v.data() + n_past * width, n);

@@ -18,8 +18,8 @@ namespace narrows {
 
 /// D = n_head_kv * head_dim.
 struct PrefillHooks {
-  /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May be
-  /// empty.
+  /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May
+  /// be empty.
   std::function<void(int64_t layer, const float* q, int64_t n)> queries;
   /// A layer is done: keys before RoPE and values of the new tokens, [n, D] each, valid during the call.
   std::function<Status(int64_t layer, const float* k, const float* v, int64_t n)> layer_done;

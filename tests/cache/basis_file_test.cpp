@@ -1,5 +1,7 @@
 // Basis files: round trip, refusal of another model's file, and files that lie: cut off at every byte, every
 // byte changed, wrong types, shapes and numbers. Nothing may crash, and nothing wrong may be accepted.
+#include "cache/basis_file.h"
+
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -8,7 +10,6 @@
 #include <fstream>
 #include <functional>
 
-#include "cache/basis_file.h"
 #include "cache/cache_data.h"
 #include "ggml.h"
 #include "gguf.h"
@@ -40,8 +41,17 @@ class BasisFileTest : public testing::Test {
       KeyMoments moments(heads_.width());
       moments.add(tokens.k.data(), 100);
       file.layers.push_back(moments.leading(heads_.width()).value());
+      file.klt.push_back(klt_basis(tokens));
     }
     return file;
+  }
+  KltLayerBasis klt_basis(const Tokens& tokens) const {
+    const std::vector<double> weight(static_cast<size_t>(heads_.width() * heads_.head_dim), 0.0);
+    CentredMoments keys(heads_.width()), values(heads_.width());
+    keys.add(tokens.k.data(), heads_.width(), 100);
+    values.add(tokens.v.data(), heads_.width(), 100);
+    return {{make_klt_basis(keys, weight, heads_.head_dim).value()},
+            {make_klt_basis(values, weight, heads_.head_dim).value()}};
   }
   std::string content() const {
     std::ifstream in(path_, std::ios::binary);
@@ -57,7 +67,7 @@ class BasisFileTest : public testing::Test {
     ggml_context* tensors = ggml_init({.mem_size = 1 << 20, .mem_buffer = nullptr, .no_alloc = false});
     gguf_context* gguf = gguf_init_empty();
     gguf_set_val_str(gguf, "general.architecture", "narrows-basis");
-    gguf_set_val_u32(gguf, "narrows-basis.version", 1);
+    gguf_set_val_u32(gguf, "narrows-basis.version", 2);
     gguf_set_val_str(gguf, "narrows-basis.fingerprint", model_.fingerprint.c_str());
     gguf_set_val_str(gguf, "narrows-basis.made_from", "a test");
     gguf_set_val_i64(gguf, "narrows-basis.tokens", 100);
@@ -80,6 +90,8 @@ class BasisFileTest : public testing::Test {
           ggml_set_name(t, ("blk." + std::to_string(i) + (energy ? ".key_energy" : ".key_basis")).c_str());
         gguf_add_tensor(gguf, t);
       }
+      add_klt(gguf, tensors, i, "key", good.klt[static_cast<size_t>(i)].key.front());
+      add_klt(gguf, tensors, i, "value", good.klt[static_cast<size_t>(i)].value.front());
     }
     gguf_write_to_file(gguf, path_.c_str(), false);
     gguf_free(gguf);
@@ -87,6 +99,25 @@ class BasisFileTest : public testing::Test {
     return read_status();
   }
 
+  void add_klt(gguf_context* gguf, ggml_context* tensors, int64_t layer, const std::string& of,
+               const KltBasis& basis) const {
+    const int64_t width = heads_.width();
+    const auto add = [&](const char* what, const std::vector<float>& data, int64_t rows) {
+      ggml_tensor* t = rows == 1 ? ggml_new_tensor_1d(tensors, GGML_TYPE_F32, width)
+                                 : ggml_new_tensor_2d(tensors, GGML_TYPE_F32,
+                                                      static_cast<int64_t>(data.size()) / width, width);
+      std::memcpy(t->data, data.data(), data.size() * sizeof(float));
+      const std::string name = "klt_" + of + "_" + what;
+      ggml_set_name(t, ("blk." + std::to_string(layer) + "." + name).c_str());
+      if (name != leave_out_) gguf_add_tensor(gguf, t);
+    };
+    add("mean", basis.mean, 1);
+    add("weight", basis.weight, width);
+    add("decode", basis.decode, width);
+    add("variance", basis.variance, 1);
+  }
+
+  std::string leave_out_;  ///< klt tensor that read_edited() does not write
   Heads heads_{4, 2, 4};
   ModelInfo model_ = model_info(heads_, 2);
   std::filesystem::path folder_;
@@ -108,6 +139,14 @@ TEST_F(BasisFileTest, RoundTrip) {
     EXPECT_EQ((*read)->layers[i].rank, 8);
     EXPECT_EQ((*read)->layers[i].u, basis.layers[i].u);
     EXPECT_EQ((*read)->layers[i].energy, basis.layers[i].energy);
+    const KltBasis& key = (*read)->klt[i].key.at(0);
+    EXPECT_EQ(key.width, 8);
+    EXPECT_EQ(key.block, heads_.head_dim);
+    EXPECT_EQ(key.mean, basis.klt[i].key[0].mean);
+    EXPECT_EQ(key.weight, basis.klt[i].key[0].weight);
+    EXPECT_EQ(key.decode, basis.klt[i].key[0].decode);
+    EXPECT_EQ(key.variance, basis.klt[i].key[0].variance);
+    EXPECT_EQ((*read)->klt[i].value.at(0).decode, basis.klt[i].value[0].decode);
   }
 }
 
@@ -196,7 +235,7 @@ TEST_F(BasisFileTest, RefusesWrongKeys) {
   };
   EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_str(g, "general.architecture", "llama"); }));
   EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_u32(g, "general.architecture", 7); }));
-  EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_u32(g, "narrows-basis.version", 2); }));
+  EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_u32(g, "narrows-basis.version", 1); }));
   EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_str(g, "narrows-basis.version", "1"); }));
   EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_u64(g, "narrows-basis.tokens", 100); }));
   EXPECT_TRUE(refused([](gguf_context* g) { gguf_set_val_i64(g, "narrows-basis.tokens", -1); }));
@@ -258,6 +297,17 @@ TEST_F(BasisFileTest, RefusesWrongTensors) {
     ggml_set_name(t, "blk.9.key_basis");
     return t;
   }));
+}
+
+TEST_F(BasisFileTest, RefusesMissingKltTensors) {
+  for (const char* of : {"key", "value"}) {
+    for (const char* what : {"mean", "weight", "decode", "variance"}) {
+      leave_out_ = std::string("klt_") + of + "_" + what;
+      const Status s = read_edited({});
+      EXPECT_EQ(s.code(), StatusCode::invalid_file) << leave_out_;
+      EXPECT_NE(s.message().find(leave_out_), std::string::npos) << s.message();
+    }
+  }
 }
 
 // Two tensors of one name, counts and dimensions beyond any file: patched into the bytes, since ggml will not

@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+
 #include "support/session.h"
 #include "support/smollm2.h"
 namespace narrows::testing {
@@ -14,7 +15,10 @@ TEST(SmolLM2, AnswersAQuestionOnALongText) {
   std::printf("%zu tokens\n", tokens->size());
   std::vector<std::unique_ptr<Session>> sessions;
   std::vector<Session*> pointers;
-  for (const char* p : {"f16", "sals-25", "kivi-4", "kivi-2", "sals-12.5"}) { sessions.push_back(make_session(model, {.kv = p, .n_threads = 0})); pointers.push_back(sessions.back().get()); }
+  for (const char* p : {"f16", "sals-25", "kivi-4", "kivi-2", "sals-12.5"}) {
+    sessions.push_back(make_session(model, {.kv = p, .n_threads = 0}));
+    pointers.push_back(sessions.back().get());
+  }
   ASSERT_OK(Session::prefill_together(pointers, *tokens));
   for (Session* s : pointers) {
     std::vector<Token> out;
@@ -27,5 +31,5 @@ TEST(SmolLM2, AnswersAQuestionOnALongText) {
     std::printf("%s: %s\n", s->profile().name.c_str(), model->tokenizer().decode(out).c_str());
   }
 }
-}
-}
+}  // namespace
+}  // namespace narrows::testing

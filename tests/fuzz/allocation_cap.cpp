@@ -1,5 +1,5 @@
-// The linker's --wrap sends every call of malloc and its relatives in the program (llama.cpp's too) through here; operator new
-// lives in libstdc++ and is replaced.
+// The linker's --wrap sends every call of malloc and its relatives in the program (llama.cpp's too) through
+// here; operator new lives in libstdc++ and is replaced.
 #include "fuzz/allocation_cap.h"
 
 #include <malloc.h>
@@ -42,9 +42,9 @@ void expect(size_t n) {
   if (limit == kNoCap) return;
   const int64_t held = live - begin;
   if (n < static_cast<size_t>(kNoCap) && held + static_cast<int64_t>(n) <= limit) return;
-  cap = kNoCap;   // what follows may allocate
-  (void)std::fprintf(stderr, "finding: %zu bytes are asked for on top of %lld, but the input allows %lld\n", n,
-                     static_cast<long long>(held), static_cast<long long>(limit));
+  cap = kNoCap;  // what follows may allocate
+  (void)std::fprintf(stderr, "finding: %zu bytes are asked for on top of %lld, but the input allows %lld\n",
+                     n, static_cast<long long>(held), static_cast<long long>(limit));
   std::abort();
 }
 
@@ -96,7 +96,7 @@ void* __wrap_realloc(void* p, size_t n) {
   discount(p);
   void* moved = __real_realloc(p, n);
   if (moved == nullptr && n > 0) {
-    count(p);   // still there
+    count(p);  // still there
     return nullptr;
   }
   return count(moved);

@@ -1,4 +1,5 @@
-// Counts what malloc and new hand out, so that a file which claims huge counts is seen before the machine feels it.
+// Counts what malloc and new hand out, so that a file which claims huge counts is seen before the machine
+// feels it.
 #pragma once
 
 #include <cstdint>

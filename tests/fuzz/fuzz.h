@@ -1,4 +1,5 @@
-// What a fuzz target shares with its driver: seeds, a file in memory, checks that end the program. A finding is an abort.
+// What a fuzz target shares with its driver: seeds, a file in memory, checks that end the program. A finding
+// is an abort.
 #pragma once
 
 #include <sys/mman.h>
@@ -20,7 +21,7 @@ namespace narrows::fuzz {
 /// A good input to begin with.
 struct Seed {
   std::string bytes;
-  size_t header = 0;   ///< bytes at the front that say how to read the rest: most mutations go there
+  size_t header = 0;  ///< bytes at the front that say how to read the rest: most mutations go there
 };
 
 /// Each target has its own.
@@ -43,7 +44,8 @@ inline void check_sentence(const Status& s) {
   check(s.code() != StatusCode::internal, "called internal: " + s.message());
   check(!s.message().empty() && s.message().back() != '.', "not a sentence: " + s.message());
   check(s.message().size() < 2000, "a refusal of " + std::to_string(s.message().size()) + " bytes");
-  for (const char c : s.message()) check(static_cast<unsigned char>(c) >= 0x20, "more than a line: " + s.message());
+  for (const char c : s.message())
+    check(static_cast<unsigned char>(c) >= 0x20, "more than a line: " + s.message());
 }
 
 /// Bytes as a regular file that exists in memory alone.

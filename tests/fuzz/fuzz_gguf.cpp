@@ -1,5 +1,5 @@
-// A model file: opened, its metadata read, its weights loaded, and, if all of that is accepted, three tokens run through the
-// layers: whatever a file may say without being refused must also compute without harm.
+// A model file: opened, its metadata read, its weights loaded, and, if all of that is accepted, three tokens
+// run through the layers: whatever a file may say without being refused must also compute without harm.
 #include <cstring>
 
 #include "fuzz/fuzz.h"
@@ -48,7 +48,8 @@ void run_tokens(const ModelWeights& weights) {
   PrefillHooks hooks;
   hooks.layer_done = [](int64_t, const float*, const float*, int64_t) -> Status { return {}; };
   std::vector<float> logits(static_cast<size_t>(hp.n_vocab));
-  const std::vector<Token> tokens = {0, static_cast<Token>(hp.n_vocab / 2), static_cast<Token>(hp.n_vocab - 1)};
+  const std::vector<Token> tokens = {0, static_cast<Token>(hp.n_vocab / 2),
+                                     static_cast<Token>(hp.n_vocab - 1)};
   static_assert(kTokens == 3);
   if (const Status s = prefill.run(tokens, 0, hooks, {}, logits.data()); !s.ok()) check_sentence(s);
 }

@@ -10,7 +10,8 @@ namespace narrows::fuzz {
 std::vector<Seed> seeds() {
   std::vector<Seed> all;
   for (const std::string& name : KvProfile::names()) all.push_back({name, name.size()});
-  for (const char* text : {"sals-25:budget=1024", "sals-12.5:budget=all,sinks=0,recent=1", "kivi-2:sinks=4096,recent=65536", "sals-25:budget=999999999"}) {
+  for (const char* text : {"sals-25:budget=1024", "sals-12.5:budget=all,sinks=0,recent=1",
+                           "kivi-2:sinks=4096,recent=65536", "sals-25:budget=999999999"}) {
     all.push_back({text, std::string_view(text).size()});
   }
   return all;
@@ -33,7 +34,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string name = p.name.substr(0, p.name.find(':'));
   const auto names = KvProfile::names();
   fuzz::check(std::find(names.begin(), names.end(), name) != names.end(), "an unknown profile was accepted");
-  fuzz::check(p.n_sink >= 0 && p.n_sink <= 4096 && p.n_recent >= 1 && p.n_recent <= 65536, "a window is out of range");
+  fuzz::check(p.n_sink >= 0 && p.n_sink <= 4096 && p.n_recent >= 1 && p.n_recent <= 65536,
+              "a window is out of range");
   fuzz::check(p.value_bits == 2 || p.value_bits == 4 || p.value_bits == 16, "bits");
   for (const int64_t n : {int64_t{0}, int64_t{1}, int64_t{100}, int64_t{1} << 40}) {
     const int64_t budget = p.budget_at(n);

@@ -77,7 +77,8 @@ void unpack_planes(const uint8_t* row, const PlaneRow& shape, const float* ampli
   }
 }
 
-void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_octet, int max_bits, uint8_t* codes) {
+void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_octet, int max_bits,
+                  uint8_t* codes) {
   for (int64_t c = 0; c < n_octet * kOctet; ++c) {
     const int bits = octet_bits[c / kOctet];
     for (int64_t t = 0; t < kTile; ++t) {
@@ -92,7 +93,8 @@ void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_oc
 }
 
 void score_index(const uint8_t* codes, int64_t n_coord, const float* u, int64_t ldu, int64_t n_row,
-                 const float* step, const float* centre, int64_t first, int64_t n, float* score, int64_t lds) {
+                 const float* step, const float* centre, int64_t first, int64_t n, float* score,
+                 int64_t lds) {
   for (int64_t r = 0; r < n_row; ++r) {
     const float* q = u + r * ldu;
     float top = 0;
