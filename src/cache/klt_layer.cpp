@@ -73,8 +73,7 @@ KltLayer::KltLayer(int64_t layer, const AttentionShape& shape, const kernels::Ro
       options_(options),
       distances_(std::move(distances)),
       value_weight_(std::move(value_weight)),
-      heads_(heads_of_part(shape.n_head_kv, shape.head_dim)),
-      queries_(std::make_unique<KltStatistics>(shape)) {}
+      heads_(heads_of_part(shape.n_head_kv, shape.head_dim)) {}
 
 Status KltLayer::use_basis(const KltLayerBasis& basis) {
   Status s = set_transforms(basis);
@@ -83,7 +82,9 @@ Status KltLayer::use_basis(const KltLayerBasis& basis) {
 }
 
 void KltLayer::observe_queries(const float* q, int64_t n) {
-  if (queries_ && queries_->n_queries() < kKltEnd) queries_->add_queries(q, n);
+  if (!wants_queries()) return;
+  if (!queries_) queries_ = std::make_unique<KltStatistics>(shape());
+  if (queries_->n_queries() < kKltEnd) queries_->add_queries(q, n);
 }
 
 Status KltLayer::set_transforms(const KltLayerBasis& basis) {
@@ -111,6 +112,7 @@ Status KltLayer::make_codec(const Incoming& incoming) {
   const int64_t n_all = n_held + incoming.n;
   if (has_codec() || n_all < tokens_for_klt(width)) return {};
 
+  if (!queries_) queries_ = std::make_unique<KltStatistics>(shape());
   KltStatistics& statistics = *queries_;
   const int64_t end = std::min(n_all, kKltEnd);
   std::vector<float> k(static_cast<size_t>(kPageTokens * width));
@@ -141,7 +143,7 @@ int64_t KltLayer::codec_bytes() const {
 void KltLayer::drop_codec() {
   if (from_file_) return;
   parts_.clear();
-  queries_ = std::make_unique<KltStatistics>(shape());
+  queries_.reset();  // made anew when needed: this runs after a failure, and must not fail itself
 }
 
 Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {

@@ -92,7 +92,7 @@ class KltLayer final : public WindowedLayer {
   ValueWeightFn value_weight_;
   int64_t heads_;
   bool from_file_ = false;                  ///< then the transforms outlive clear()
-  std::unique_ptr<KltStatistics> queries_;  ///< until there are transforms
+  std::unique_ptr<KltStatistics> queries_;  ///< null: none seen, or no longer needed
   std::vector<KltPart> parts_;
 };
 

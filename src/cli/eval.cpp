@@ -11,11 +11,15 @@
 
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
+#include "cli/eval_needle.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 
 namespace narrows::cli {
 namespace {
+
+/// What needles are hidden in unless -f says otherwise: every Debian has it.
+constexpr const char* kFiller = "/usr/share/common-licenses/GPL-3";
 
 constexpr const char* kFooter =
     R"(The first --context tokens of the text go through the model exactly; then each profile decodes the next --tokens
@@ -30,7 +34,8 @@ tokens of the text itself (teacher-forced) out of its own cache, and its predict
 
 Examples:
   narrows eval -m model.gguf -f book.txt --kv klt --kv klt-10x --kv sals-25
-  narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json)";
+  narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json
+  narrows eval -m model.gguf --task needle --context 2048,4096 --kv f16 --kv klt --trials 4)";
 
 struct EvalFlags {
   ModelFlags model;
@@ -40,6 +45,10 @@ struct EvalFlags {
   std::string peer;
   std::string weights = "file";
   EvalOptions options;
+  std::vector<int64_t> contexts = {4096};
+  std::string task;
+  std::string needles = "single";
+  NeedleOptions needle;
   bool json = false;
 };
 
@@ -77,12 +86,44 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
   return list.dump(2) + "\n";
 }
 
+Outcome find(const EvalFlags& flags) {
+  NeedleOptions options = flags.needle;
+  options.contexts = flags.contexts;
+  options.profiles = flags.options.profiles;
+  options.basis_path = flags.basis;
+  options.n_threads = flags.options.n_threads;
+  options.kind = flags.needles == "single"    ? NeedleKind::single
+                 : flags.needles == "several" ? NeedleKind::several
+                                              : NeedleKind::two_facts;
+  Result<std::string> text = read_text_file(flags.file.empty() ? kFiller : flags.file);
+  if (!text.ok()) return text.status();
+  options.filler = std::move(*text);
+  const Result<std::shared_ptr<const Model>> model =
+      flags.model.load({.float_weights = flags.weights == "f32"});
+  if (!model.ok()) return model.status();
+  int64_t n_tokens = 0;
+  for (const int64_t context : options.contexts) n_tokens += context * options.n_depth * options.trials;
+  ProgressBar bar(n_tokens);
+  const Result<std::vector<NeedleRow>> rows = find_needles(*model, options, bar.callback());
+  if (!rows.ok()) return rows.status();
+  return {write_stdout(flags.json ? needle_json(*rows, flags.needles) : needle_table(*rows)), Phase::at_work};
+}
+
 Outcome eval(EvalFlags& flags) {
+  if (flags.profiles.empty() && !flags.task.empty()) flags.profiles = {"f16", kDefaultProfile};
   for (const std::string& name : flags.profiles) {
     Result<KvProfile> profile = KvProfile::parse(name);
     if (!profile.ok()) return profile.status();
     flags.options.profiles.push_back(std::move(*profile));
   }
+  if (!flags.task.empty()) return find(flags);
+  if (flags.file.empty() || flags.profiles.empty() || flags.contexts.size() != 1) {
+    return Status(
+        StatusCode::invalid_argument,
+        "eval needs a text, a profile and one context: give -f FILE, --kv PROFILE and --context N, or a "
+        "--task");
+  }
+  flags.options.context = flags.contexts.front();
   flags.options.basis_path = flags.basis;
   flags.options.with_llama_cpp = !flags.peer.empty();
   Result<std::string> text = read_text_file(flags.file);
@@ -104,18 +145,37 @@ Command make_eval_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("eval", "Measure what a cache profile costs in quality");
   auto flags = std::make_shared<EvalFlags>();
   flags->model.add_to(*command);
-  command->add_option("-f,--file", flags->file, "text to measure on (UTF-8)")->type_name("FILE")->required();
+  command->add_option("-f,--file", flags->file, "text to measure on, or to hide needles in (UTF-8)")
+      ->type_name("FILE");
   command->add_option("--kv", flags->profiles, profile_help() + "; may be given several times")
       ->type_name("PROFILE")
-      ->required()
       ->allow_extra_args(false);
   command
       ->add_option("--basis", flags->basis,
                    "basis file made by `narrows calibrate` (default: the prompt's own)")
       ->type_name("BASIS.gguf");
-  command->add_option("--context", flags->options.context, "tokens before the judged ones (default 4096)")
+  command
+      ->add_option("--context", flags->contexts,
+                   "tokens before the judged ones (default 4096); for a task several: N,N,..")
       ->type_name("N")
+      ->delimiter(',')
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
+  command
+      ->add_option("--task", flags->task,
+                   "instead of the text's own tokens, judge a task: needle (find facts hidden in a text)")
+      ->type_name("TASK")
+      ->check(CLI::IsMember({"needle"}));
+  command
+      ->add_option("--needles", flags->needles,
+                   "single fact (default), several (one of ten is asked for), two-facts (both are needed)")
+      ->type_name("KIND")
+      ->check(CLI::IsMember({"single", "several", "two-facts"}));
+  command->add_option("--trials", flags->needle.trials, "needle: texts a depth (default 2)")
+      ->type_name("N")
+      ->check(CLI::Range(int64_t{1}, int64_t{100000}));
+  command->add_option("--depths", flags->needle.n_depth, "needle: depths from 0 to 100% (default 5)")
+      ->type_name("N")
+      ->check(CLI::Range(int64_t{1}, int64_t{1000}));
   command->add_option("--tokens", flags->options.tokens, "judged tokens (default 256)")
       ->type_name("N")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));

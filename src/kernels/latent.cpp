@@ -57,8 +57,8 @@ HWY_INLINE VF amplitude_of(VI scale) {
   return hn::GatherIndex(d, kAmplitude.data(), scale);
 }
 
-/// Coordinates [c, c + lanes). False if one of their numbers cannot be stored.
-HWY_INLINE bool quant_vector(const float* z, int64_t ldz, VI bits, uint8_t* scales, uint8_t* codes,
+/// Coordinates [c, c + n) of a vector; the others are padding. False if a number cannot be stored.
+HWY_INLINE bool quant_vector(const float* z, int64_t ldz, int64_t n, VI bits, uint8_t* scales, uint8_t* codes,
                              int64_t ldc) {
   const DF d;
   const DI di;
@@ -71,6 +71,9 @@ HWY_INLINE bool quant_vector(const float* z, int64_t ldz, VI bits, uint8_t* scal
     finite = hn::And(finite, hn::Le(size, limit));
     top = hn::Max(top, size);
   }
+  const auto held = hn::FirstN(d, static_cast<size_t>(n));
+  finite = hn::Or(finite, hn::Not(held));
+  top = hn::IfThenElseZero(held, top);
   const auto tiny = hn::Lt(top, hn::Set(d, kAmplitude[0]));
   const VI first =
       hn::IfThenElse(hn::RebindMask(di, tiny), hn::Zero(di), hn::Sub(floor_scale(top), hn::Set(di, 8)));
@@ -119,7 +122,9 @@ bool quant_latents(const float* z, int64_t ldz, int64_t n_coord, const uint8_t* 
     for (int64_t i = 0; i < kLatentPad; ++i) bits[i] = octet_bits[(c + i) / kOctet];
     for (int64_t i = 0; i < kLatentPad; i += kLanes) {
       if (c + i >= n_coord) break;
-      if (!quant_vector(z + c + i, ldz, hn::Load(di, bits + i), scale + i, codes + c + i, ldc)) return false;
+      if (!quant_vector(z + c + i, ldz, n_coord - c - i, hn::Load(di, bits + i), scale + i, codes + c + i,
+                        ldc))
+        return false;
     }
     std::memcpy(scales + c, scale, static_cast<size_t>(n_coord - c < kLatentPad ? n_coord - c : kLatentPad));
   }

@@ -46,12 +46,12 @@ class BasisFileTest : public testing::Test {
     return file;
   }
   KltLayerBasis klt_basis(const Tokens& tokens) const {
-    const std::vector<double> weight(static_cast<size_t>(heads_.width() * heads_.head_dim), 0.0);
+    const std::vector<double> weight(static_cast<size_t>(heads_.width() * heads_.shape.head_dim), 0.0);
     CentredMoments keys(heads_.width()), values(heads_.width());
     keys.add(tokens.k.data(), heads_.width(), 100);
     values.add(tokens.v.data(), heads_.width(), 100);
-    return {{make_klt_basis(keys, weight, heads_.head_dim).value()},
-            {make_klt_basis(values, weight, heads_.head_dim).value()}};
+    return {{make_klt_basis(keys, weight, heads_.shape.head_dim).value()},
+            {make_klt_basis(values, weight, heads_.shape.head_dim).value()}};
   }
   std::string content() const {
     std::ifstream in(path_, std::ios::binary);
@@ -141,7 +141,7 @@ TEST_F(BasisFileTest, RoundTrip) {
     EXPECT_EQ((*read)->layers[i].energy, basis.layers[i].energy);
     const KltBasis& key = (*read)->klt[i].key.at(0);
     EXPECT_EQ(key.width, 8);
-    EXPECT_EQ(key.block, heads_.head_dim);
+    EXPECT_EQ(key.block, heads_.shape.head_dim);
     EXPECT_EQ(key.mean, basis.klt[i].key[0].mean);
     EXPECT_EQ(key.weight, basis.klt[i].key[0].weight);
     EXPECT_EQ(key.decode, basis.klt[i].key[0].decode);

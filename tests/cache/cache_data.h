@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/klt_layer.h"
 #include "cache/kv_cache.h"
 #include "cache/layer_cache.h"
 #include "cache/reference.h"
@@ -130,15 +131,53 @@ inline KvProfile profile_of(const std::string& text) {
   return p.ok() ? *p : KvProfile();
 }
 
+/// What an error of a value costs, for klt layers: a random Gram matrix for each KV head, as an output projection
+/// of a few rows more than head_dim has it.
+inline ValueWeightFn value_weights(const Heads& s) {
+  return [n_head = s.shape.n_head_kv, d = s.shape.head_dim](int64_t layer, std::vector<double>& weight) {
+    std::mt19937 random(static_cast<uint32_t>(layer + 17));
+    std::normal_distribution<double> normal;
+    weight.assign(static_cast<size_t>(n_head * d * d), 0);
+    std::vector<double> row(static_cast<size_t>(d));
+    for (int64_t h = 0; h < n_head; ++h) {
+      for (int64_t i = 0; i < d + 8; ++i) {
+        for (double& x : row) x = normal(random);
+        for (int64_t a = 0; a < d; ++a) {
+          for (int64_t b = 0; b < d; ++b)
+            weight[static_cast<size_t>((h * d + a) * d + b)] += row[static_cast<size_t>(a)] * row[static_cast<size_t>(b)];
+        }
+      }
+    }
+    return Status();
+  };
+}
+
 /// A cache of five layers, of which layer 2 is compressed whatever the profile.
 inline constexpr int64_t kLayers = 5;
 inline constexpr int64_t kCompressed = 2;
 inline std::unique_ptr<KvCache> make_cache(const Heads& s, const std::string& profile,
                                            std::shared_ptr<const BasisFile> basis = nullptr) {
   auto cache =
-      KvCache::create(model_info(s, kLayers), profile_of(profile), s.shape, &s.rope, std::move(basis));
+      KvCache::create(model_info(s, kLayers), profile_of(profile), s.shape, &s.rope, std::move(basis),
+                                value_weights(s));
   EXPECT_TRUE(cache.ok()) << cache.status().message();
   return cache.ok() ? std::move(*cache) : nullptr;
+}
+
+/// Transforms of a klt layer out of tokens and random queries, as a file could hold them.
+inline KltLayerBasis klt_basis_of(const Heads& s, const float* k, const float* v, int64_t n) {
+  KltStatistics statistics(s.shape);
+  statistics.add(k, v, n);
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(static_cast<size_t>(64 * s.shape.n_head * s.shape.head_dim));
+  for (float& x : q) x = normal(random);
+  statistics.add_queries(q.data(), 64);
+  std::vector<double> weight;
+  EXPECT_TRUE(value_weights(s)(kCompressed, weight).ok());
+  auto basis = statistics.basis(DistanceAverage(s.rope, s.shape.head_dim), weight);
+  EXPECT_TRUE(basis.ok()) << basis.status().message();
+  return basis.ok() ? *basis : KltLayerBasis();
 }
 
 /// Everything a reader sees.
@@ -176,14 +215,16 @@ inline std::vector<double> second_moments(const Tokens& tokens, int64_t first, i
 }
 
 /// Softmax attention of a query at position pos over decoded tokens at `positions`, in double: [n_head,
-/// head_dim].
+/// head_dim]. Of one KV head only, if it is named; the others' rows are then 0.
 inline std::vector<double> attention(const Heads& s, const std::vector<float>& q, int64_t pos,
-                                     const Decoded& cache, const std::vector<int64_t>& positions) {
+                                     const Decoded& cache, const std::vector<int64_t>& positions,
+                                     int64_t head_kv = -1) {
   const int64_t d = s.shape.head_dim;
   const int64_t width = s.width();
   std::vector<double> out(q.size());
   for (int64_t h = 0; h < s.shape.n_head; ++h) {
     const int64_t g = h / s.shape.group();
+    if (head_kv >= 0 && g != head_kv) continue;
     std::vector<double> query(q.begin() + h * d, q.begin() + (h + 1) * d);
     s.rotate(query.data(), pos);
     std::vector<double> logit;

@@ -80,7 +80,7 @@ TEST_P(Memory, EveryFailureLeavesTheLayerAsItWas) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Memory, testing::Values("f16", "sals-25", "kivi-2"));
+INSTANTIATE_TEST_SUITE_P(Kinds, Memory, testing::Values("f16", "sals-25", "kivi-2", "klt"));
 
 }  // namespace
 }  // namespace narrows::test

@@ -11,7 +11,7 @@ class Concurrent : public testing::TestWithParam<const char*> {};
 TEST_P(Concurrent, ThreadsGiveTheNumbersOfOneByOne) {
   const Heads s(6, 3, 32);
   const KvProfile profile = profile_of(GetParam());
-  const int64_t n = 570;  // crosses the conversion of SALS at 512
+  const int64_t n = 570;  // crosses the conversion of SALS and klt at 512
   const Tokens tokens(s, n);
   std::vector<std::vector<float>> reference;  // of one thread
   for (const int n_threads : {1, 2, 3, 4}) {
@@ -59,7 +59,8 @@ TEST_P(Concurrent, IdleThreads) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, Concurrent,
-                         testing::Values("f16", "sals-25", "sals-12.5:budget=50", "sals-25:budget=all",
+                         testing::Values("f16", "sals-25", "sals-12.5:budget=50", "sals-25:budget=all", "klt",
+                                         "klt-10x:budget=50", "klt:budget=50,block=16", "klt:budget=all",
                                          "kivi-4", "kivi-2"));
 
 }  // namespace

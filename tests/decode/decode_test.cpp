@@ -43,11 +43,10 @@ TEST_P(Decode, EveryLengthMatchesReference) {
     for (int64_t t = 0; t < n; ++t) {
       const auto q = random_query(s, static_cast<uint32_t>(t));
       const auto out = run_step(*decoder, scratch, tokens, t, q);
-      // Every length around pages, windows and the conversion of SALS; every 16th elsewhere, to save time.
+      // Every length around pages, windows and the conversion of SALS and klt; every 16th elsewhere, to save time.
       if (t > 300 && t % 16 > 1 && !(t >= 505 && t < 530)) continue;
-      const Decoded decoded(layer);
-      const auto read = positions_read(layer, *decoder, profile.kind == KvKind::f16 ? 0 : profile.n_sink);
-      ASSERT_LT(error_of(out, attention(s, q, t, decoded, read)), kTolerance)
+      const int64_t n_sink = profile.kind == KvKind::f16 ? 0 : profile.n_sink;
+      ASSERT_LT(error_of(out, attention_of_step(s, q, t, layer, *decoder, n_sink)), kTolerance)
           << "token " << t << " threads " << n_threads;
     }
     ASSERT_EQ(layer.n_tokens(), n);
@@ -62,7 +61,11 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"sals-25:budget=all", 3, 1, 64, 0},
                     Case{"sals-25:sinks=0,recent=1,budget=40", 4, 2, 32, 0},
                     Case{"kivi-4:sinks=0,recent=1", 4, 2, 32, 0}, Case{"kivi-4", 9, 3, 64, 0},
-                    Case{"kivi-2", 4, 4, 48, 0}, Case{"kivi-2", 7, 1, 80, 0}));
+                    Case{"kivi-2", 4, 4, 48, 0}, Case{"kivi-2", 7, 1, 80, 0}, Case{"klt", 9, 3, 64, 0},
+                    Case{"klt-10x:budget=100", 4, 4, 48, 0}, Case{"klt:budget=37,block=16", 14, 2, 80, 40},
+                    Case{"klt:budget=all", 3, 1, 64, 0}, Case{"klt:budget=50,rank=8", 6, 3, 20, 0},
+                    Case{"klt:sinks=0,recent=1,budget=40,block=32", 4, 2, 32, 0},
+                    Case{"klt:k=8,v=8,budget=60", 4, 2, 128, 0}));
 
 }  // namespace
 }  // namespace narrows::test

@@ -75,7 +75,7 @@ TEST_P(Stages, StepReadsTheBest) {
   ASSERT_EQ(run_step(*decoder, scratch, tokens_, kTokens, q).size(), q.size());
   ASSERT_EQ(layer_.n_in_pages(), n_in_pages) << "the step should not have encoded";
   const int64_t budget = profile_.budget_at(kTokens + 1);
-  const auto chosen = decoder->last_selection();
+  const auto chosen = decoder->last_selection(0);
   if (budget >= n_in_pages) {
     EXPECT_FALSE(chosen.has_value());
     return;

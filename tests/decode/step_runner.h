@@ -42,11 +42,11 @@ inline std::vector<float> run_step(LayerDecoder& decoder, StepScratch& scratch, 
   return out;
 }
 
-/// Positions that the last step read: all but those in pages that were not selected.
-inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerDecoder& decoder,
-                                           int64_t n_sink) {
+/// Positions that a KV head read in the last step: all but those in pages that were not selected.
+inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerDecoder& decoder, int64_t n_sink,
+                                           int64_t head_kv) {
   std::vector<int64_t> read;
-  const auto chosen = decoder.last_selection();
+  const auto chosen = decoder.last_selection(head_kv);
   const int64_t pages_end = n_sink + layer.bytes().n_tokens_in_pages;
   for (int64_t t = 0; t < layer.n_tokens(); ++t) {
     const bool in_pages = t >= n_sink && t < pages_end;
@@ -54,6 +54,20 @@ inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerD
       read.push_back(t);
   }
   return read;
+}
+
+/// What the last step should have written: each KV head's attention over the positions that it read.
+inline std::vector<double> attention_of_step(const Heads& s, const std::vector<float>& q, int64_t t,
+                                             const LayerCache& layer, const LayerDecoder& decoder,
+                                             int64_t n_sink) {
+  const Decoded decoded(layer);
+  std::vector<double> out(q.size());
+  const auto part = static_cast<int64_t>(q.size()) / s.shape.n_head_kv;
+  for (int64_t g = 0; g < s.shape.n_head_kv; ++g) {
+    const auto own = attention(s, q, t, decoded, positions_read(layer, decoder, n_sink, g), g);
+    std::copy_n(own.begin() + g * part, part, out.begin() + g * part);
+  }
+  return out;
 }
 
 }  // namespace narrows::test

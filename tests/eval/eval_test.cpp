@@ -202,7 +202,7 @@ TEST(MassKept, IsTheShareOfTheExactSoftmax) {
     const DecodeStep& step = session->impl().graph->step(layer);
     exact.emplace_back(step.k, step.k + width);
     for (int64_t h = 0; h < 2; ++h) rotate(exact.back().data() + h * d, d, t);
-    const auto selected = session->impl().decoders[layer]->last_selection();
+    const auto selected = session->impl().decoders[layer]->last_selection(0);
     ASSERT_TRUE(selected.has_value());
     ASSERT_EQ(selected->size(), 40U);
     const int64_t in_pages = session->impl().cache->layer(layer).bytes().n_tokens_in_pages;
