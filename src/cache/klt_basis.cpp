@@ -202,7 +202,12 @@ Result<KltTransform> make_klt_transform(const KltBasis& basis, double rate) {
     return kernels::float_to_half(x);
   };
   t.weight.reserve(basis.weight.size());
-  for (const float w : basis.weight) t.weight.push_back(half(w));
+  float largest = 0;
+  for (const float w : basis.weight) largest = std::max(largest, std::fabs(w));
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  t.weight_unit = std::ldexp(1.0F, exponent);
+  for (const float w : basis.weight) t.weight.push_back(half(w / t.weight_unit));
   t.decode.assign(static_cast<size_t>(t.n_coord * t.width), 0);
   const auto held = static_cast<size_t>(std::min(t.n_coord, t.width) * t.width);
   for (size_t i = 0; i < held; ++i) t.decode[i] = half(basis.decode[i]);

@@ -66,14 +66,15 @@ struct KltTransform {
   int64_t block = 0;
   int64_t n_coord = 0;                 ///< coordinates with bits, a multiple of 8
   std::vector<float> mean;             ///< [width]
-  std::vector<kernels::f16_t> weight;  ///< [width / block, block, block]
+  float weight_unit = 1;               ///< of weight: small values have weights far beyond half precision
+  std::vector<kernels::f16_t> weight;  ///< [width / block, block, block], in units of weight_unit
   std::vector<kernels::f16_t> decode;  ///< [n_coord, width]
   std::vector<uint8_t> octet_bits;     ///< [pad_latent(n_coord) / 8], padded with 1
 
   int64_t bytes() const;
 };
 
-/// invalid_argument if a number of the basis leaves half precision.
+/// non_finite if a number of the inverse transform leaves half precision.
 Result<KltTransform> make_klt_transform(const KltBasis& basis, double rate);
 
 /// Averages over distances: what the second moment of queries before RoPE becomes when they look back by t
