@@ -1,4 +1,5 @@
-// klt: bits, transforms, parts of a page and whole layers, against sums in double and the quantiser's own bounds.
+// klt: bits, transforms, parts of a page and whole layers, against sums in double and the quantiser's own
+// bounds.
 #include <algorithm>
 #include <cmath>
 
@@ -34,7 +35,8 @@ TEST(KltBits, AllAreGivenAway) {
         ASSERT_EQ(static_cast<int64_t>(bits.size()), ceil_div(width, 8));
         EXPECT_TRUE(falls(bits));
         EXPECT_LE(bits.front(), 8);
-        EXPECT_EQ(sum_of(bits), static_cast<int64_t>(std::floor(rate * static_cast<double>(width) / 8 + 1e-9)))
+        EXPECT_EQ(sum_of(bits),
+                  static_cast<int64_t>(std::floor(rate * static_cast<double>(width) / 8 + 1e-9)))
             << width << " " << rate;
       }
     }
@@ -70,13 +72,16 @@ TEST(KltMoments, KeepTheSpreadBesideALargeMean) {
   for (int64_t t = 0; t < kN; ++t) {
     const float common = normal(random);
     for (int64_t c = 0; c < kWidth; ++c)
-      x[static_cast<size_t>(t * kLd + c)] = normal(random) + common + (c % 2 == 0 ? 70.0F : -70.0F);  // 50 deviations
+      x[static_cast<size_t>(t * kLd + c)] =
+          normal(random) + common + (c % 2 == 0 ? 70.0F : -70.0F);  // 50 deviations
   }
   CentredMoments moments(kWidth);
   for (int64_t t = 0, n = 1; t < kN; t += n, n = std::min<int64_t>(3 * n, kN - t))
     moments.add(x.data() + t * kLd, kLd, std::min(n, kN - t));
   ASSERT_EQ(moments.n_tokens(), kN);
-  const auto at = [&](int64_t t, int64_t c) { return static_cast<double>(x[static_cast<size_t>(t * kLd + c)]); };
+  const auto at = [&](int64_t t, int64_t c) {
+    return static_cast<double>(x[static_cast<size_t>(t * kLd + c)]);
+  };
   std::vector<double> mean(kWidth);
   for (int64_t t = 0; t < kN; ++t) {
     for (int64_t c = 0; c < kWidth; ++c) mean[static_cast<size_t>(c)] += at(t, c) / kN;
@@ -110,7 +115,8 @@ struct Sample {
       const double common = normal(random);
       for (int64_t c = 0; c < width; ++c) {
         const double size = std::exp2(-4.0 * static_cast<double>(c % block) / static_cast<double>(block));
-        x.push_back(static_cast<float>(unit * ((normal(random) + common) * size + static_cast<double>(c % 5))));
+        x.push_back(
+            static_cast<float>(unit * ((normal(random) + common) * size + static_cast<double>(c % 5))));
       }
     }
     weight.assign(static_cast<size_t>(width * block), 0);
@@ -135,8 +141,9 @@ std::vector<double> weigh(const Weights& weight, int64_t width, int64_t block, c
   std::vector<double> y(static_cast<size_t>(width));
   for (int64_t c = 0; c < width; ++c) {
     for (int64_t i = 0; i < block; ++i) {
-      y[static_cast<size_t>(c)] += static_cast<double>(x[static_cast<size_t>(c / block * block + i)]) *
-                                   static_cast<double>(weight[static_cast<size_t>((c / block * block + i) * block + c % block)]);
+      y[static_cast<size_t>(c)] +=
+          static_cast<double>(x[static_cast<size_t>(c / block * block + i)]) *
+          static_cast<double>(weight[static_cast<size_t>((c / block * block + i) * block + c % block)]);
     }
   }
   return y;
@@ -171,7 +178,8 @@ TEST_P(KltTransforms, InvertsDecorrelatesAndCarriesTheWeight) {
         back += z[c] * static_cast<double>(b.decode[c * width + i]);
         covariance[i * width + c] += z[i] * z[c] / static_cast<double>(s.n);
       }
-      ASSERT_NEAR(back, s.x[static_cast<size_t>(t * s.width) + i], 1e-4 * unit) << "token " << t << " channel " << i;
+      ASSERT_NEAR(back, s.x[static_cast<size_t>(t * s.width) + i], 1e-4 * unit)
+          << "token " << t << " channel " << i;
     }
   }
   EXPECT_NEAR(b.variance.front(), 1, 1e-6);
@@ -224,7 +232,8 @@ TEST(KltTransform, RefusesWhatIsNotFinite) {
   auto weight = s.weight;
   weight[5] = std::numeric_limits<double>::infinity();
   EXPECT_EQ(make_klt_basis(s.moments, weight, 8).status().code(), StatusCode::non_finite);
-  EXPECT_EQ(make_klt_basis(CentredMoments(16), s.weight, 8).status().code(), StatusCode::non_finite);  // no rows
+  EXPECT_EQ(make_klt_basis(CentredMoments(16), s.weight, 8).status().code(),
+            StatusCode::non_finite);  // no rows
   Sample broken(16, 8, 40);
   broken.x[3] = kNan;
   broken.moments.add(broken.x.data(), 16, 1);
@@ -233,8 +242,8 @@ TEST(KltTransform, RefusesWhatIsNotFinite) {
   EXPECT_EQ(make_klt_basis(s.moments, std::vector<double>(16), 8).status().code(), StatusCode::internal);
 }
 
-// Values of a layer may be small, and a head that is never used may have no spread at all beside one that has:
-// neither may make a prompt fail.
+// Values of a layer may be small, and a head that is never used may have no spread at all beside one that
+// has: neither may make a prompt fail.
 TEST(KltTransform, HalfPrecisionHoldsAnyUnit) {
   for (const double unit : {1e-5, 1e-3, 1.0, 300.0}) {
     const Sample s(16, 8, 400, unit);
@@ -281,7 +290,8 @@ TEST(KltDistances, IsTheMeanOfRotations) {
       for (const auto& row : q) {
         std::vector<double> turned = row;
         for (int64_t i = 0; i < n_rot / 2; ++i) {
-          const double angle = t * std::pow(s.freq_base, -2.0 * static_cast<double>(i) / static_cast<double>(n_rot));
+          const double angle =
+              t * std::pow(s.freq_base, -2.0 * static_cast<double>(i) / static_cast<double>(n_rot));
           const auto a = static_cast<size_t>(i), b = static_cast<size_t>(i + n_rot / 2);
           turned[a] = row[a] * std::cos(angle) - row[b] * std::sin(angle);
           turned[b] = row[a] * std::sin(angle) + row[b] * std::cos(angle);
@@ -290,7 +300,8 @@ TEST(KltDistances, IsTheMeanOfRotations) {
       }
     }
     const auto got = DistanceAverage(s.rope, d).apply(c.data());
-    for (size_t i = 0; i < 144; ++i) EXPECT_NEAR(got[i], want[i], 1e-5) << n_rot << ": " << i / 12 << ", " << i % 12;
+    for (size_t i = 0; i < 144; ++i)
+      EXPECT_NEAR(got[i], want[i], 1e-5) << n_rot << ": " << i / 12 << ", " << i % 12;
   }
 }
 
@@ -301,7 +312,8 @@ struct Page {
   KltPart part;
   std::vector<std::byte> bytes;
 
-  static KltPart make(const Heads& s, const Tokens& tokens, double key_rate, double value_rate, int64_t n_index) {
+  static KltPart make(const Heads& s, const Tokens& tokens, double key_rate, double value_rate,
+                      int64_t n_index) {
     const auto basis = klt_basis_of(s, tokens.k.data(), tokens.v.data(), tokens.n());
     auto key = make_klt_transform(basis.key.at(0), key_rate);
     auto value = make_klt_transform(basis.value.at(0), value_rate);
@@ -321,15 +333,18 @@ void expect_latents(const KltTransform& t, const float* x, const float* latent, 
   std::vector<double> size(z.size());
   const auto width = static_cast<size_t>(t.width);
   std::vector<double> weight;
-  for (const auto w : t.weight) weight.push_back(static_cast<double>(kernels::half_to_float(w)) * static_cast<double>(t.weight_unit));
+  for (const auto w : t.weight)
+    weight.push_back(static_cast<double>(kernels::half_to_float(w)) * static_cast<double>(t.weight_unit));
   for (int64_t i = 0; i < kPageTokens; ++i) {
     std::vector<double> centred(width);
     for (size_t c = 0; c < width; ++c)
-      centred[c] = static_cast<double>(x[static_cast<size_t>(i) * width + c]) - static_cast<double>(t.mean[c]);
+      centred[c] =
+          static_cast<double>(x[static_cast<size_t>(i) * width + c]) - static_cast<double>(t.mean[c]);
     const auto y = weigh(weight, t.width, t.block, centred);
     for (int64_t c = 0; c < t.n_coord; ++c) {
       for (size_t j = 0; j < width; ++j) {
-        const double term = y[j] * static_cast<double>(kernels::half_to_float(t.decode[static_cast<size_t>(c) * width + j]));
+        const double term =
+            y[j] * static_cast<double>(kernels::half_to_float(t.decode[static_cast<size_t>(c) * width + j]));
         z[static_cast<size_t>(c * kPageTokens + i)] += term;
         size[static_cast<size_t>(c * kPageTokens + i)] += std::fabs(term);
       }
@@ -344,7 +359,8 @@ void expect_latents(const KltTransform& t, const float* x, const float* latent, 
       rounding = std::max(rounding, size[at] * 1e-5);  // of the products in float
     }
     // The first scale tried is at most an eighth of an octave above what holds the largest number.
-    const double step = (top + rounding) / 2 * std::exp2(1 / 8.0) * std::exp2(2 - t.octet_bits[static_cast<size_t>(c / 8)]);
+    const double step =
+        (top + rounding) / 2 * std::exp2(1 / 8.0) * std::exp2(2 - t.octet_bits[static_cast<size_t>(c / 8)]);
     EXPECT_LE(std::sqrt(error / kPageTokens), std::max(step / 2, 1.6e-5) + rounding) << "coordinate " << c;
   }
 }
@@ -368,8 +384,10 @@ TEST(KltPage, StoresWhatItsBitsPromise) {
     part.read_rows(page.bytes.data(), chosen.data(), 6, 11, some);
     for (size_t i = 0; i < chosen.size(); ++i) {
       const auto row = static_cast<int64_t>(11 + i) * some.ld, from = int64_t{chosen[i]} * scratch.ld;
-      for (int64_t c = 0; c < part.layout().n_key; ++c) ASSERT_EQ(some.key[row + c], scratch.key[from + c]) << c;
-      for (int64_t c = 0; c < part.layout().n_value; ++c) ASSERT_EQ(some.value[row + c], scratch.value[from + c]) << c;
+      for (int64_t c = 0; c < part.layout().n_key; ++c)
+        ASSERT_EQ(some.key[row + c], scratch.key[from + c]) << c;
+      for (int64_t c = 0; c < part.layout().n_value; ++c)
+        ASSERT_EQ(some.value[row + c], scratch.value[from + c]) << c;
     }
     // Keys of one head are channels of the whole row.
     std::vector<float> all(static_cast<size_t>(64 * 60)), head(static_cast<size_t>(64 * 20));
@@ -380,7 +398,8 @@ TEST(KltPage, StoresWhatItsBitsPromise) {
     std::vector<float> values(all.size()), sum(scratch.value.size(), 0.0F), got(20, 1.0F);
     part.rebuild_values(scratch.value.data(), scratch.ld, 64, values.data(), 60);
     for (int64_t t = 0; t < 64; ++t) {
-      for (int64_t c = 0; c < part.layout().n_value; ++c) sum[static_cast<size_t>(c)] += scratch.value[t * scratch.ld + c] / 32;
+      for (int64_t c = 0; c < part.layout().n_value; ++c)
+        sum[static_cast<size_t>(c)] += scratch.value[t * scratch.ld + c] / 32;
     }
     part.rebuild_value(sum.data(), 2, 40, 20, got.data());
     for (size_t c = 0; c < 20; ++c) {
@@ -417,7 +436,8 @@ KltLayer& klt_layer(KvCache& cache) { return static_cast<KltLayer&>(cache.layer(
 
 double rms(const std::vector<float>& a, const std::vector<float>& b, size_t from = 0) {
   double sum = 0;
-  for (size_t i = from; i < a.size(); ++i) sum += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+  for (size_t i = from; i < a.size(); ++i)
+    sum += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
   return std::sqrt(sum / static_cast<double>(a.size() - from));
 }
 
@@ -512,7 +532,8 @@ TEST(KltLayer, PiecesMakeTheSameCache) {
     const auto pieces = with_basis(s, tokens, "klt");
     LayerCache& layer = pieces->layer(kCompressed);
     for (int64_t n = 0; n < 700;) {
-      const int64_t m = std::min<int64_t>(700 - n, 1 + static_cast<int64_t>(random()) % (round % 2 == 0 ? 30 : 300));
+      const int64_t m =
+          std::min<int64_t>(700 - n, 1 + static_cast<int64_t>(random()) % (round % 2 == 0 ? 30 : 300));
       if (random() % 2 == 0) {
         ASSERT_TRUE(layer.append(tokens.key(n), tokens.value(n), m).ok());
       } else {
@@ -523,8 +544,9 @@ TEST(KltLayer, PiecesMakeTheSameCache) {
     ASSERT_TRUE(layer.prepare_step().ok());
     EXPECT_EQ(layer.bytes().total(), whole->layer(kCompressed).bytes().total());
     const Decoded got(layer);
-    // Tokens that waited in the window were rounded to f16: a latent near a boundary may get the other code, one in
-    // about 2^10 of them, each off by a step. That is the square root of 2^-10 x 12 of the quantiser's own error.
+    // Tokens that waited in the window were rounded to f16: a latent near a boundary may get the other code,
+    // one in about 2^10 of them, each off by a step. That is the square root of 2^-10 x 12 of the quantiser's
+    // own error.
     EXPECT_LT(rms(got.v, want.v), 0.15 * rms(want.v, tokens.v)) << round;
     const double size = rms(want.k, std::vector<float>(want.k.size()));
     EXPECT_LT(rms(got.k, want.k), 0.03 * size) << round;
@@ -584,7 +606,8 @@ TEST(KltLayer, BytesAreWhatIsAllocated) {
         for (const auto* t : {&part.key(), &part.value()}) {
           for (int64_t o = 0; o < t->n_coord / 8; ++o) octets += t->octet_bits[static_cast<size_t>(o)];
           page += t->n_coord;
-          basis += static_cast<int64_t>(t->decode.size() * 2 + t->weight.size() * 2 + t->mean.size() * 4 + t->octet_bits.size());
+          basis += static_cast<int64_t>(t->decode.size() * 2 + t->weight.size() * 2 + t->mean.size() * 4 +
+                                        t->octet_bits.size());
         }
         page += 64 * octets;
         basis += part.width() * part.ld_score() * 4;
@@ -597,7 +620,8 @@ TEST(KltLayer, BytesAreWhatIsAllocated) {
         EXPECT_EQ(bytes.basis, 0);
       } else {
         EXPECT_GE(bytes.basis, basis);
-        // Steps and centres of the index: four floats a coordinate, in vectors that may have doubled their room.
+        // Steps and centres of the index: four floats a coordinate, in vectors that may have doubled their
+        // room.
         int64_t n_index = 0;
         for (const KltPart& part : layer.parts()) n_index += part.layout().n_index;
         EXPECT_LE(bytes.basis, basis + 2 * 4 * 4 * n_index);
@@ -657,7 +681,8 @@ TEST(KltLayer, PartsAreIndependent) {
   Tokens swapped = tokens;
   for (int64_t t = 0; t < tokens.n(); ++t) {
     for (auto* x : {&swapped.k, &swapped.v})
-      std::rotate(x->begin() + t * 2 * half, x->begin() + t * 2 * half + half, x->begin() + (t + 1) * 2 * half);
+      std::rotate(x->begin() + t * 2 * half, x->begin() + t * 2 * half + half,
+                  x->begin() + (t + 1) * 2 * half);
   }
   KltLayerBasis basis = klt_basis_of(s, tokens.k.data(), tokens.v.data(), 300);
   ASSERT_EQ(basis.key.size(), 2U);
@@ -672,7 +697,8 @@ TEST(KltLayer, PartsAreIndependent) {
   Decoded want(a->layer(kCompressed)), got(b->layer(kCompressed));
   for (int64_t t = 0; t < 300; ++t) {
     for (auto* x : {&got.k, &got.v})
-      std::rotate(x->begin() + t * 2 * half, x->begin() + t * 2 * half + half, x->begin() + (t + 1) * 2 * half);
+      std::rotate(x->begin() + t * 2 * half, x->begin() + t * 2 * half + half,
+                  x->begin() + (t + 1) * 2 * half);
   }
   EXPECT_EQ(got.k, want.k);
   EXPECT_EQ(got.v, want.v);
@@ -688,8 +714,8 @@ TEST(KltLayer, WideLayers) {
   ASSERT_TRUE(layer.append(tokens.key(0), tokens.value(0), 150).ok());
   ASSERT_EQ(layer.bytes().n_tokens_in_pages, 64);
   const Decoded all(layer);
-  // Errors go where their weight is least, so a plain mean of them is above that of 8 bits; a part in the wrong place
-  // would be off by 1.
+  // Errors go where their weight is least, so a plain mean of them is above that of 8 bits; a part in the
+  // wrong place would be off by 1.
   EXPECT_LT(rms(all.v, tokens.v), 0.05);
   double error = 0, size = 0;
   for (int64_t t = 16; t < 80; ++t) {
@@ -702,7 +728,8 @@ TEST(KltLayer, WideLayers) {
   EXPECT_LT(std::sqrt(error / size), 0.02);
 }
 
-// However few coordinates are asked for, every part has some: without them all tokens of a page look the same.
+// However few coordinates are asked for, every part has some: without them all tokens of a page look the
+// same.
 TEST(KltLayer, EveryPartHasAnIndex) {
   const Heads s(9, 9, 200);  // 9 parts
   const Tokens tokens(s, 40);

@@ -38,9 +38,7 @@ class Layer : public testing::TestWithParam<Case> {
     EXPECT_TRUE(s.ok()) << s.message();
     return made;
   }
-  int64_t unit() const {
-    return profile_.kind == KvKind::klt ? 64 : profile_.kind == KvKind::kivi ? 32 : 16;
-  }
+  int64_t unit() const { return profile_.kind == KvKind::klt ? 64 : profile_.kind == KvKind::kivi ? 32 : 16; }
   bool encodes(int64_t n) const {
     if (profile_.kind == KvKind::f16) return false;
     return profile_.kind == KvKind::kivi || basis_ || n >= std::max<int64_t>(512, 2 * heads_.width());
@@ -89,7 +87,8 @@ TEST_P(Layer, HoldsEveryLength) {
 }
 
 TEST_P(Layer, PiecesMakeTheSameCache) {
-  // One code of klt is part of every channel of its token, so counting channels says nothing: KltLayer has its own.
+  // One code of klt is part of every channel of its token, so counting channels says nothing: KltLayer has
+  // its own.
   if (profile_.kind == KvKind::klt) GTEST_SKIP();
   const auto whole = cache();
   ASSERT_TRUE(whole->layer(kCompressed).append(tokens_.key(0), tokens_.value(0), 700).ok());
@@ -222,17 +221,16 @@ TEST_P(Layer, ReadsAnyRange) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Layer,
-                         testing::Values(Case{"f16", 3, 16, false}, Case{"sals-25", 3, 16, true},
-                                         Case{"sals-12.5", 2, 20, true},
-                                         Case{"sals-12.5:sinks=5,recent=40", 1, 48, true},
-                                         Case{"sals-25:sinks=0,recent=1", 3, 16, true},
-                                         Case{"kivi-4:sinks=0,recent=1", 3, 16, false},
-                                         Case{"klt", 3, 16, true}, Case{"klt-10x:sinks=0,recent=1", 2, 20, true},
-                                         Case{"klt:sinks=5,recent=40,k=8,v=0.25", 1, 48, true},
-                                         Case{"klt", 3, 16, false}, Case{"klt-10x", 5, 64, false},
-                                         Case{"sals-25", 3, 16, false}, Case{"kivi-4", 3, 16, false},
-                                         Case{"kivi-2", 1, 80, false}));
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, Layer,
+    testing::Values(Case{"f16", 3, 16, false}, Case{"sals-25", 3, 16, true}, Case{"sals-12.5", 2, 20, true},
+                    Case{"sals-12.5:sinks=5,recent=40", 1, 48, true},
+                    Case{"sals-25:sinks=0,recent=1", 3, 16, true},
+                    Case{"kivi-4:sinks=0,recent=1", 3, 16, false}, Case{"klt", 3, 16, true},
+                    Case{"klt-10x:sinks=0,recent=1", 2, 20, true},
+                    Case{"klt:sinks=5,recent=40,k=8,v=0.25", 1, 48, true}, Case{"klt", 3, 16, false},
+                    Case{"klt-10x", 5, 64, false}, Case{"sals-25", 3, 16, false},
+                    Case{"kivi-4", 3, 16, false}, Case{"kivi-2", 1, 80, false}));
 
 TEST(Cache, EstimateIsWhatStatsShow) {
   for (const int64_t head_dim : {20, 64}) {
@@ -305,7 +303,8 @@ TEST(Cache, RefusesImpossibleShapes) {
   const auto create = [](int64_t n_head, int64_t n_head_kv, int64_t head_dim,
                          const kernels::RopeTable& rope) {
     const Heads s(4, 2, 16);
-    return KvCache::create(model_info(s, 3), KvProfile(), {n_head, n_head_kv, head_dim, 1.0F}, &rope, nullptr, {})
+    return KvCache::create(model_info(s, 3), KvProfile(), {n_head, n_head_kv, head_dim, 1.0F}, &rope, nullptr,
+                           {})
         .status()
         .code();
   };
@@ -325,7 +324,9 @@ TEST(Cache, RefusesBasisThatDoesNotFit) {
     KeyMoments moments(s.width());
     moments.add(tokens.k.data(), 50);
     for (int64_t i = 0; i < n_layer; ++i) file->layers.push_back(moments.leading(rank).value());
-    return KvCache::create(model_info(s, 5), profile_of("sals-25"), s.shape, &s.rope, file, {}).status().code();
+    return KvCache::create(model_info(s, 5), profile_of("sals-25"), s.shape, &s.rope, file, {})
+        .status()
+        .code();
   };
   EXPECT_EQ(create(2, 32), StatusCode::invalid_file);
   EXPECT_EQ(create(5, 7), StatusCode::invalid_file);

@@ -56,8 +56,8 @@ class KltStages : public testing::TestWithParam<Case> {
   }
 };
 
-// With every coordinate in the index, a score is the stored key under the mean of its block's rotations, but for the
-// query's rounding to bytes and bits beyond the sixth.
+// With every coordinate in the index, a score is the stored key under the mean of its block's rotations, but
+// for the query's rounding to bytes and bits beyond the sixth.
 TEST_P(KltStages, ScoresAreMeansOverABlocksRotations) {
   const int64_t d = heads_.shape.head_dim, group = heads_.shape.group(), width = heads_.width();
   const auto q = random_query(heads_, 3);
@@ -79,14 +79,16 @@ TEST_P(KltStages, ScoresAreMeansOverABlocksRotations) {
     for (int64_t i = 0; i < n; ++i) {
       const float p = work.scores[static_cast<size_t>(h * work.ld + i)];
       if (p == 0) continue;  // too far below the largest to tell
-      got.push_back(std::log(static_cast<double>(p)) + static_cast<double>(work.part_max[static_cast<size_t>(h)]));
+      got.push_back(std::log(static_cast<double>(p)) +
+                    static_cast<double>(work.part_max[static_cast<size_t>(h)]));
       const float* k = stored.k.data() + i * width + g * d;
       std::vector<double> plain(k, k + d);
       heads_.rotate(plain.data(), -(layer_.n_sink() + i));
       const int64_t block = layer_.n_sink() + i / profile_.block * profile_.block;
       const auto key = mean_over_block(plain, block);
       double score = 0;
-      for (int64_t c = 0; c < d; ++c) score += query[static_cast<size_t>(h * d + c)] * key[static_cast<size_t>(c)];
+      for (int64_t c = 0; c < d; ++c)
+        score += query[static_cast<size_t>(h * d + c)] * key[static_cast<size_t>(c)];
       want.push_back(score);
       mean += score;
     }
@@ -98,7 +100,8 @@ TEST_P(KltStages, ScoresAreMeansOverABlocksRotations) {
       ++count;
     }
   }
-  EXPECT_LT(std::sqrt(error / size), 0.03) << "of a spread of " << std::sqrt(size / static_cast<double>(count));
+  EXPECT_LT(std::sqrt(error / size), 0.03)
+      << "of a spread of " << std::sqrt(size / static_cast<double>(count));
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, KltStages,
@@ -110,8 +113,9 @@ INSTANTIATE_TEST_SUITE_P(Shapes, KltStages,
 
 class KltSelection : public KltStages {};
 
-// Queries that look for one stored token each. What is read must hold nearly all of the exact probability that scores
-// of exact keys under their blocks' mean rotation (the method, without its codes) would have kept.
+// Queries that look for one stored token each. What is read must hold nearly all of the exact probability
+// that scores of exact keys under their blocks' mean rotation (the method, without its codes) would have
+// kept.
 TEST_P(KltSelection, FindsWhatTheQueryLooksFor) {
   const int64_t d = heads_.shape.head_dim, group = heads_.shape.group(), n = layer_.n_in_pages();
   const auto decoder = make_layer_decoder(layer_, profile_);
@@ -127,7 +131,8 @@ TEST_P(KltSelection, FindsWhatTheQueryLooksFor) {
     for (const double x : row) square += x * x;
     heads_.rotate(row.data(), sought.back() - kTokens);
     const double gain = 14 * std::sqrt(static_cast<double>(d)) / square;  // a score of 14
-    for (int64_t c = 0; c < d; ++c) q[static_cast<size_t>(h * d + c)] = static_cast<float>(row[static_cast<size_t>(c)] * gain);
+    for (int64_t c = 0; c < d; ++c)
+      q[static_cast<size_t>(h * d + c)] = static_cast<float>(row[static_cast<size_t>(c)] * gain);
   }
   const auto query = turned(q);
   ASSERT_EQ(run_step(*decoder, scratch, tokens_, kTokens, q).size(), q.size());
@@ -155,13 +160,15 @@ TEST_P(KltSelection, FindsWhatTheQueryLooksFor) {
       for (int64_t t = 0; t <= kTokens; ++t) {
         const auto key = tokens_.rotated_key(heads_, t);
         double s = 0;
-        for (int64_t c = 0; c < d; ++c) s += query[static_cast<size_t>(h * d + c)] * key[static_cast<size_t>(g * d + c)];
+        for (int64_t c = 0; c < d; ++c)
+          s += query[static_cast<size_t>(h * d + c)] * key[static_cast<size_t>(g * d + c)];
         p.push_back(std::exp(s));
         sum += p.back();
         if (t >= layer_.n_sink() && t < layer_.n_sink() + n) {
           s = 0;
           const auto& mean = mean_key[static_cast<size_t>(t - layer_.n_sink())];
-          for (int64_t c = 0; c < d; ++c) s += query[static_cast<size_t>(h * d + c)] * mean[static_cast<size_t>(c)];
+          for (int64_t c = 0; c < d; ++c)
+            s += query[static_cast<size_t>(h * d + c)] * mean[static_cast<size_t>(c)];
         }
         guess.push_back(std::exp(s));
         guess_sum += guess.back();
