@@ -131,8 +131,8 @@ inline KvProfile profile_of(const std::string& text) {
   return p.ok() ? *p : KvProfile();
 }
 
-/// What an error of a value costs, for klt layers: a random Gram matrix for each KV head, as an output projection
-/// of a few rows more than head_dim has it.
+/// What an error of a value costs, for klt layers: a random Gram matrix for each KV head, as an output
+/// projection of a few rows more than head_dim has it.
 inline ValueWeightFn value_weights(const Heads& s) {
   return [n_head = s.shape.n_head_kv, d = s.shape.head_dim](int64_t layer, std::vector<double>& weight) {
     std::mt19937 random(static_cast<uint32_t>(layer + 17));
@@ -144,7 +144,8 @@ inline ValueWeightFn value_weights(const Heads& s) {
         for (double& x : row) x = normal(random);
         for (int64_t a = 0; a < d; ++a) {
           for (int64_t b = 0; b < d; ++b)
-            weight[static_cast<size_t>((h * d + a) * d + b)] += row[static_cast<size_t>(a)] * row[static_cast<size_t>(b)];
+            weight[static_cast<size_t>((h * d + a) * d + b)] +=
+                row[static_cast<size_t>(a)] * row[static_cast<size_t>(b)];
         }
       }
     }
@@ -157,9 +158,8 @@ inline constexpr int64_t kLayers = 5;
 inline constexpr int64_t kCompressed = 2;
 inline std::unique_ptr<KvCache> make_cache(const Heads& s, const std::string& profile,
                                            std::shared_ptr<const BasisFile> basis = nullptr) {
-  auto cache =
-      KvCache::create(model_info(s, kLayers), profile_of(profile), s.shape, &s.rope, std::move(basis),
-                                value_weights(s));
+  auto cache = KvCache::create(model_info(s, kLayers), profile_of(profile), s.shape, &s.rope,
+                               std::move(basis), value_weights(s));
   EXPECT_TRUE(cache.ok()) << cache.status().message();
   return cache.ok() ? std::move(*cache) : nullptr;
 }

@@ -43,7 +43,8 @@ TEST_P(Decode, EveryLengthMatchesReference) {
     for (int64_t t = 0; t < n; ++t) {
       const auto q = random_query(s, static_cast<uint32_t>(t));
       const auto out = run_step(*decoder, scratch, tokens, t, q);
-      // Every length around pages, windows and the conversion of SALS and klt; every 16th elsewhere, to save time.
+      // Every length around pages, windows and the conversion of SALS and klt; every 16th elsewhere, to save
+      // time.
       if (t > 300 && t % 16 > 1 && !(t >= 505 && t < 530)) continue;
       const int64_t n_sink = profile.kind == KvKind::f16 ? 0 : profile.n_sink;
       ASSERT_LT(error_of(out, attention_of_step(s, q, t, layer, *decoder, n_sink)), kTolerance)

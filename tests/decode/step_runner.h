@@ -43,8 +43,8 @@ inline std::vector<float> run_step(LayerDecoder& decoder, StepScratch& scratch, 
 }
 
 /// Positions that a KV head read in the last step: all but those in pages that were not selected.
-inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerDecoder& decoder, int64_t n_sink,
-                                           int64_t head_kv) {
+inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerDecoder& decoder,
+                                           int64_t n_sink, int64_t head_kv) {
   std::vector<int64_t> read;
   const auto chosen = decoder.last_selection(head_kv);
   const int64_t pages_end = n_sink + layer.bytes().n_tokens_in_pages;

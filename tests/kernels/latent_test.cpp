@@ -1,12 +1,11 @@
-// Latent pages on every target: layouts by hand, codes and scales against the quantiser's own bounds, scores against
-// sums in double.
-#include "kernels/latent_page.h"
-
+// Latent pages on every target: layouts by hand, codes and scales against the quantiser's own bounds, scores
+// against sums in double.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "kernels/kernel_test.h"
+#include "kernels/latent_page.h"
 
 namespace narrows::kernels {
 namespace {
@@ -28,8 +27,7 @@ std::vector<uint8_t> falling_bits(int64_t n_coord, Random& random) {
 }
 
 TEST(LatentPage, AmplitudesAreEighthsOfOctaves) {
-  for (int s = 0; s < 256; ++s)
-    EXPECT_NEAR(kAmplitude[static_cast<size_t>(s)] / amplitude(s), 1, kUnit) << s;
+  for (int s = 0; s < 256; ++s) EXPECT_NEAR(kAmplitude[static_cast<size_t>(s)] / amplitude(s), 1, kUnit) << s;
 }
 
 TEST(LatentPage, EveryTokenHasASlot) {
@@ -132,7 +130,8 @@ TEST_P(Latent, QuantisesEveryWidthAndBits) {
     for (int b = 1; b <= 8; ++b) {
       Latents x(n_coord);
       x.fill(random);
-      check_quant(ops(), x, std::vector<uint8_t>(static_cast<size_t>(x.ldz / kOctet), static_cast<uint8_t>(b)));
+      check_quant(ops(), x,
+                  std::vector<uint8_t>(static_cast<size_t>(x.ldz / kOctet), static_cast<uint8_t>(b)));
       if (HasFatalFailure()) return;
     }
     for (int i = 0; i < 8; ++i) {
@@ -149,7 +148,8 @@ TEST_P(Latent, QuantisesNumbersOfAllSizes) {
   for (const float sigma : {1e-38F, 1e-9F, 1e-5F, 1e-3F, 0.1F, 30.0F, 20000.0F}) {
     Latents x(24);
     x.fill(random, sigma);
-    for (int64_t c = 0; c < 8; ++c) x.at(7 * c, c) = 15 * sigma * (c % 2 == 0 ? 1.0F : -1.0F);  // worth clipping?
+    for (int64_t c = 0; c < 8; ++c)
+      x.at(7 * c, c) = 15 * sigma * (c % 2 == 0 ? 1.0F : -1.0F);  // worth clipping?
     if (sigma > 1000) {
       for (int64_t i = 0; i < kTile * x.ldz; ++i) x.z[i] = std::clamp(x.z[i], -119000.0F, 119000.0F);
     }
@@ -234,7 +234,8 @@ TEST_P(Latent, UnpacksAnyBits) {
       ref().unpack_planes(row.data(), shape, amplitude.data(), want.data());
       for (int64_t c = 0; c < n_octet * kOctet; ++c) {
         const double error = std::fabs(static_cast<double>(got[c]) - static_cast<double>(want[c]));
-        ASSERT_LE(error, powers ? 0 : gamma(9) * 2 * static_cast<double>(amplitude[c])) << n_octet << " " << c;
+        ASSERT_LE(error, powers ? 0 : gamma(9) * 2 * static_cast<double>(amplitude[c]))
+            << n_octet << " " << c;
       }
     }
   }
@@ -318,8 +319,8 @@ struct ScoreCase {
 void check_score(const Ops& ops, const ScoreCase& x, int64_t first, int64_t n) {
   const int64_t lds = kTile + 7;
   Array<float> score(x.n_row * lds);
-  ops.score_index(x.codes.data(), x.n_coord, x.u.data(), x.ldu, x.n_row, x.step.data(), x.centre.data(), first, n,
-                  score.data(), lds);
+  ops.score_index(x.codes.data(), x.n_coord, x.u.data(), x.ldu, x.n_row, x.step.data(), x.centre.data(),
+                  first, n, score.data(), lds);
   for (int64_t r = 0; r < x.n_row; ++r) {
     double top = 0;
     for (int64_t c = 0; c < x.n_coord; ++c)
@@ -342,8 +343,7 @@ void check_score(const Ops& ops, const ScoreCase& x, int64_t first, int64_t n) {
         if (std::fabs(std::fabs(weight - std::floor(weight)) - 0.5) < 4 * 127 * kUnit)
           ties += unit * std::fabs(off);
       }
-      const double bound =
-          gamma(static_cast<double>(x.n_coord) + 8) * (size + std::fabs(constant)) + ties;
+      const double bound = gamma(static_cast<double>(x.n_coord) + 8) * (size + std::fabs(constant)) + ties;
       ASSERT_NEAR(score[r * lds + t], want, bound) << "row " << r << " token " << t << " of " << x.n_coord;
     }
   }
@@ -369,7 +369,8 @@ TEST_P(Latent, ScoresAtTheEdgesOfBytes) {
   for (int64_t c = 0; c < 64; ++c) {
     x.step[c] = 0.5F;
     x.centre[c] = 31.5F;
-    for (int64_t r = 0; r < 3; ++r) x.u[r * x.ldu + c] = r == 0 ? 2.0F : r == 1 ? -2.0F : c % 2 == 0 ? 2.0F : -2.0F;
+    for (int64_t r = 0; r < 3; ++r)
+      x.u[r * x.ldu + c] = r == 0 ? 2.0F : r == 1 ? -2.0F : c % 2 == 0 ? 2.0F : -2.0F;
     for (int64_t t = 0; t < kTile; ++t) x.codes[c * kTile + t] = 63;
   }
   check_score(ops(), x, 0, kTile);

@@ -1,0 +1,201 @@
+// Scoring of klt pages against its definition in double, and what it selects against exact probabilities.
+#include <algorithm>
+#include <cmath>
+
+#include "decode/klt_work.h"
+#include "decode/step_runner.h"
+
+namespace narrows::test {
+namespace {
+
+struct Case {
+  const char* profile;
+  int64_t n_head, n_head_kv, head_dim, n_rot;
+};
+std::ostream& operator<<(std::ostream& out, const Case& c) {
+  return out << c.profile << " heads " << c.n_head << "/" << c.n_head_kv << " of " << c.head_dim << " rot "
+             << c.n_rot;
+}
+
+constexpr int64_t kTokens = 1300;
+
+class KltStages : public testing::TestWithParam<Case> {
+ protected:
+  Heads heads_{GetParam().n_head, GetParam().n_head_kv, GetParam().head_dim, GetParam().n_rot};
+  KvProfile profile_ = profile_of(GetParam().profile);
+  Tokens tokens_{heads_, kTokens + 1};
+  std::unique_ptr<KvCache> cache_ = make_cache(heads_, GetParam().profile);
+  KltLayer& layer_ = dynamic_cast<KltLayer&>(cache_->layer(kCompressed));
+
+  void SetUp() override {
+    for (uint32_t i = 0; i < 100; ++i) {  // in all directions, or the transforms save bits where a test looks
+      const auto q = random_query(heads_, 100 + i);
+      layer_.observe_queries(q.data(), 1);
+    }
+    ASSERT_TRUE(layer_.append(tokens_.key(0), tokens_.value(0), kTokens).ok());
+    ASSERT_GT(layer_.n_page(), 10);
+  }
+
+  /// A key before RoPE under the mean of the rotations of a block's positions.
+  std::vector<double> mean_over_block(const std::vector<double>& key, int64_t block) const {
+    std::vector<double> mean(key.size());
+    for (int64_t pos = block; pos < block + profile_.block; ++pos) {
+      std::vector<double> turned_key = key;
+      heads_.rotate(turned_key.data(), pos);
+      for (size_t c = 0; c < key.size(); ++c) mean[c] += turned_key[c] / static_cast<double>(profile_.block);
+    }
+    return mean;
+  }
+
+  /// A query at position kTokens, turned and scaled, in double.
+  std::vector<double> turned(const std::vector<float>& q) const {
+    std::vector<double> row(q.begin(), q.end());
+    heads_.rotate_row(row, kTokens);
+    for (double& x : row) x /= std::sqrt(static_cast<double>(heads_.shape.head_dim));
+    return row;
+  }
+};
+
+// With every coordinate in the index, a score is the stored key under the mean of its block's rotations, but
+// for the query's rounding to bytes and bits beyond the sixth.
+TEST_P(KltStages, ScoresAreMeansOverABlocksRotations) {
+  const int64_t d = heads_.shape.head_dim, group = heads_.shape.group(), width = heads_.width();
+  const auto q = random_query(heads_, 3);
+  const auto query = turned(q);
+  const std::vector<float> q_float(query.begin(), query.end());
+  KltWork work(layer_, profile_, 1);
+  ASSERT_TRUE(work.ok());
+  const int64_t n = layer_.n_in_pages();
+  work.grow(heads_.shape, n);
+  klt_score_part(layer_, profile_, q_float.data(), 0, {0, layer_.n_page()}, work, *work.threads[0]);
+
+  Decoded stored(layer_, layer_.n_sink(), n);
+  double error = 0, size = 0;
+  int64_t count = 0;
+  for (int64_t h = 0; h < heads_.shape.n_head; ++h) {
+    const int64_t g = h / group;
+    double mean = 0;
+    std::vector<double> got, want;
+    for (int64_t i = 0; i < n; ++i) {
+      const float p = work.scores[static_cast<size_t>(h * work.ld + i)];
+      if (p == 0) continue;  // too far below the largest to tell
+      got.push_back(std::log(static_cast<double>(p)) +
+                    static_cast<double>(work.part_max[static_cast<size_t>(h)]));
+      const float* k = stored.k.data() + i * width + g * d;
+      std::vector<double> plain(k, k + d);
+      heads_.rotate(plain.data(), -(layer_.n_sink() + i));
+      const int64_t block = layer_.n_sink() + i / profile_.block * profile_.block;
+      const auto key = mean_over_block(plain, block);
+      double score = 0;
+      for (int64_t c = 0; c < d; ++c)
+        score += query[static_cast<size_t>(h * d + c)] * key[static_cast<size_t>(c)];
+      want.push_back(score);
+      mean += score;
+    }
+    ASSERT_GT(want.size(), static_cast<size_t>(n / 2));
+    mean /= static_cast<double>(want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      error += (got[i] - want[i]) * (got[i] - want[i]);
+      size += (want[i] - mean) * (want[i] - mean);
+      ++count;
+    }
+  }
+  EXPECT_LT(std::sqrt(error / size), 0.03)
+      << "of a spread of " << std::sqrt(size / static_cast<double>(count));
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, KltStages,
+                         testing::Values(Case{"klt:k=4,rank=128,block=16", 9, 3, 32, 0},
+                                         Case{"klt:k=4,rank=128,block=32", 4, 2, 48, 0},
+                                         Case{"klt:k=4,rank=128,block=64", 6, 3, 32, 0},
+                                         Case{"klt:k=4,rank=64,block=64", 4, 2, 20, 12},
+                                         Case{"klt:k=4,rank=512,block=64,sinks=3", 4, 4, 128, 0}));
+
+class KltSelection : public KltStages {};
+
+// Queries that look for one stored token each. What is read must hold nearly all of the exact probability
+// that scores of exact keys under their blocks' mean rotation (the method, without its codes) would have
+// kept.
+TEST_P(KltSelection, FindsWhatTheQueryLooksFor) {
+  const int64_t d = heads_.shape.head_dim, group = heads_.shape.group(), n = layer_.n_in_pages();
+  const auto decoder = make_layer_decoder(layer_, profile_);
+  StepScratch scratch(heads_.shape, 2);
+  std::mt19937 random(11);
+  std::vector<float> q(static_cast<size_t>(heads_.shape.n_head * d));
+  std::vector<int64_t> sought;
+  for (int64_t h = 0; h < heads_.shape.n_head; ++h) {
+    sought.push_back(layer_.n_sink() + static_cast<int64_t>(random() % static_cast<uint32_t>(n)));
+    const float* k = tokens_.key(sought.back()) + h / group * d;
+    std::vector<double> row(k, k + d);
+    double square = 0;
+    for (const double x : row) square += x * x;
+    heads_.rotate(row.data(), sought.back() - kTokens);
+    const double gain = 14 * std::sqrt(static_cast<double>(d)) / square;  // a score of 14
+    for (int64_t c = 0; c < d; ++c)
+      q[static_cast<size_t>(h * d + c)] = static_cast<float>(row[static_cast<size_t>(c)] * gain);
+  }
+  const auto query = turned(q);
+  ASSERT_EQ(run_step(*decoder, scratch, tokens_, kTokens, q).size(), q.size());
+  ASSERT_EQ(layer_.n_in_pages(), n) << "the step should not have encoded";
+  double kept = 0, by_method = 0;
+  bool differ = false;
+  for (int64_t g = 0; g < heads_.shape.n_head_kv; ++g) {
+    const auto chosen = decoder->last_selection(g);
+    ASSERT_TRUE(chosen.has_value());
+    ASSERT_EQ(static_cast<int64_t>(chosen->size()), profile_.budget);
+    for (size_t i = 1; i < chosen->size(); ++i) ASSERT_GT((*chosen)[i], (*chosen)[i - 1]);
+    ASSERT_GE(chosen->front(), layer_.n_sink());
+    ASSERT_LT(chosen->back(), layer_.n_sink() + n);
+    differ = differ || !std::equal(chosen->begin(), chosen->end(), decoder->last_selection(0)->begin());
+    std::vector<std::vector<double>> mean_key;
+    for (int64_t i = 0; i < n; ++i) {
+      const float* k = tokens_.key(layer_.n_sink() + i) + g * d;
+      const int64_t block = layer_.n_sink() + i / profile_.block * profile_.block;
+      mean_key.push_back(mean_over_block(std::vector<double>(k, k + d), block));
+    }
+    std::vector<double> pooled(static_cast<size_t>(n)), guessed(pooled.size());
+    for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+      std::vector<double> p, guess;
+      double sum = 0, guess_sum = 0;
+      for (int64_t t = 0; t <= kTokens; ++t) {
+        const auto key = tokens_.rotated_key(heads_, t);
+        double s = 0;
+        for (int64_t c = 0; c < d; ++c)
+          s += query[static_cast<size_t>(h * d + c)] * key[static_cast<size_t>(g * d + c)];
+        p.push_back(std::exp(s));
+        sum += p.back();
+        if (t >= layer_.n_sink() && t < layer_.n_sink() + n) {
+          s = 0;
+          const auto& mean = mean_key[static_cast<size_t>(t - layer_.n_sink())];
+          for (int64_t c = 0; c < d; ++c)
+            s += query[static_cast<size_t>(h * d + c)] * mean[static_cast<size_t>(c)];
+        }
+        guess.push_back(std::exp(s));
+        guess_sum += guess.back();
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        pooled[static_cast<size_t>(i)] += p[static_cast<size_t>(layer_.n_sink() + i)] / sum;
+        guessed[static_cast<size_t>(i)] += guess[static_cast<size_t>(layer_.n_sink() + i)] / guess_sum;
+      }
+    }
+    for (const int32_t pos : *chosen) kept += pooled[static_cast<size_t>(pos - layer_.n_sink())];
+    std::vector<size_t> order(pooled.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return guessed[a] > guessed[b]; });
+    for (size_t i = 0; i < static_cast<size_t>(profile_.budget); ++i) by_method += pooled[order[i]];
+  }
+  EXPECT_GT(kept, 0.95 * by_method);
+  EXPECT_GT(by_method, 0.5 * static_cast<double>(heads_.shape.n_head)) << "or nothing was there to be found";
+  if (heads_.shape.n_head_kv > 1) {
+    EXPECT_TRUE(differ) << "each KV head chooses for itself";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, KltSelection,
+                         testing::Values(Case{"klt:budget=60,block=16", 9, 3, 64, 0},
+                                         Case{"klt:budget=60", 9, 3, 64, 0},
+                                         Case{"klt:budget=60,block=16", 4, 4, 128, 0},
+                                         Case{"klt-10x:budget=100,block=16", 4, 2, 128, 0}));
+
+}  // namespace
+}  // namespace narrows::test
