@@ -97,7 +97,8 @@ Status KltLayer::set_transforms(const KltLayerBasis& basis) {
     Result<KltTransform> value = make_klt_transform(basis.value[static_cast<size_t>(p)], options_.value_rate);
     if (!value.ok()) return value.status();
     parts.emplace_back(p * heads_ * shape().head_dim, std::move(*key), std::move(*value),
-                       ceil_div(ceil_div(options_.n_index, n_part), kernels::kOctet) * kernels::kOctet, page_bytes);
+                       ceil_div(ceil_div(options_.n_index, n_part), kernels::kOctet) * kernels::kOctet,
+                       page_bytes);
     page_bytes = parts.back().layout().end();
   }
   parts_ = std::move(parts);

@@ -38,7 +38,8 @@ void transform(const KltTransform& t, const float* x, int64_t ld, float* z, int6
   std::vector<float> weighted(centred.size());
   for (int64_t i = 0; i < kPageTokens; ++i) {
     for (int64_t c = 0; c < width; ++c)
-      centred[static_cast<size_t>(i * width + c)] = (x[i * ld + c] - t.mean[static_cast<size_t>(c)]) * t.weight_unit;
+      centred[static_cast<size_t>(i * width + c)] =
+          (x[i * ld + c] - t.mean[static_cast<size_t>(c)]) * t.weight_unit;
   }
   for (int64_t b = 0; b < width; b += t.block) {
     ops().gemm_f16(kPageTokens, t.block, t.block, centred.data() + b, width, t.weight.data() + b * t.block,

@@ -1,4 +1,5 @@
-// `narrows calibrate`: a basis file for the klt and SALS profiles, from texts or from what the model writes itself.
+// `narrows calibrate`: a basis file for the klt and SALS profiles, from texts or from what the model writes
+// itself.
 #include <fmt/format.h>
 
 #include <memory>
@@ -69,7 +70,8 @@ Outcome calibrate_command(const CalibrateFlags& flags) {
 }  // namespace
 
 Command make_calibrate_command(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("calibrate", "Make a basis file for the klt and SALS cache profiles");
+  CLI::App* command =
+      app.add_subcommand("calibrate", "Make a basis file for the klt and SALS cache profiles");
   auto flags = std::make_shared<CalibrateFlags>();
   flags->model.add_to(*command);
   command->add_option("-f,--file", flags->files, "text to calibrate on; may be given several times")

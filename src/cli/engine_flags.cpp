@@ -42,9 +42,8 @@ CLI::Validator whole_number(int64_t low, int64_t high) {
 }
 
 std::string profile_help() {
-  return fmt::format(
-      "how the key/value cache is kept: {}; with keys such as klt:k=2,v=3,budget=1024",
-      fmt::join(KvProfile::names(), ", "));
+  return fmt::format("how the key/value cache is kept: {}; with keys such as klt:k=2,v=3,budget=1024",
+                     fmt::join(KvProfile::names(), ", "));
 }
 
 void add_threads_option(CLI::App& app, std::optional<int>& threads) {
