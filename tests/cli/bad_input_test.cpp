@@ -58,7 +58,8 @@ TEST(BadInput, ModelsThatAreNone) {
 }
 
 TEST(BadInput, Profiles) {
-  expect_refusal(run_with({"--kv", "f17"}), 2, {"'f17'", "f16, kivi-4, sals-25, kivi-2, klt, sals-12.5, klt-10x"});
+  expect_refusal(run_with({"--kv", "f17"}), 2,
+                 {"'f17'", "f16, kivi-4, sals-25, kivi-2, klt, sals-12.5, klt-10x"});
   expect_refusal(run_with({"--kv", ""}), 2, {"f16"});
   expect_refusal(run_with({"--kv", "sals-25:rank=2"}), 2, {"'rank=2'", "budget="});
   expect_refusal(run_with({"--kv", "sals-25:budget=0"}), 2, {"budget=", "from 1"});
