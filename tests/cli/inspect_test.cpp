@@ -29,7 +29,7 @@ TEST(Inspect, ShapesAndCacheSizes) {
   EXPECT_EQ(document["model"]["n_head_kv"], 3);
   EXPECT_EQ(document["model"]["head_dim"], 64);
   EXPECT_EQ(document["model"]["n_ctx_train"], 8192);
-  ASSERT_EQ(document["cache"].size(), 5U);
+  ASSERT_EQ(document["cache"].size(), 7U);
   EXPECT_EQ(document["cache"][0]["kv"], "f16");
   // 30 layers, keys and values, 3 heads of 64, 2 bytes; pages may round it up.
   EXPECT_NEAR(document["cache"][0]["bytes_per_token"].get<double>(), 30 * 2 * 3 * 64 * 2, 300);

@@ -56,7 +56,7 @@ TEST(Run, JsonHasTheKeysOfTheContractAndTheTextOfTheStream) {
                                             "prefill_tok_s", "prompt_tokens", "seed", "text"}));
   EXPECT_EQ(document["generated_tokens"], 12);
   EXPECT_EQ(document["seed"], 9);
-  EXPECT_EQ(document["kv"]["profile"], "f16");
+  EXPECT_EQ(document["kv"]["profile"], "klt");  // the default
   EXPECT_EQ(document["kv"].size(), 4U);
   EXPECT_GT(document["kv"]["bytes"], 0);
   EXPECT_GT(document["prefill_tok_s"], 0);
