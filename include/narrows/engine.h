@@ -64,11 +64,19 @@ class Model {
   std::unique_ptr<ModelWeights> weights_;
 };
 
+/// How a prompt is multiplied by the weights: the values behind `--products NAME`.
+enum class PrefillProducts {
+  automatic,  ///< bf16 where the CPU has it and the prompt is long enough, else ggml
+  ggml,       ///< ggml's products, as in decoding: activations rounded to 8 bits for quantised weights
+  bf16,       ///< oneDNN's, both factors in bfloat16 (where the CPU has no such product: ggml)
+};
+
 struct SessionOptions {
   KvProfile kv;
   std::string basis_path;  ///< file made by `narrows calibrate`; empty: the prompt calibrates
   int64_t n_ctx = 0;       ///< most tokens the cache may hold; 0: the model's n_ctx_train
   int n_threads = 0;       ///< 0: one a core
+  PrefillProducts products = PrefillProducts::automatic;
 };
 
 /// Bytes as allocated, whole session.

@@ -90,6 +90,7 @@ Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std:
       so.kv = p;
       so.n_ctx = depth + decoded;
       so.n_threads = options.n_threads;
+      so.products = options.products;
       if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options.basis_path;
       Result<std::unique_ptr<Session>> made = Session::create(model, so);
       if (!made.ok()) return made.status();

@@ -18,6 +18,7 @@ struct BenchOptions {
   std::vector<KvProfile> profiles;
   std::string basis_path;
   int n_threads = 0;
+  PrefillProducts products = PrefillProducts::automatic;
   int rounds = 5;   ///< interleaved decode rounds a depth
   int tokens = 32;  ///< tokens decoded a round
   bool with_llama_cpp = false;

@@ -139,6 +139,7 @@ Command make_bench_command(CLI::App& app) {
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
+  add_products_option(*command, flags->options.products);
   command->add_flag("--json", flags->json,
                     "print one JSON document on standard output, and nothing else there");
   command->footer(kFooter);

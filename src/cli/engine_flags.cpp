@@ -5,6 +5,7 @@
 
 #include <charconv>
 #include <limits>
+#include <map>
 #include <random>
 
 #include "base/file.h"
@@ -52,6 +53,17 @@ void add_threads_option(CLI::App& app, std::optional<int>& threads) {
       ->check(whole_number(1, kMaxThreads));
 }
 
+void add_products_option(CLI::App& app, PrefillProducts& products) {
+  static const std::map<std::string, PrefillProducts> names = {
+      {"auto", PrefillProducts::automatic}, {"ggml", PrefillProducts::ggml}, {"bf16", PrefillProducts::bf16}};
+  app.add_option(
+         "--products", products,
+         "how a prompt is multiplied by the weights: auto, ggml or bf16 (default: auto, which is bf16 "
+         "where the CPU has it)")
+      ->type_name("NAME")
+      ->transform(CLI::CheckedTransformer(names).description(""));
+}
+
 void SessionFlags::add_to(CLI::App& app) {
   app.add_option("--kv", kv, profile_help())->type_name("PROFILE")->capture_default_str();
   app.add_option("--basis", basis,
@@ -61,6 +73,7 @@ void SessionFlags::add_to(CLI::App& app) {
       ->type_name("N")
       ->check(whole_number(1, kMaxContext));
   add_threads_option(app, threads);
+  add_products_option(app, products);
 }
 
 Result<SessionOptions> SessionFlags::parse() const {
@@ -71,6 +84,7 @@ Result<SessionOptions> SessionFlags::parse() const {
   options.basis_path = basis;
   options.n_ctx = n_ctx.value_or(0);
   options.n_threads = threads.value_or(0);
+  options.products = products;
   return options;
 }
 

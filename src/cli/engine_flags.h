@@ -25,6 +25,7 @@ struct SessionFlags {
   std::string basis;
   std::optional<int64_t> n_ctx;
   std::optional<int> threads;
+  PrefillProducts products = PrefillProducts::automatic;
 
   void add_to(CLI::App& app);
   /// invalid_argument if the profile is not one.
@@ -46,6 +47,7 @@ struct SamplerFlags {
 CLI::Validator whole_number(int64_t low, int64_t high);
 
 void add_threads_option(CLI::App& app, std::optional<int>& threads);
+void add_products_option(CLI::App& app, PrefillProducts& products);
 
 /// What --kv means and takes, for help texts.
 std::string profile_help();

@@ -92,6 +92,7 @@ Outcome find(const EvalFlags& flags) {
   options.profiles = flags.options.profiles;
   options.basis_path = flags.basis;
   options.n_threads = flags.options.n_threads;
+  options.products = flags.options.products;
   options.kind = flags.needles == "single"    ? NeedleKind::single
                  : flags.needles == "several" ? NeedleKind::several
                                               : NeedleKind::two_facts;
@@ -182,6 +183,7 @@ Command make_eval_command(CLI::App& app) {
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
+  add_products_option(*command, flags->options.products);
   command->add_option("--peer", flags->peer, "add a row for llama.cpp with its own f16 cache")
       ->type_name("ENGINE")
       ->check(CLI::IsMember({"llama.cpp"}));

@@ -15,7 +15,7 @@ Status value_weight(const ModelWeights& weights, int64_t layer, std::vector<doub
   std::vector<KeyMoments> gram(static_cast<size_t>(hp.n_head_kv), KeyMoments(d));
   for (int64_t first = 0; first < hp.n_embd; first += kRows) {
     const int64_t n = std::min(kRows, hp.n_embd - first);
-    if (Status s = weights.read_output_rows(layer, first, n, rows.data()); !s.ok()) return s;
+    if (Status s = weights.read_rows(weights.layer(layer).wo, first, n, rows.data()); !s.ok()) return s;
     for (int64_t h = 0; h < hp.n_head; ++h) {
       for (int64_t r = 0; r < n; ++r) std::copy_n(rows.data() + r * n_in + h * d, d, columns.data() + r * d);
       gram[static_cast<size_t>(h / group)].add(columns.data(), n);

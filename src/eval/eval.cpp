@@ -101,6 +101,7 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     so.kv = p;
     so.n_ctx = options.context + options.tokens;
     so.n_threads = options.n_threads;
+    so.products = options.products;
     if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options.basis_path;
     Result<std::unique_ptr<Session>> made = Session::create(model, so);
     if (!made.ok()) return made.status();

@@ -20,6 +20,7 @@ struct EvalOptions {
   std::vector<KvProfile> profiles;
   std::string basis_path;
   int n_threads = 0;
+  PrefillProducts products = PrefillProducts::automatic;
   /// Three more rows: llama.cpp with its f16 cache, flash and plain attention, against our f16; and its plain
   /// against its flash attention, which is the noise that any two correct engines show on quantised weights.
   bool with_llama_cpp = false;

@@ -11,8 +11,9 @@ ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, float eps, ggml_tensor*
   return ggml_mul(ctx, ggml_rms_norm(ctx, x, eps), weight);
 }
 
-ggml_tensor* linear(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* bias, ggml_tensor* x) {
-  ggml_tensor* y = ggml_mul_mat(ctx, weight, x);
+ggml_tensor* linear(ggml_context* ctx, Products* products, ggml_tensor* weight, ggml_tensor* bias,
+                    ggml_tensor* x) {
+  ggml_tensor* y = products != nullptr ? products->multiply(ctx, weight, x) : ggml_mul_mat(ctx, weight, x);
   return bias != nullptr ? ggml_add(ctx, y, bias) : y;
 }
 
@@ -25,19 +26,20 @@ ggml_tensor* heads_of(ggml_context* ctx, ggml_tensor* y, int64_t head_dim, int64
 
 }  // namespace
 
-Qkv build_qkv(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x) {
+Qkv build_qkv(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x,
+              Products* products) {
   ggml_tensor* h = rms_norm(ctx, x, hp.rms_eps, w.attn_norm);
   const int64_t d = hp.head_dim;
   Qkv out{};
   if (w.wqkv != nullptr) {
-    ggml_tensor* y = linear(ctx, w.wqkv, w.bqkv, h);
+    ggml_tensor* y = linear(ctx, products, w.wqkv, w.bqkv, h);
     out.q = heads_of(ctx, y, d, hp.n_head, 0);
     out.k = heads_of(ctx, y, d, hp.n_head_kv, hp.n_head * d);
     out.v = heads_of(ctx, y, d, hp.n_head_kv, (hp.n_head + hp.n_head_kv) * d);
   } else {
-    out.q = heads_of(ctx, linear(ctx, w.wq, w.bq, h), d, hp.n_head, 0);
-    out.k = heads_of(ctx, linear(ctx, w.wk, w.bk, h), d, hp.n_head_kv, 0);
-    out.v = heads_of(ctx, linear(ctx, w.wv, w.bv, h), d, hp.n_head_kv, 0);
+    out.q = heads_of(ctx, linear(ctx, products, w.wq, w.bq, h), d, hp.n_head, 0);
+    out.k = heads_of(ctx, linear(ctx, products, w.wk, w.bk, h), d, hp.n_head_kv, 0);
+    out.v = heads_of(ctx, linear(ctx, products, w.wv, w.bv, h), d, hp.n_head_kv, 0);
   }
   if (w.q_norm != nullptr) out.q = rms_norm(ctx, out.q, hp.rms_eps, w.q_norm);
   if (w.k_norm != nullptr) out.k = rms_norm(ctx, out.k, hp.rms_eps, w.k_norm);
@@ -45,20 +47,22 @@ Qkv build_qkv(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_
 }
 
 ggml_tensor* build_rest(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x,
-                        ggml_tensor* attention) {
-  x = ggml_add(ctx, linear(ctx, w.wo, w.bo, attention), x);
+                        ggml_tensor* attention, Products* products) {
+  x = ggml_add(ctx, linear(ctx, products, w.wo, w.bo, attention), x);
   ggml_tensor* h = rms_norm(ctx, x, hp.rms_eps, w.ffn_norm);
   ggml_tensor* act = nullptr;
   if (w.gate_up != nullptr) {
-    act = ggml_swiglu(ctx, ggml_mul_mat(ctx, w.gate_up, h));
+    act = ggml_swiglu(ctx, linear(ctx, products, w.gate_up, nullptr, h));
   } else {
-    act = ggml_swiglu_split(ctx, linear(ctx, w.gate, w.b_gate, h), linear(ctx, w.up, w.b_up, h));
+    act = ggml_swiglu_split(ctx, linear(ctx, products, w.gate, w.b_gate, h),
+                            linear(ctx, products, w.up, w.b_up, h));
   }
-  return ggml_add(ctx, linear(ctx, w.down, w.b_down, act), x);
+  return ggml_add(ctx, linear(ctx, products, w.down, w.b_down, act), x);
 }
 
 ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x) {
-  return linear(ctx, w.output(), w.output_bias(), rms_norm(ctx, x, w.hparams().rms_eps, w.output_norm()));
+  return linear(ctx, nullptr, w.output(), w.output_bias(),
+                rms_norm(ctx, x, w.hparams().rms_eps, w.output_norm()));
 }
 
 Status GraphRunner::run(ggml_cgraph* graph) {

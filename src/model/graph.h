@@ -22,12 +22,20 @@ struct Qkv {
   ggml_tensor* v;
 };
 
-/// x [n_embd, n]: the residual stream before the layer.
-Qkv build_qkv(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x);
+/// How a graph multiplies by a weight [k, m]: y [m, n] of x [k, n] floats.
+class Products {
+ public:
+  virtual ~Products() = default;
+  virtual ggml_tensor* multiply(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x) = 0;
+};
+
+/// x [n_embd, n]: the residual stream before the layer. products null: ggml's own.
+Qkv build_qkv(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x,
+              Products* products = nullptr);
 
 /// attention [n_head * head_dim, n]; the residual stream after the layer, [n_embd, n].
 ggml_tensor* build_rest(ggml_context* ctx, const Hparams& hp, const LayerWeights& w, ggml_tensor* x,
-                        ggml_tensor* attention);
+                        ggml_tensor* attention, Products* products = nullptr);
 
 /// Logits [n_vocab, n] of the final residual stream.
 ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x);

@@ -273,6 +273,9 @@ class WeightLoader {
       *p.target = p.flat ? ggml_new_tensor_1d(m_.contexts_[where], type, n_out)
                          : ggml_new_tensor_2d(m_.contexts_[where], type, first.ne[0], n_out);
       ggml_set_name(*p.target, first.name.c_str());
+      if (p.flat) continue;
+      std::vector<ModelWeights::RowSource>& sources = m_.sources_[*p.target];
+      for (size_t i = 0; i < p.parts.size(); ++i) sources.push_back({p.parts[i], p.reorder[i]});
     }
     for (size_t i = 0; i < types.size(); ++i) {
       if (ggml_get_first_tensor(m_.contexts_[i]) == nullptr) continue;
@@ -361,15 +364,31 @@ Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
   return {};
 }
 
-Status ModelWeights::read_output_rows(int64_t layer, int64_t first, int64_t n, float* out) const {
-  const TensorEntry* t = file_.find(fmt::format("blk.{}.attn_output.weight", layer));
-  if (t == nullptr || first < 0 || first + n > t->n_row())
-    return {StatusCode::internal, "no such row of attn_output"};
-  std::vector<char> row(static_cast<size_t>(t->row_bytes()));
-  for (int64_t i = 0; i < n; ++i) {
-    if (Status s = file_.read(t->offset + (first + i) * t->row_bytes(), t->row_bytes(), row.data()); !s.ok())
-      return s;
-    to_float(t->type, row.data(), out + i * t->ne[0], t->ne[0]);
+Status ModelWeights::read_rows(const ggml_tensor* matrix, int64_t first, int64_t n, float* out) const {
+  const auto found = sources_.find(matrix);
+  if (found == sources_.end() || first < 0 || n < 0 || first + n > matrix->ne[1])
+    return {StatusCode::internal, "no such rows of a weight"};
+  const int64_t n_in = matrix->ne[0];
+  std::vector<char> raw;
+  for (const RowSource& part : found->second) {
+    const TensorEntry& t = *part.entry;
+    const int64_t rows = std::min(n, t.ne[1] - first), row_bytes = t.row_bytes();
+    if (rows <= 0) {
+      first -= t.ne[1];
+      continue;
+    }
+    // Rows that change places do so within a head: one at a time.
+    const int64_t at_once = part.reorder ? 1 : rows;
+    raw.resize(static_cast<size_t>(at_once * row_bytes));
+    for (int64_t r = first; r < first + rows; r += at_once, out += at_once * n_in) {
+      const int64_t from = part.reorder ? rope_source(r, hparams_.head_dim, hparams_.rope.n_rot) : r;
+      if (Status s = file_.read(t.offset + from * row_bytes, at_once * row_bytes, raw.data()); !s.ok())
+        return s;
+      to_float(t.type, raw.data(), out, at_once * n_in);
+    }
+    n -= rows;
+    first = 0;
+    if (n == 0) break;
   }
   return {};
 }

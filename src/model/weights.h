@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "ggml-backend.h"
@@ -62,9 +63,9 @@ class ModelWeights {
   /// invalid_argument for a token outside the vocabulary. Thread-safe.
   Status embed(std::span<const Token> tokens, float* out) const;
 
-  /// Rows [first, first + n) of a layer's output projection Wo as float, out [n, n_head * head_dim]; from the
-  /// file. io_error if it is gone. Thread-safe.
-  Status read_output_rows(int64_t layer, int64_t first, int64_t n, float* out) const;
+  /// Rows [first, first + n) of a matrix of layer(), joined and ordered as it was loaded, as float, out [n,
+  /// ne[0]]; from the file: the loaded ones may be interleaved. io_error if it is gone. Thread-safe.
+  Status read_rows(const ggml_tensor* matrix, int64_t first, int64_t n, float* out) const;
 
   /// Bytes allocated for weights.
   int64_t allocated_bytes() const;
@@ -73,9 +74,16 @@ class ModelWeights {
   friend class WeightLoader;
   explicit ModelWeights(GgufFile file, const Hparams& hparams);
 
+  /// Where rows of a loaded matrix come from.
+  struct RowSource {
+    const TensorEntry* entry;
+    bool reorder;  ///< rows go from neighbour to halves order
+  };
+
   GgufFile file_;
   Hparams hparams_;
   TensorEntry embedding_;
+  std::unordered_map<const ggml_tensor*, std::vector<RowSource>> sources_;
   std::vector<LayerWeights> layers_;
   ggml_tensor* output_norm_ = nullptr;
   ggml_tensor* output_ = nullptr;

@@ -24,10 +24,18 @@ using kernels::kTile;
 constexpr int64_t kChunk = 512;
 /// Query rows of one attention task.
 constexpr int64_t kRows = 64;
+/// Shorter prompts leave their products to ggml: unpacking the weights would cost more than it saves
+/// (docs/experiments.md).
+constexpr int64_t kBf16Rows = 96;
 /// Tensors in a chunk's graph: one layer (about 25) and the logits.
 constexpr size_t kGraphTensors = 96;
 
 int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+
+bool in_bf16(const ModelWeights& weights, PrefillProducts how, int64_t n) {
+  if (how == PrefillProducts::ggml || !Bf16Products::applies(weights)) return false;
+  return Bf16Products::supported() && (how == PrefillProducts::bf16 || n >= kBf16Rows);
+}
 
 }  // namespace
 
@@ -133,16 +141,20 @@ struct Prefill::ChunkOp {
   }
 };
 
-Prefill::Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner)
-    : weights_(weights), rope_(rope), runner_(runner) {}
+Prefill::Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner,
+                 PrefillProducts products)
+    : weights_(weights), rope_(rope), runner_(runner), how_(products) {}
 
 Prefill::~Prefill() = default;
 
-int64_t Prefill::bytes_needed(const Hparams& hp, int64_t n, int64_t n_past) {
+int64_t Prefill::bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_past, int n_threads,
+                              PrefillProducts products) {
+  const Hparams& hp = weights.hparams();
   const int64_t width = hp.n_head_kv * hp.head_dim, chunk = std::min(n, kChunk);
   const int64_t floats = n * hp.n_embd + n * width + 2 * (tiles(n_past + n) * kTile) * width +
                          chunk * (4 * hp.n_embd + 3 * hp.n_ff + 4 * hp.n_head * hp.head_dim) + hp.n_vocab;
-  return floats * static_cast<int64_t>(sizeof(float));
+  const int64_t unpacked = in_bf16(weights, products, n) ? Bf16Products::bytes_needed(weights, n_threads) : 0;
+  return floats * static_cast<int64_t>(sizeof(float)) + unpacked;
 }
 
 namespace {
@@ -177,7 +189,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
 
   const LayerWeights& w = weights_.layer(layer);
   float* hidden = b.hidden.data() + first * hp.n_embd;
-  Qkv qkv = build_qkv(ctx, hp, w, tensor_over(ctx, hidden, hp.n_embd, n));
+  Qkv qkv = build_qkv(ctx, hp, w, tensor_over(ctx, hidden, hp.n_embd, n), products_.get());
   ggml_tensor* args[3] = {qkv.q, qkv.k, qkv.v};
   ggml_tensor* stored =
       ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 3, &ChunkOp::store, GGML_N_TASKS_MAX, &op);
@@ -188,7 +200,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     ggml_tensor* attention = ggml_custom_4d(ctx, GGML_TYPE_F32, hp.n_head * hp.head_dim, rows, 1, 1, &stored,
                                             1, &ChunkOp::attend, GGML_N_TASKS_MAX, &op);
     ggml_tensor* x = tensor_over(ctx, hidden + op.attend_from * hp.n_embd, hp.n_embd, rows);
-    result = build_rest(ctx, hp, w, x, attention);
+    result = build_rest(ctx, hp, w, x, attention, products_.get());
     if (last_row_only) result = build_logits(ctx, weights_, result);
   }
   ggml_set_output(result);
@@ -198,6 +210,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     status = Status(StatusCode::out_of_memory, "no memory for the activations of a chunk of the prompt");
   } else {
     status = runner_.run(graph);
+    if (status.ok() && products_) status = products_->status();
   }
   if (status.ok() && attends) {
     float* to = last_row_only ? logits : hidden;
@@ -231,14 +244,23 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
                         ggml_graph_overhead_custom(kGraphTensors, false));
   b.allocator = ggml_gallocr_new(ggml_backend_cpu_buffer_type());
   if (!ok || b.allocator == nullptr) {
-    return {StatusCode::out_of_memory,
-            fmt::format("a prompt of {} tokens needs {:.1f} GB beside the weights; shorten it", n,
-                        static_cast<double>(bytes_needed(hp, n, n_past)) / 1e9)};
+    return {
+        StatusCode::out_of_memory,
+        fmt::format("a prompt of {} tokens needs {:.1f} GB beside the weights; shorten it", n,
+                    static_cast<double>(bytes_needed(weights_, n, n_past, runner_.n_threads(), how_)) / 1e9)};
   }
 
+  products_.reset();
+  if (in_bf16(weights_, how_, n)) {
+    Result<std::unique_ptr<Bf16Products>> made = Bf16Products::create(weights_, runner_);
+    if (!made.ok()) return made.status();
+    products_ = std::move(*made);
+  }
   Status status = weights_.embed(tokens, b.hidden.data());
   AlignedArray<float> past(kTile * width);
   for (int64_t layer = 0; layer < hp.n_layer && status.ok(); ++layer) {
+    if (products_) status = products_->load(layer);
+    if (!status.ok()) break;
     ChunkOp past_op;
     past_op.hp = &hp;
     past_op.b = &b;
@@ -263,6 +285,7 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
     if (!status.ok()) status = Status(status.code(), fmt::format("layer {}: {}", layer, status.message()));
   }
   buffers_.reset();
+  products_.reset();
   if (status.ok() && progress) progress(1.0);
   return status;
 }

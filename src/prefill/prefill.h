@@ -13,6 +13,7 @@
 #include "model/graph.h"
 #include "narrows/engine.h"
 #include "narrows/status.h"
+#include "prefill/bf16_products.h"
 
 namespace narrows {
 
@@ -29,7 +30,8 @@ struct PrefillHooks {
 
 class Prefill {
  public:
-  Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner);
+  Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner,
+          PrefillProducts products = PrefillProducts::automatic);
   ~Prefill();
 
   /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
@@ -40,7 +42,8 @@ class Prefill {
 
   /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
   /// activations.
-  static int64_t bytes_needed(const Hparams& hp, int64_t n, int64_t n_past);
+  static int64_t bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_past, int n_threads,
+                              PrefillProducts products);
 
  private:
   struct LayerBuffers;
@@ -51,7 +54,9 @@ class Prefill {
   const ModelWeights& weights_;
   const kernels::RopeTable& rope_;
   GraphRunner& runner_;
+  PrefillProducts how_;
   std::unique_ptr<LayerBuffers> buffers_;
+  std::unique_ptr<Bf16Products> products_;  ///< null: ggml's
 };
 
 }  // namespace narrows

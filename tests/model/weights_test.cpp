@@ -167,6 +167,33 @@ TEST(Weights, EmbeddingRowsOfEveryType) {
   }
 }
 
+// Any run of rows, across the borders of joined matrices, whether the loaded bytes are interleaved or not.
+TEST(Weights, RowsAreReadAsTheyWereLoaded) {
+  for (const char* architecture : {"llama", "qwen2"}) {
+    TinyModel m;
+    m.architecture = architecture;
+    const Loaded plain(m);
+    for (const ggml_tensor* t : {plain.layer(1).wqkv, plain.layer(0).wo, plain.layer(1).gate_up}) {
+      const std::vector<float> all = floats(t);
+      const int64_t n_in = t->ne[0], n_out = t->ne[1];
+      for (const auto& [first, n] : {std::pair{int64_t{0}, n_out},
+                                     {n_out - 1, int64_t{1}},
+                                     {int64_t{61}, std::min<int64_t>(n_out - 61, 70)},
+                                     {int64_t{3}, int64_t{0}}}) {
+        std::vector<float> got(static_cast<size_t>(n * n_in));
+        ASSERT_TRUE(plain.weights->read_rows(t, first, n, got.data()).ok());
+        ASSERT_EQ(max_difference(got, std::span(all).subspan(static_cast<size_t>(first * n_in), got.size())),
+                  0)
+            << t->name << " from " << first;
+      }
+      std::vector<float> one(static_cast<size_t>(n_in));
+      EXPECT_FALSE(plain.weights->read_rows(t, n_out, 1, one.data()).ok());
+      EXPECT_FALSE(plain.weights->read_rows(t, -1, 1, one.data()).ok());
+    }
+    EXPECT_FALSE(plain.weights->read_rows(plain.layer(0).attn_norm, 0, 1, nullptr).ok());
+  }
+}
+
 TEST(Weights, EmbedRefusesTokensThatDoNotExist) {
   const Loaded loaded{TinyModel()};
   std::vector<float> out(64);

@@ -261,16 +261,19 @@ TEST(Progress, GrowsFromZeroToOne) {
 }
 
 TEST(Memory, NeedGrowsWithTokensAndCoversTheBuffers) {
-  const Hparams& hp = fixture().tiny.model->weights().hparams();
+  const ModelWeights& weights = fixture().tiny.model->weights();
+  const Hparams& hp = weights.hparams();
+  const auto needed = [&](int64_t n, int64_t n_past) {
+    return Prefill::bytes_needed(weights, n, n_past, 1, PrefillProducts::ggml);
+  };
   int64_t before = 0;
   for (const int64_t n : {1, 64, 512, 513, 4096, 100000}) {
-    const int64_t need = Prefill::bytes_needed(hp, n, 0);
+    const int64_t need = needed(n, 0);
     EXPECT_GT(need, before);
     // The residual stream, raw keys, rotated keys and values.
     EXPECT_GE(need, n * (hp.n_embd + 3 * hp.n_head_kv * hp.head_dim) * 4);
     // The past's keys and values, but for what fits the tile that was begun.
-    EXPECT_GE(Prefill::bytes_needed(hp, n, 1000),
-              need + (1000 - kernels::kTile) * 2 * hp.n_head_kv * hp.head_dim * 4);
+    EXPECT_GE(needed(n, 1000), need + (1000 - kernels::kTile) * 2 * hp.n_head_kv * hp.head_dim * 4);
     before = need;
   }
 }

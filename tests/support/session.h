@@ -43,6 +43,8 @@ struct SessionSetup {
   int n_threads = 1;
   int64_t n_ctx = 0;
   std::string basis_path = {};
+  /// Most tests are about what else happens, against libllama, whose products are ggml's.
+  PrefillProducts products = PrefillProducts::ggml;
 };
 
 inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>& model,
@@ -52,6 +54,7 @@ inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>&
   options.n_threads = setup.n_threads;
   options.n_ctx = setup.n_ctx;
   options.basis_path = setup.basis_path;
+  options.products = setup.products;
   auto session = Session::create(model, options);
   if (!session.ok()) {
     ADD_FAILURE() << session.status().message();

@@ -1,0 +1,47 @@
+// The products of a prompt in bfloat16 with float32 sums, by oneDNN: a layer's weights are unpacked from the
+// file once a prompt, into the layout that the product likes, and multiply every chunk of it. Where ggml
+// rounds activations to 8 bits in blocks for quantised weights, here both factors keep 8 significant bits.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/aligned.h"
+#include "model/graph.h"
+#include "model/weights.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+class Bf16Products final : public Products {
+ public:
+  /// True if this CPU multiplies bfloat16 (AVX512-BF16).
+  static bool supported();
+  /// True if a weight of this model would be multiplied in bfloat16: those stored as float32 stay with ggml.
+  static bool applies(const ModelWeights& weights);
+  /// Peak bytes: one layer's weights in bfloat16, its largest one twice, activations of a block of rows.
+  static int64_t bytes_needed(const ModelWeights& weights, int n_threads);
+
+  /// Both outlive it. internal: oneDNN does not start.
+  static Result<std::unique_ptr<Bf16Products>> create(const ModelWeights& weights, GraphRunner& runner);
+  ~Bf16Products() override;
+
+  /// Unpacks a layer's weights. io_error: the file is gone; out_of_memory.
+  Status load(int64_t layer);
+
+  /// For weights of the loaded layer a custom op, for others ggml's product. Tensors are valid until the next
+  /// load().
+  ggml_tensor* multiply(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x) override;
+
+  /// internal if oneDNN failed in a graph that has run; ask after every run.
+  Status status() const;
+
+ private:
+  struct Impl;
+  explicit Bf16Products(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace narrows
