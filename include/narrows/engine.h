@@ -130,7 +130,36 @@ class Session {
   Impl& impl() { return *impl_; }  ///< for src/eval and src/bench only
 
  private:
+  friend class DecodeBatch;
   explicit Session(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Sessions of one model that take their next tokens together, at the cost of one pass over the weights.
+/// Serial: no two calls at a time, and no other call on its sessions meanwhile.
+class DecodeBatch {
+ public:
+  static constexpr int kMaxSessions = 64;
+
+  /// n_threads as in SessionOptions. invalid_argument: a number out of range.
+  static Result<std::unique_ptr<DecodeBatch>> create(std::shared_ptr<const Model> model, int max_sessions,
+                                                     int n_threads = 0);
+  ~DecodeBatch();
+  DecodeBatch(const DecodeBatch&) = delete;
+  DecodeBatch& operator=(const DecodeBatch&) = delete;
+
+  /// Session::decode(tokens[i]) for every sessions[i]; each[i] is how it went. A session that cannot (full,
+  /// broken, no memory for its token, of another model or number of threads, twice in the list) is left out
+  /// and as it was. The logits of a session have the bits that its own decode() gives, whoever else takes
+  /// part. The result itself: invalid_argument if the spans do not fit each other or max_sessions; internal
+  /// or out_of_memory if no step was computed, which each[i] of those that took part says too.
+  Status decode(std::span<Session* const> sessions, std::span<const Token> tokens, std::span<Status> each);
+
+  int max_sessions() const;
+
+ private:
+  struct Impl;
+  explicit DecodeBatch(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -26,6 +26,14 @@ AttentionShape attention_shape(const Hparams& hp) {
   return {hp.n_head, hp.n_head_kv, hp.head_dim, hp.attention_scale};
 }
 
+Result<int> threads_to_use(int n_threads) {
+  if (n_threads < 0 || n_threads > kMaxThreads) {
+    return {StatusCode::invalid_argument,
+            fmt::format("{} threads are out of range, give 1 to {}", n_threads, kMaxThreads)};
+  }
+  return n_threads > 0 ? n_threads : static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+}
+
 Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int n_threads, int64_t ctx)
     : model(std::move(m)),
       options(o),
@@ -43,7 +51,7 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
   for (int64_t i = 0; i < hp.n_layer; ++i)
     decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));
-  prefill_logits.assign(static_cast<size_t>(hp.n_vocab), 0.0F);
+  own_logits.assign(static_cast<size_t>(hp.n_vocab), 0.0F);
   return {};
 }
 
@@ -89,10 +97,8 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
                   fmt::format("a context of {} tokens is out of range, the model allows 1 to {}",
                               options.n_ctx, info.n_ctx_train));
   }
-  if (options.n_threads < 0 || options.n_threads > kMaxThreads) {
-    return Status(StatusCode::invalid_argument,
-                  fmt::format("{} threads are out of range, give 1 to {}", options.n_threads, kMaxThreads));
-  }
+  const Result<int> n_threads = threads_to_use(options.n_threads);
+  if (!n_threads.ok()) return n_threads.status();
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
     // A context that was asked for must fit as a whole; the model's own, often huge, is only a limit.
@@ -112,9 +118,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
     if (!read.ok()) return read.status();
     basis = std::move(*read);
   }
-  int n_threads = options.n_threads;
-  if (n_threads == 0) n_threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-  auto impl = std::make_unique<Impl>(std::move(model), options, n_threads, n_ctx);
+  auto impl = std::make_unique<Impl>(std::move(model), options, *n_threads, n_ctx);
   if (Status s = impl->init(std::move(basis)); !s.ok()) return s;
   return std::unique_ptr<Session>(new Session(std::move(impl)));
 }
@@ -155,44 +159,54 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
     lead.cache->layer(layer).read(first, n, k, v);
   };
   Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.products);
-  const Status status = prefill.run(tokens, n_past, hooks, progress, lead.prefill_logits.data());
+  const Status status = prefill.run(tokens, n_past, hooks, progress, lead.own_logits.data());
   for (Session* s : sessions) {
     s->impl_->logits_from_graph = false;
-    if (s != sessions.front()) s->impl_->prefill_logits = lead.prefill_logits;
+    if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
     if (!status.ok()) s->impl_->broken = true;
   }
   return status;
 }
 
-Status Session::decode(Token token) {
-  Impl& m = *impl_;
-  if (Status s = m.check_usable(); !s.ok()) return s;
-  if (n_past() >= m.n_ctx) {
-    return {StatusCode::context_full, fmt::format("the context of {} tokens is full", m.n_ctx)};
+Status Session::Impl::begin_step(Token token, float* embedding) {
+  if (Status s = check_usable(); !s.ok()) return s;
+  if (cache->n_tokens() >= n_ctx) {
+    return {StatusCode::context_full, fmt::format("the context of {} tokens is full", n_ctx)};
   }
-  if (m.graph == nullptr) {
-    Result<std::unique_ptr<DecodeGraph>> made =
-        DecodeGraph::create(m.model->weights(), m.decoders, m.scratch.get());
-    if (!made.ok()) return made.status();
-    m.graph = std::move(*made);
-  }
-  if (Status s = m.model->weights().embed({&token, 1}, m.graph->input()); !s.ok()) return s;
-  for (size_t i = 0; i < m.decoders.size(); ++i) {
-    if (Status s = m.decoders[i]->prepare(*m.scratch); !s.ok()) {
+  if (Status s = model->weights().embed({&token, 1}, embedding); !s.ok()) return s;
+  for (size_t i = 0; i < decoders.size(); ++i) {
+    if (Status s = decoders[i]->prepare(*scratch); !s.ok()) {
       return {s.code(), fmt::format("layer {}: {}", i, s.message())};
     }
   }
-  if (Status s = m.graph->run(m.runner); !s.ok()) {
+  return {};
+}
+
+void Session::Impl::finish_step() {
+  for (auto& d : decoders) d->finish();
+}
+
+Status Session::decode(Token token) {
+  Impl& m = *impl_;
+  const DecodeLane lane = m.lane();
+  if (m.graph == nullptr) {
+    Result<std::unique_ptr<DecodeGraph>> made =
+        DecodeGraph::create(m.model->weights(), 1, phases_of({&lane, 1}));
+    if (!made.ok()) return made.status();
+    m.graph = std::move(*made);
+  }
+  if (Status s = m.begin_step(token, m.graph->input(0)); !s.ok()) return s;
+  if (Status s = m.graph->run({&lane, 1}, m.runner); !s.ok()) {
     m.broken = true;
     return s;
   }
-  for (auto& d : m.decoders) d->finish();
+  m.finish_step();
   m.logits_from_graph = true;
   return {};
 }
 
 std::span<const float> Session::logits() const {
-  return impl_->logits_from_graph ? impl_->graph->logits() : std::span<const float>(impl_->prefill_logits);
+  return impl_->logits_from_graph ? impl_->graph->logits(0) : std::span<const float>(impl_->own_logits);
 }
 
 int64_t Session::n_past() const { return impl_->cache->n_tokens(); }

@@ -24,6 +24,13 @@ class Session::Impl {
   Status check_room(int64_t n_new) const;
   Status check_usable() const;
 
+  /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
+  /// that fails here is as it was.
+  Status begin_step(Token token, float* embedding);
+  DecodeLane lane() const { return {decoders, scratch.get()}; }
+  /// Serial, after the step's graph.
+  void finish_step();
+
   std::shared_ptr<const Model> model;
   SessionOptions options;
   int64_t n_ctx;
@@ -33,10 +40,13 @@ class Session::Impl {
   std::unique_ptr<StepScratch> scratch;
   std::vector<std::unique_ptr<LayerDecoder>> decoders;
   std::unique_ptr<DecodeGraph> graph;  ///< built at the first decode()
-  std::vector<float> prefill_logits;   ///< [n_vocab]
+  std::vector<float> own_logits;       ///< [n_vocab], of a prompt or a batch
   bool logits_from_graph = false;
   bool broken = false;  ///< a step failed half way: layers hold different numbers of tokens
 };
+
+/// The number of threads asked for, 0: one a core. invalid_argument if it is out of range.
+Result<int> threads_to_use(int n_threads);
 
 /// Attention shape of a model, for caches made outside a session (tests, eval, inspect).
 AttentionShape attention_shape(const Hparams& hp);

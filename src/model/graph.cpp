@@ -60,8 +60,8 @@ ggml_tensor* build_rest(ggml_context* ctx, const Hparams& hp, const LayerWeights
   return ggml_add(ctx, linear(ctx, products, w.down, w.b_down, act), x);
 }
 
-ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x) {
-  return linear(ctx, nullptr, w.output(), w.output_bias(),
+ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x, Products* products) {
+  return linear(ctx, products, w.output(), w.output_bias(),
                 rms_norm(ctx, x, w.hparams().rms_eps, w.output_norm()));
 }
 

@@ -38,7 +38,8 @@ ggml_tensor* build_rest(ggml_context* ctx, const Hparams& hp, const LayerWeights
                         ggml_tensor* attention, Products* products = nullptr);
 
 /// Logits [n_vocab, n] of the final residual stream.
-ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x);
+ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x,
+                          Products* products = nullptr);
 
 /// Runs graphs whose tensors are allocated, on n_threads, keeping ggml's work buffer from run to run.
 class GraphRunner {
