@@ -198,24 +198,6 @@ void bench_attend(benchmark::State& state, const Ops& ops, int64_t n_row, int64_
       benchmark::Counter(bytes / read_peak(), benchmark::Counter::kIsIterationInvariantRate);
 }
 
-void bench_prefill(benchmark::State& state, const Ops& ops, int64_t head_dim, int64_t first) {
-  constexpr int64_t kRows = 512;
-  const int64_t n_kv = first + kRows;
-  const auto q = normal(kRows * head_dim);
-  const auto k_t = normal(n_kv * head_dim);
-  const auto v = normal(n_kv * head_dim);
-  Buffer<float> out(kRows * head_dim);
-  Buffer<float> scratch(prefill_scratch_floats(kRows, head_dim));
-  const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  for (auto _ : state) {
-    ops.prefill_attend(q->get(), head_dim, kRows, head_dim, k_t->get(), head_dim * kTile, v->get(), head_dim,
-                       first, 0, scale, out.get(), head_dim, scratch.get());
-    benchmark::ClobberMemory();
-  }
-  const double n_score = static_cast<double>(kRows) * (static_cast<double>(first) + (kRows + 1) / 2.0);
-  report_flops(state, ops, 4.0 * n_score * static_cast<double>(head_dim));
-}
-
 void bench_select(benchmark::State& state, const Ops& ops, int64_t n, int64_t count) {
   const auto score = normal(n);
   std::vector<int32_t> index(static_cast<size_t>(count));
@@ -304,12 +286,6 @@ void register_target(const Ops& ops) {
     }
     add(ops, "attend_f16_cold/" + shape,
         [=](State& state, const Ops& table) { bench_attend(state, table, g.n_row, g.head_dim, true, 8192); });
-  }
-  for (const int64_t head_dim : {64, 128}) {
-    for (const int64_t first : {0, 4096, 16384}) {
-      add(ops, "prefill_attend/512x" + std::to_string(head_dim) + "@" + std::to_string(first),
-          [=](State& state, const Ops& table) { bench_prefill(state, table, head_dim, first); });
-    }
   }
   for (const int64_t n : {8192, 32768}) {
     add(ops, "select_top/" + std::to_string(n) + "/512",

@@ -1,4 +1,5 @@
-// How the key/value cache is kept: the profiles behind `--kv NAME[:key=value,...]`.
+// How the key/value cache is kept, the profiles behind `--kv NAME[:key=value,...]`, and in which precision a
+// prompt attends.
 #pragma once
 
 #include <cstdint>
@@ -54,5 +55,20 @@ struct KvProfile {
   /// Names that parse() takes, in the order of growing compression.
   static std::vector<std::string> names();
 };
+
+/// In which precision a prompt attends to itself: the values behind `--attention NAME`. Sums over keys are
+/// float32 in f32, bf16 and bf16_shift. docs/half_precision.md.
+enum class PrefillAttention {
+  automatic,   ///< bf16_shift where the CPU multiplies bfloat16, else f32
+  f32,         ///< exact
+  bf16,        ///< keys, queries, values and weights rounded to bfloat16
+  bf16_shift,  ///< the same after the mean key of each block was taken away
+};
+
+/// invalid_argument lists the names.
+Result<PrefillAttention> parse_attention(std::string_view name);
+const char* attention_name(PrefillAttention attention);
+/// Names that parse_attention() takes.
+std::vector<std::string> attention_names();
 
 }  // namespace narrows

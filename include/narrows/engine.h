@@ -77,6 +77,7 @@ struct SessionOptions {
   int64_t n_ctx = 0;       ///< most tokens the cache may hold; 0: the model's n_ctx_train
   int n_threads = 0;       ///< 0: one a core
   PrefillProducts products = PrefillProducts::automatic;
+  PrefillAttention attention = PrefillAttention::automatic;
 };
 
 /// Bytes as allocated, whole session.

@@ -195,4 +195,36 @@ std::vector<std::string> KvProfile::names() {
   return list;
 }
 
+namespace {
+
+constexpr std::pair<const char*, PrefillAttention> kAttentions[] = {
+    {"auto", PrefillAttention::automatic},
+    {"f32", PrefillAttention::f32},
+    {"bf16", PrefillAttention::bf16},
+    {"bf16-shift", PrefillAttention::bf16_shift},
+};
+
+}  // namespace
+
+Result<PrefillAttention> parse_attention(std::string_view name) {
+  for (const auto& [known, attention] : kAttentions) {
+    if (name == known) return attention;
+  }
+  return Status(StatusCode::invalid_argument, fmt::format("there is no attention {}, choose one of {}",
+                                                          quote(name), fmt::join(attention_names(), ", ")));
+}
+
+const char* attention_name(PrefillAttention attention) {
+  for (const auto& [name, known] : kAttentions) {
+    if (known == attention) return name;
+  }
+  return "";
+}
+
+std::vector<std::string> attention_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, attention] : kAttentions) names.emplace_back(name);
+  return names;
+}
+
 }  // namespace narrows

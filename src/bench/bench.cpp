@@ -91,6 +91,7 @@ Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std:
       so.n_ctx = depth + decoded;
       so.n_threads = options.n_threads;
       so.products = options.products;
+      so.attention = options.attention;
       if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options.basis_path;
       Result<std::unique_ptr<Session>> made = Session::create(model, so);
       if (!made.ok()) return made.status();

@@ -19,6 +19,7 @@ struct BenchOptions {
   std::string basis_path;
   int n_threads = 0;
   PrefillProducts products = PrefillProducts::automatic;
+  PrefillAttention attention = PrefillAttention::automatic;
   int rounds = 5;   ///< interleaved decode rounds a depth
   int tokens = 32;  ///< tokens decoded a round
   bool with_llama_cpp = false;

@@ -140,6 +140,7 @@ Command make_bench_command(CLI::App& app) {
       ->type_name("N")
       ->check(CLI::Range(1, 512));
   add_products_option(*command, flags->options.products);
+  add_attention_option(*command, flags->options.attention);
   command->add_flag("--json", flags->json,
                     "print one JSON document on standard output, and nothing else there");
   command->footer(kFooter);

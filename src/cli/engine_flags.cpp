@@ -64,6 +64,18 @@ void add_products_option(CLI::App& app, PrefillProducts& products) {
       ->transform(CLI::CheckedTransformer(names).description(""));
 }
 
+void add_attention_option(CLI::App& app, PrefillAttention& attention) {
+  std::map<std::string, PrefillAttention> names;
+  for (const std::string& name : attention_names()) names[name] = *parse_attention(name);
+  app.add_option("--attention", attention,
+                 fmt::format("in which precision a prompt attends: {} (default: auto, which is bf16-shift "
+                             "where the CPU multiplies bfloat16, else f32)",
+                             fmt::join(attention_names(), ", ")))
+      ->type_name("NAME")
+      ->transform(CLI::Transformer(names).description(""))
+      ->check(CLI::IsMember(names).description(""));
+}
+
 void SessionFlags::add_to(CLI::App& app) {
   app.add_option("--kv", kv, profile_help())->type_name("PROFILE")->capture_default_str();
   app.add_option("--basis", basis,
@@ -74,6 +86,7 @@ void SessionFlags::add_to(CLI::App& app) {
       ->check(whole_number(1, kMaxContext));
   add_threads_option(app, threads);
   add_products_option(app, products);
+  add_attention_option(app, attention);
 }
 
 Result<SessionOptions> SessionFlags::parse() const {
@@ -85,6 +98,7 @@ Result<SessionOptions> SessionFlags::parse() const {
   options.n_ctx = n_ctx.value_or(0);
   options.n_threads = threads.value_or(0);
   options.products = products;
+  options.attention = attention;
   return options;
 }
 

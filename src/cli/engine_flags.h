@@ -26,6 +26,7 @@ struct SessionFlags {
   std::optional<int64_t> n_ctx;
   std::optional<int> threads;
   PrefillProducts products = PrefillProducts::automatic;
+  PrefillAttention attention = PrefillAttention::automatic;
 
   void add_to(CLI::App& app);
   /// invalid_argument if the profile is not one.
@@ -48,6 +49,7 @@ CLI::Validator whole_number(int64_t low, int64_t high);
 
 void add_threads_option(CLI::App& app, std::optional<int>& threads);
 void add_products_option(CLI::App& app, PrefillProducts& products);
+void add_attention_option(CLI::App& app, PrefillAttention& attention);
 
 /// What --kv means and takes, for help texts.
 std::string profile_help();

@@ -24,6 +24,7 @@ constexpr const char* kFiller = "/usr/share/common-licenses/GPL-3";
 constexpr const char* kFooter =
     R"(The first --context tokens of the text go through the model exactly; then each profile decodes the next --tokens
 tokens of the text itself (teacher-forced) out of its own cache, and its predictions are compared with those of f16.
+With --attention NAME the profiles' prompt attends in that precision, the reference in f32.
 
   ppl          perplexity of the text's tokens
   kl           mean and 99th percentile of the KL divergence to f16, nats a token
@@ -35,6 +36,7 @@ tokens of the text itself (teacher-forced) out of its own cache, and its predict
 Examples:
   narrows eval -m model.gguf -f book.txt --kv klt --kv klt-10x --kv sals-25
   narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json
+  narrows eval -m model.gguf -f book.txt --kv f16 --attention bf16-shift
   narrows eval -m model.gguf --task needle --context 2048,4096 --kv f16 --kv klt --trials 4)";
 
 struct EvalFlags {
@@ -80,6 +82,7 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
                     {"compression", r.compression()},
                     {"compression_layers", r.compression_layers()},
                     {"compression_pages", r.compression_pages()},
+                    {"attention", attention_name(options.attention)},
                     {"context", options.context},
                     {"tokens", options.tokens}});
   }
@@ -93,6 +96,7 @@ Outcome find(const EvalFlags& flags) {
   options.basis_path = flags.basis;
   options.n_threads = flags.options.n_threads;
   options.products = flags.options.products;
+  options.attention = flags.options.attention;
   options.kind = flags.needles == "single"    ? NeedleKind::single
                  : flags.needles == "several" ? NeedleKind::several
                                               : NeedleKind::two_facts;
@@ -184,6 +188,7 @@ Command make_eval_command(CLI::App& app) {
       ->type_name("N")
       ->check(CLI::Range(1, 512));
   add_products_option(*command, flags->options.products);
+  add_attention_option(*command, flags->options.attention);
   command->add_option("--peer", flags->peer, "add a row for llama.cpp with its own f16 cache")
       ->type_name("ENGINE")
       ->check(CLI::IsMember({"llama.cpp"}));

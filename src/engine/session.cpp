@@ -69,7 +69,7 @@ Status Session::Impl::check_room(int64_t n_new) const {
   const int64_t more_cache =
       cache_bytes_estimate(model->info(), options.kv, n_past + n_new) - cache->stats().bytes;
   const int64_t need = more_cache + Prefill::bytes_needed(model->weights(), n_new, n_past, runner.n_threads(),
-                                                          options.products);
+                                                          options.products, options.attention);
   const int64_t have = available_memory_bytes();
   if (have > 0 && need > have) {
     return {StatusCode::out_of_memory,
@@ -158,7 +158,8 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   hooks.read_past = [&](int64_t layer, int64_t first, int64_t n, float* k, float* v) {
     lead.cache->layer(layer).read(first, n, k, v);
   };
-  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.products);
+  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.products,
+                  lead.options.attention);
   const Status status = prefill.run(tokens, n_past, hooks, progress, lead.own_logits.data());
   for (Session* s : sessions) {
     s->impl_->logits_from_graph = false;

@@ -96,8 +96,12 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
   std::vector<Session*> pointers;
   std::vector<KvProfile> profiles = {KvProfile{}};  // the reference comes first
   profiles.insert(profiles.end(), options.profiles.begin(), options.profiles.end());
+  // An attention that was asked for is judged too: the reference then has a prefill of its own.
+  const bool apart =
+      options.attention != PrefillAttention::automatic && options.attention != PrefillAttention::f32;
   for (const KvProfile& p : profiles) {
     SessionOptions so;
+    so.attention = apart && sessions.empty() ? PrefillAttention::f32 : options.attention;
     so.kv = p;
     so.n_ctx = options.context + options.tokens;
     so.n_threads = options.n_threads;
@@ -119,8 +123,16 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
 
   // The prompt is about as much work as the steps of a few profiles: half of the bar each.
   const auto prompt = text.first(static_cast<size_t>(options.context));
-  const auto half = [&](double done) { return !progress || progress(0.5 * done); };
-  if (Status s = Session::prefill_together(pointers, prompt, half); !s.ok()) return s;
+  const std::span<Session* const> all(pointers);
+  const size_t n_apart = apart ? 1 : 0;
+  double done_before = 0;
+  for (const std::span<Session* const> group : {all.first(n_apart), all.subspan(n_apart)}) {
+    if (group.empty()) continue;
+    const double share = apart ? 0.25 : 0.5;
+    const auto part = [&](double done) { return !progress || progress(done_before + share * done); };
+    if (Status s = Session::prefill_together(group, prompt, part); !s.ok()) return s;
+    done_before += share;
+  }
   for (auto& peer : peers) {
     if (Status s = peer->prefill(prompt); !s.ok()) return s;
   }

@@ -1,6 +1,5 @@
 // Which table of kernels runs: one list of all compiled targets, best first, filtered by what the CPU has; an
 // environment variable may force one. A forced name that does not run is an error, never a silent default.
-#include "kernels/prefill_block.h"
 #include "kernels/ref/ref.h"
 #include "kernels/select_scratch.h"
 #include "kernels/targets.h"
@@ -15,27 +14,45 @@
 HWY_BEFORE_NAMESPACE();
 namespace narrows::kernels::HWY_NAMESPACE {
 
+namespace {
+
+constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const PrefillKernel* bf16_shift,
+                         PrefillKind best_prefill) {
+  return {
+      .name = name,
+      .f32_to_f16 = f32_to_f16,
+      .f16_to_f32 = f16_to_f32,
+      .gemm = gemm,
+      .gemm_f16 = gemm_f16,
+      .rope_rows = rope_rows,
+      .rope_tile = rope_tile,
+      .attend_f32 = attend_f32,
+      .attend_f16 = attend_f16,
+      .prefill = {&kPrefillF32, bf16, bf16_shift},
+      .best_prefill = best_prefill,
+      .dequant_groups = dequant_groups,
+      .quant_groups = quant_groups,
+      .select_top = select_top,
+      .quant_latents = quant_latents,
+      .unpack_planes = unpack_planes,
+      .expand_index = expand_index,
+      .score_index = score_index,
+      .softmax_part = softmax_part,
+  };
+}
+
+}  // namespace
+
 extern const Ops kTable;
-constinit const Ops kTable = {
-    .name = &HWY_STR(HWY_NAMESPACE)[2],  // "N_AVX3" -> "AVX3"; hwy::TargetName is not constexpr
-    .f32_to_f16 = f32_to_f16,
-    .f16_to_f32 = f16_to_f32,
-    .gemm = gemm,
-    .gemm_f16 = gemm_f16,
-    .rope_rows = rope_rows,
-    .rope_tile = rope_tile,
-    .attend_f32 = attend_f32,
-    .attend_f16 = attend_f16,
-    .prefill_attend = prefill_attend,
-    .dequant_groups = dequant_groups,
-    .quant_groups = quant_groups,
-    .select_top = select_top,
-    .quant_latents = quant_latents,
-    .unpack_planes = unpack_planes,
-    .expand_index = expand_index,
-    .score_index = score_index,
-    .softmax_part = softmax_part,
-};
+constinit const Ops kTable =
+    make_table(&HWY_STR(HWY_NAMESPACE)[2],  // "N_AVX3" -> "AVX3"; hwy::TargetName is not constexpr
+               &kPrefillBf16, &kPrefillBf16Shift, PrefillKind::f32);
+#if HWY_TARGET == HWY_AVX3_DL
+/// Later versions of Highway have a target of this name: AVX3_DL and AVX512-BF16.
+extern const Ops kTableZen4;
+constinit const Ops kTableZen4 =
+    make_table("AVX3_ZEN4", &kPrefillBf16Native, &kPrefillBf16ShiftNative, PrefillKind::bf16_shift);
+#endif
 
 }  // namespace narrows::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -52,11 +69,21 @@ namespace {
 struct Target {
   int64_t cpu;  ///< Highway's bit for the CPU features it needs
   const Ops* table;
+  bool bf16 = false;  ///< needs AVX512-BF16 too, which has no bit
 };
+
+bool cpu_has_bf16() {
+#if HWY_ARCH_X86
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
 
 /// Best first. "ref" is not here: it needs nothing.
 constexpr Target kTargets[] = {
 #if HWY_TARGETS & HWY_AVX3_DL
+    {HWY_AVX3_DL, &N_AVX3_DL::kTableZen4, true},
     {HWY_AVX3_DL, &N_AVX3_DL::kTable},
 #endif
 #if HWY_TARGETS & HWY_AVX3
@@ -105,7 +132,7 @@ std::vector<const Ops*> available_targets() {
   const int64_t cpu = hwy::SupportedTargets();
   std::vector<const Ops*> tables;
   for (const Target& target : kTargets) {
-    if ((target.cpu & cpu) != 0) tables.push_back(target.table);
+    if ((target.cpu & cpu) != 0 && (!target.bf16 || cpu_has_bf16())) tables.push_back(target.table);
   }
   tables.push_back(&ref::kTable);
   return tables;
@@ -114,8 +141,6 @@ std::vector<const Ops*> available_targets() {
 const Ops& ops() { return *chosen().table; }
 
 Status check_forced_target() { return chosen().status; }
-
-int64_t prefill_scratch_floats(int64_t /*n_row*/, int64_t head_dim) { return PrefillScratch(head_dim).size; }
 
 int64_t select_scratch_bytes(int64_t n) {
   return static_cast<int64_t>(sizeof(uint32_t)) * (kSelectTables * kSelectBins + 2 * select_padded(n));

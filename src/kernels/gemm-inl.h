@@ -1,4 +1,4 @@
-// The register block under gemm, attend and prefill_attend: a few rows of c times a few vectors of columns
+// The register block under gemm and attend: a few rows of c times a few vectors of columns
 // stay in registers while k runs; a is broadcast one element a row, b is streamed one vector a column block.
 //
 //        b [k, n]   NV vectors ->      32 registers (AVX-512, NEON): 6 rows x 4 vectors = 24 accumulators,

@@ -36,7 +36,6 @@ std::remove_pointer_t<decltype(Ops::rope_rows)> rope_rows;
 std::remove_pointer_t<decltype(Ops::rope_tile)> rope_tile;
 std::remove_pointer_t<decltype(Ops::attend_f32)> attend_f32;
 std::remove_pointer_t<decltype(Ops::attend_f16)> attend_f16;
-std::remove_pointer_t<decltype(Ops::prefill_attend)> prefill_attend;
 std::remove_pointer_t<decltype(Ops::dequant_groups)> dequant_groups;
 std::remove_pointer_t<decltype(Ops::quant_groups)> quant_groups;
 std::remove_pointer_t<decltype(Ops::select_top)> select_top;
@@ -45,6 +44,14 @@ std::remove_pointer_t<decltype(Ops::unpack_planes)> unpack_planes;
 std::remove_pointer_t<decltype(Ops::expand_index)> expand_index;
 std::remove_pointer_t<decltype(Ops::score_index)> score_index;
 std::remove_pointer_t<decltype(Ops::softmax_part)> softmax_part;
+
+extern const PrefillKernel kPrefillF32;
+extern const PrefillKernel kPrefillBf16;
+extern const PrefillKernel kPrefillBf16Shift;
+#if HWY_TARGET == HWY_AVX3_DL
+extern const PrefillKernel kPrefillBf16Native;  // for CPUs with AVX512-BF16
+extern const PrefillKernel kPrefillBf16ShiftNative;
+#endif
 
 }  // namespace narrows::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

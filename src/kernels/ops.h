@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/latent_page.h"
+#include "kernels/prefill_kernel.h"
 #include "narrows/status.h"
 
 namespace narrows::kernels {
@@ -69,16 +70,9 @@ struct Ops {
   void (*attend_f16)(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk,
                      const f16_t* v, int64_t ldv, int64_t n, const SoftmaxRows& state);
 
-  /// Causal prefill attention of n_row consecutive query positions of ONE query head, online softmax in tiles
-  /// of kTile keys. q [n_row, ldq], rotated, not scaled; k_t is tiled: tile t holds [head_dim, kTile] at t *
-  /// ld_tile (whole tiles are read, but columns beyond the last key are not used: they may hold NaN); v
-  /// [n_kv, ldv]. Row r sees keys 0 .. first + r inclusive, first >= 0, n_kv >= first + n_row. window > 0:
-  /// only the last `window` of them; k_t and v of keys before every row's window may hold NaN. A NaN in v may
-  /// reach rows before it in the same call. out [n_row, ldo]. scratch: prefill_scratch_floats(n_row,
-  /// head_dim) floats, 64-byte aligned.
-  void (*prefill_attend)(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t,
-                         int64_t ld_tile, const float* v, int64_t ldv, int64_t first, int64_t window,
-                         float scale, float* out, int64_t ldo, float* scratch);
+  /// Attention of a prompt, by PrefillKind. prefill_kernel.h says what a kernel does.
+  const PrefillKernel* prefill[kPrefillKinds];
+  PrefillKind best_prefill;  ///< the fastest of those that lose no quality
 
   /// Asymmetric groups of kGroup, `bits` 2 or 4: y = zero + scale * code. n values make ceil(n / kGroup)
   /// groups; the last may be short. codes: group g at g * kGroup * bits / 8 bytes, value i of a group in byte
@@ -127,7 +121,6 @@ struct Ops {
   void (*softmax_part)(float* s, int64_t n, float* max, float* sum);
 };
 
-int64_t prefill_scratch_floats(int64_t n_row, int64_t head_dim);
 int64_t select_scratch_bytes(int64_t n);
 
 /// The table in use: the best target of this CPU, or the one that NARROWS_FORCE_TARGET names. Resolved once.

@@ -1,4 +1,4 @@
-// One row of an online softmax step over a tile, shared by attend and prefill_attend.
+// One row of an online softmax step over a tile, of attend.
 
 // clang-format off
 #if defined(NARROWS_KERNELS_SOFTMAX_INL_H) == defined(HWY_TARGET_TOGGLE)

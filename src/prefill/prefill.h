@@ -31,7 +31,8 @@ struct PrefillHooks {
 class Prefill {
  public:
   Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner,
-          PrefillProducts products = PrefillProducts::automatic);
+          PrefillProducts products = PrefillProducts::automatic,
+          PrefillAttention attention = PrefillAttention::automatic);
   ~Prefill();
 
   /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
@@ -43,11 +44,12 @@ class Prefill {
   /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
   /// activations.
   static int64_t bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_past, int n_threads,
-                              PrefillProducts products);
+                              PrefillProducts products, PrefillAttention attention);
 
  private:
   struct LayerBuffers;
   struct ChunkOp;
+  void pack_past(int64_t layer, const PrefillHooks& hooks);
   Status run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only, const PrefillHooks& hooks,
                    float* logits);
 
@@ -55,6 +57,7 @@ class Prefill {
   const kernels::RopeTable& rope_;
   GraphRunner& runner_;
   PrefillProducts how_;
+  PrefillAttention attention_;
   std::unique_ptr<LayerBuffers> buffers_;
   std::unique_ptr<Bf16Products> products_;  ///< null: ggml's
 };

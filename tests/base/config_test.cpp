@@ -149,5 +149,22 @@ TEST(KvProfile, RandomBytesNeitherCrashNorPassSilently) {
   EXPECT_GT(accepted, 1000);  // or the loop tested nothing but refusals
 }
 
+TEST(Attention, NamesAreReadBackAndOthersRefusedWithTheList) {
+  ASSERT_GE(attention_names().size(), 4U);
+  for (const std::string& name : attention_names()) {
+    const Result<PrefillAttention> attention = parse_attention(name);
+    ASSERT_TRUE(attention.ok()) << name;
+    EXPECT_EQ(attention_name(*attention), name);
+  }
+  EXPECT_EQ(*parse_attention("auto"), PrefillAttention::automatic);
+  EXPECT_EQ(*parse_attention("bf16-shift"), PrefillAttention::bf16_shift);
+  for (const std::string name : {"", "F32", "bf16 ", "float"}) {
+    const Status s = parse_attention(name).status();
+    EXPECT_EQ(s.code(), StatusCode::invalid_argument);
+    for (const std::string& known : attention_names())
+      EXPECT_NE(s.message().find(known), std::string::npos) << s.message();
+  }
+}
+
 }  // namespace
 }  // namespace narrows

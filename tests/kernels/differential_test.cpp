@@ -149,36 +149,6 @@ TEST_P(Differential, Attention) {
   }
 }
 
-TEST_P(Differential, Prefill) {
-  for (int round = 0; round < kRounds / 8; ++round) {
-    const int64_t n_row = draw(1, 150);
-    const int64_t head_dim = draw(1, 70);
-    const int64_t first = draw(0, 200);
-    const int64_t window = draw(0, 1) == 0 ? 0 : draw(1, 200);
-    const int64_t n_kv = first + n_row;
-    const int64_t ld = head_dim + draw(0, 5);
-    const int64_t ld_tile = head_dim * kTile + draw(0, 5);
-    const Array<float> q = normal(n_row, head_dim, ld);
-    const Array<float> k_t = normal((n_kv + kTile - 1) / kTile, head_dim * kTile, ld_tile);
-    const Array<float> v = normal(n_kv, head_dim, ld);
-    Scratch scratch(4 * prefill_scratch_floats(n_row, head_dim));
-    const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
-    Array<float> got(n_row * head_dim);
-    Array<float> expected(n_row * head_dim);
-    ops().prefill_attend(q.data(), ld, n_row, head_dim, k_t.data(), ld_tile, v.data(), ld, first, window,
-                         scale, got.data(), head_dim, scratch.floats());
-    ref().prefill_attend(q.data(), ld, n_row, head_dim, k_t.data(), ld_tile, v.data(), ld, first, window,
-                         scale, expected.data(), head_dim, scratch.floats());
-    const double score = double{scale} * static_cast<double>(head_dim) * max_abs(q) * max_abs(k_t);
-    const double e = 2 * gamma(static_cast<double>(head_dim) + 3) * score + kUnit * 2 * score + 0x1p-22 +
-                     gamma(1.1 * static_cast<double>(n_kv) + 20);
-    for (int64_t i = 0; i < got.size(); ++i) {
-      ASSERT_NEAR(got[i], expected[i], 2 * e * max_abs(v))
-          << n_row << " " << head_dim << " " << first << " " << window;
-    }
-  }
-}
-
 TEST_P(Differential, Groups) {
   for (int round = 0; round < kRounds; ++round) {
     const int bits = draw(0, 1) == 0 ? 2 : 4;

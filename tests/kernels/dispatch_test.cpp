@@ -36,6 +36,8 @@ TEST(Dispatch, RefIsLastAndNamesAreDistinct) {
 TEST(Dispatch, EveryTargetOfThisCpuIsThereBestFirst) {
 #if HWY_ARCH_X86
   std::vector<std::string> expected;
+  if ((hwy::SupportedTargets() & HWY_AVX3_DL) != 0 && __builtin_cpu_supports("avx512bf16"))
+    expected.emplace_back("AVX3_ZEN4");
   for (const int64_t target : {HWY_AVX3_DL, HWY_AVX3, HWY_AVX2, HWY_SSE4}) {
     if ((hwy::SupportedTargets() & target) != 0) expected.emplace_back(hwy::TargetName(target));
   }
@@ -49,15 +51,18 @@ TEST(Dispatch, EveryTargetOfThisCpuIsThereBestFirst) {
 }
 
 TEST(Dispatch, TablesAreCompleteAndDiffer) {
-  std::set<const void*> gemms;
+  // AVX3_ZEN4 is AVX3_DL with other prefill kernels.
+  std::set<std::pair<decltype(Ops::gemm), const PrefillKernel*>> kernels;
   for (const Ops* t : available_targets()) {
     EXPECT_TRUE(t->f32_to_f16 && t->f16_to_f32 && t->gemm && t->gemm_f16 && t->rope_rows && t->rope_tile &&
-                t->attend_f32 && t->attend_f16 && t->prefill_attend && t->dequant_groups && t->quant_groups &&
-                t->select_top)
+                t->attend_f32 && t->attend_f16 && t->dequant_groups && t->quant_groups && t->select_top)
         << t->name;
-    gemms.insert(reinterpret_cast<const void*>(t->gemm));
+    std::set<const PrefillKernel*> prefill(std::begin(t->prefill), std::end(t->prefill));
+    EXPECT_EQ(prefill.size(), size_t{kPrefillKinds}) << t->name;
+    EXPECT_FALSE(prefill.contains(nullptr)) << t->name;
+    kernels.insert({t->gemm, t->prefill[static_cast<int>(PrefillKind::bf16_shift)]});
   }
-  EXPECT_EQ(gemms.size(), available_targets().size());
+  EXPECT_EQ(kernels.size(), available_targets().size());
 }
 
 TEST(Dispatch, SameTableFromEveryThread) {

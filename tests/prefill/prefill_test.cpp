@@ -15,7 +15,7 @@
 namespace narrows::testing {
 namespace {
 
-constexpr int64_t kLongest = 1100;  ///< two chunks of 512 and a part, 17 tiles of 64 and a part
+constexpr int64_t kLongest = 1100;  ///< two chunks of 512 and a part, 8 tiles of 128 and a part
 
 TinyModel qwen2() {
   TinyModel m;
@@ -140,7 +140,7 @@ struct Runner {
   explicit Runner(const Model& model)
       : weights(model.weights()),
         rope(weights.hparams().rope, 2048),
-        prefill(weights, rope, runner),
+        prefill(weights, rope, runner, PrefillProducts::automatic, PrefillAttention::f32),
         logits(static_cast<size_t>(weights.hparams().n_vocab)) {}
 };
 
@@ -264,7 +264,7 @@ TEST(Memory, NeedGrowsWithTokensAndCoversTheBuffers) {
   const ModelWeights& weights = fixture().tiny.model->weights();
   const Hparams& hp = weights.hparams();
   const auto needed = [&](int64_t n, int64_t n_past) {
-    return Prefill::bytes_needed(weights, n, n_past, 1, PrefillProducts::ggml);
+    return Prefill::bytes_needed(weights, n, n_past, 1, PrefillProducts::ggml, PrefillAttention::f32);
   };
   int64_t before = 0;
   for (const int64_t n : {1, 64, 512, 513, 4096, 100000}) {
@@ -273,7 +273,7 @@ TEST(Memory, NeedGrowsWithTokensAndCoversTheBuffers) {
     // The residual stream, raw keys, rotated keys and values.
     EXPECT_GE(need, n * (hp.n_embd + 3 * hp.n_head_kv * hp.head_dim) * 4);
     // The past's keys and values, but for what fits the tile that was begun.
-    EXPECT_GE(needed(n, 1000), need + (1000 - kernels::kTile) * 2 * hp.n_head_kv * hp.head_dim * 4);
+    EXPECT_GE(needed(n, 1000), need + (1000 - kernels::kPrefillTile) * 2 * hp.n_head_kv * hp.head_dim * 4);
     before = need;
   }
 }

@@ -1,4 +1,4 @@
-// Oracle: attention of one tile into an online-softmax state, and causal prefill attention, in double.
+// Oracle: attention of one tile into an online-softmax state, in double.
 // A key with score -infinity weighs nothing; a row that has seen only such keys stays empty.
 #include <cmath>
 #include <limits>
@@ -56,38 +56,6 @@ void attend_f32(const float* q, int64_t n_row, int64_t head_dim, const float* k_
 void attend_f16(const float* q, int64_t n_row, int64_t head_dim, const f16_t* k_t, int64_t ldk,
                 const f16_t* v, int64_t ldv, int64_t n, const SoftmaxRows& state) {
   attend(q, n_row, head_dim, k_t, ldk, v, ldv, n, state);
-}
-
-void prefill_attend(const float* q, int64_t ldq, int64_t n_row, int64_t head_dim, const float* k_t,
-                    int64_t ld_tile, const float* v, int64_t ldv, int64_t first, int64_t window, float scale,
-                    float* out, int64_t ldo, float* scratch) {
-  double* sum_v = reinterpret_cast<double*>(scratch);  // [head_dim]; scratch is 64-byte aligned and longer
-  for (int64_t r = 0; r < n_row; ++r) {
-    const int64_t end = first + r + 1;
-    const int64_t begin = window > 0 && end > window ? end - window : 0;
-    double top = -kInfinity;
-    double sum = 0;
-    for (int64_t d = 0; d < head_dim; ++d) sum_v[d] = 0;
-    for (int64_t j = begin; j < end; ++j) {
-      const float* key = k_t + (j / kTile) * ld_tile + j % kTile;
-      double score = 0;
-      for (int64_t d = 0; d < head_dim; ++d) score += double{q[r * ldq + d]} * double{key[d * kTile]};
-      score *= double{scale};
-      if (score == -kInfinity) continue;
-      if (!(score <= top)) {
-        const double keep = std::exp(top - score);
-        sum *= keep;
-        for (int64_t d = 0; d < head_dim; ++d) sum_v[d] *= keep;
-        top = score;
-      }
-      const double weight = std::exp(score - top);
-      sum += weight;
-      for (int64_t d = 0; d < head_dim; ++d) sum_v[d] += weight * double{v[j * ldv + d]};
-    }
-    for (int64_t d = 0; d < head_dim; ++d) {
-      out[r * ldo + d] = sum == 0 ? 0.0F : static_cast<float>(sum_v[d] / sum);
-    }
-  }
 }
 
 }  // namespace narrows::kernels::ref

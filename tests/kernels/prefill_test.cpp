@@ -1,0 +1,365 @@
+// Every prefill kernel on every target against a two-pass softmax in double of the numbers that went in:
+// positions around tile and block edges, windows, parts of the keys, strides, magnitudes. Bounds follow from
+// the unit roundoff of the format; gaps between rows are NaN.
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "kernels/kernel_test.h"
+#include "kernels/softmax_state.h"
+
+namespace narrows::kernels {
+namespace {
+
+struct Case {
+  int64_t n_row;
+  int64_t head_dim;
+  int64_t first = 0;  ///< position of row 0
+  int64_t window = 0;
+  int64_t begin = 0;
+  int64_t end = -1;  ///< -1: first + n_row
+  float sigma = 1;   ///< of the queries: 20 makes sharp distributions
+  float common = 0;  ///< added to every coordinate of every key and query
+  int64_t gap = 0;   ///< between rows
+
+  int64_t n_key() const { return end < 0 ? first + n_row : end; }
+};
+
+/// How far a kernel may be from exact arithmetic on the same float inputs.
+struct Format {
+  double unit;      ///< of operands and weights
+  double exponent;  ///< relative error of a weight's power of two
+  bool shift;
+};
+
+Format format_of(PrefillKind kind) {
+  switch (kind) {
+    case PrefillKind::bf16:
+      return {0x1p-9, 9e-5, false};
+    case PrefillKind::bf16_shift:
+      return {0x1p-9, 9e-5, true};
+    default:
+      return {0, 0x1p-21, false};
+  }
+}
+
+class Prefill : public EachTarget {
+ protected:
+  void check(PrefillKind kind, const Case& c);
+  void check_all(const Case& c) {
+    for (int i = 0; i < kPrefillKinds && !HasFatalFailure(); ++i) {
+      SCOPED_TRACE(::testing::Message() << "kind " << i);
+      check(static_cast<PrefillKind>(i), c);
+    }
+  }
+};
+
+struct Inputs {
+  int64_t ld;
+  Array<float> q, k, v;
+};
+
+Inputs make_inputs(const Case& c, Random& random) {
+  const int64_t ld = c.head_dim + c.gap;
+  Inputs in{ld, Array<float>((c.n_row - 1) * ld + c.head_dim),
+            Array<float>((c.n_key() - 1) * ld + c.head_dim), Array<float>((c.n_key() - 1) * ld + c.head_dim)};
+  fill_normal(in.q, c.n_row, c.head_dim, ld, random, c.sigma);
+  fill_normal(in.k, c.n_key(), c.head_dim, ld, random);
+  fill_normal(in.v, c.n_key(), c.head_dim, ld, random);
+  for (int64_t r = 0; r < c.n_row; ++r) {
+    for (int64_t d = 0; d < c.head_dim; ++d) in.q[r * ld + d] += c.common;
+  }
+  for (int64_t j = 0; j < c.n_key(); ++j) {
+    for (int64_t d = 0; d < c.head_dim; ++d) in.k[j * ld + d] += c.common;
+  }
+  return in;
+}
+
+std::vector<std::byte> pack(const PrefillKernel& kernel, const Case& c, const Inputs& in, float scale) {
+  const int64_t bytes = kernel.tile_bytes(c.head_dim), n_tile = (c.n_key() + kPrefillTile - 1) / kPrefillTile;
+  std::vector<std::byte> tiles(static_cast<size_t>(n_tile * bytes));
+  for (int64_t t = 0; t < n_tile; ++t) {
+    const int64_t at = t * kPrefillTile;
+    kernel.pack(in.k.data() + at * in.ld, in.ld, in.v.data() + at * in.ld, in.ld,
+                std::min(kPrefillTile, c.n_key() - at), c.head_dim, scale, tiles.data() + t * bytes);
+  }
+  return tiles;
+}
+
+PrefillRows rows_of(const Case& c, const Inputs& in, const std::vector<std::byte>& tiles, float scale,
+                    Array<float>& out, Scratch& scratch) {
+  PrefillRows rows;
+  rows.q = in.q.data();
+  rows.ldq = in.ld;
+  rows.n_row = c.n_row;
+  rows.head_dim = c.head_dim;
+  rows.tiles = tiles.data();
+  rows.begin = c.begin;
+  rows.end = c.n_key();
+  rows.first = c.first;
+  rows.window = c.window;
+  rows.scale = scale;
+  rows.out = out.data();
+  rows.ldo = in.ld;
+  rows.scratch = static_cast<std::byte*>(scratch.get());
+  return rows;
+}
+
+/// Mean key of each tile, as a kernel with a shift takes it away; zeros without.
+std::vector<std::vector<double>> tile_means(const Case& c, const Inputs& in, bool shift) {
+  std::vector<std::vector<double>> means;
+  for (int64_t at = 0; at < c.n_key(); at += kPrefillTile) {
+    const int64_t n = std::min(kPrefillTile, c.n_key() - at);
+    std::vector<double> mean(static_cast<size_t>(c.head_dim));
+    for (int64_t j = at; j < at + n && shift; ++j) {
+      for (int64_t d = 0; d < c.head_dim; ++d)
+        mean[static_cast<size_t>(d)] += double{in.k[j * in.ld + d]} / static_cast<double>(n);
+    }
+    means.push_back(mean);
+  }
+  return means;
+}
+
+void check_row(const Case& c, const Inputs& in, const Format& format, float scale, int64_t r,
+               const std::vector<std::vector<double>>& means, const float* out) {
+  const int64_t end = std::min(c.n_key(), c.first + r + 1);
+  const int64_t begin = std::max(c.begin, c.window > 0 ? c.first + r + 1 - c.window : 0);
+  std::vector<double> score;
+  double rounded = 0;  // what products of rounded numbers sum up, the largest of a key
+  double carried = 0;  // what float sums pass through besides
+  for (int64_t j = begin; j < end; ++j) {
+    double sum = 0, size = 0, offset = 0;
+    for (int64_t d = 0; d < c.head_dim; ++d) {
+      const double q = double{in.q[r * in.ld + d]} * double{scale}, k = in.k[j * in.ld + d];
+      const double mean = means[static_cast<size_t>(j / kPrefillTile)][static_cast<size_t>(d)];
+      sum += q * k;
+      size += std::fabs(q * (k - mean));
+      // Against the mean of whichever tile the kernel takes as its base.
+      double away = 0;
+      for (const auto& base : means) away = std::max(away, std::fabs(mean - base[static_cast<size_t>(d)]));
+      offset += std::fabs(q) * away;
+    }
+    score.push_back(sum);
+    rounded = std::max(rounded, size);
+    carried = std::max(carried, offset);
+  }
+  if (score.empty()) {
+    for (int64_t d = 0; d < c.head_dim; ++d) ASSERT_EQ(out[d], 0) << "row " << r;
+    return;
+  }
+  const double top = *std::max_element(score.begin(), score.end());
+  const double bottom = *std::min_element(score.begin(), score.end());
+  // A sum begins with the offset less the reference, which lies between the scores.
+  const double slack =
+      (2 * format.unit + format.unit * format.unit) * rounded +
+      gamma(static_cast<double>(c.head_dim) + 8) * (2 * rounded + 2 * carried + (top - bottom));
+  // A weight is off by this factor, up or down; so is the sum of weights. Values have one rounding more.
+  const double weight_error = (1 + format.unit) * (1 + format.exponent) * std::exp(slack) - 1;
+  const double error = 2 * weight_error + weight_error * weight_error + 2 * format.unit +
+                       gamma(2 * static_cast<double>(end - begin) + 20);
+  for (int64_t d = 0; d < c.head_dim; ++d) {
+    double sum = 0, size = 0, total = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      const double w = std::exp(score[static_cast<size_t>(j - begin)] - top);
+      total += w;
+      sum += w * double{in.v[j * in.ld + d]};
+      size += w * std::fabs(double{in.v[j * in.ld + d]});
+    }
+    ASSERT_NEAR(out[d], sum / total, error * size / total + 1e-30)
+        << "row " << r << " of " << c.n_row << ", coordinate " << d << " of " << c.head_dim << ", first "
+        << c.first << ", window " << c.window << ", keys " << c.begin << " to " << c.n_key();
+  }
+}
+
+void Prefill::check(PrefillKind kind, const Case& c) {
+  const PrefillKernel& kernel = *ops().prefill[static_cast<int>(kind)];
+  Random random(static_cast<uint32_t>(c.n_row + 131 * c.first + 31 * c.window + c.head_dim));
+  const Inputs in = make_inputs(c, random);
+  const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+  const std::vector<std::byte> tiles = pack(kernel, c, in, scale);
+  Array<float> out((c.n_row - 1) * in.ld + c.head_dim);
+  Scratch scratch(kernel.scratch_bytes(c.head_dim));
+  kernel.attend(rows_of(c, in, tiles, scale, out, scratch));
+  const Format format = format_of(kind);
+  const auto means = tile_means(c, in, format.shift);
+  for (int64_t r = 0; r < c.n_row; ++r) {
+    check_row(c, in, format, scale, r, means, out.data() + r * in.ld);
+    if (HasFatalFailure()) return;
+    for (int64_t d = c.head_dim; d < in.ld && r < c.n_row - 1; ++d)
+      ASSERT_TRUE(std::isnan(out[r * in.ld + d]));
+  }
+}
+
+TEST_P(Prefill, HeadDims) {
+  for (const int64_t head_dim : {1, 2, 7, 8, 32, 64, 80, 96, 100, 128, 256}) {
+    for (const int64_t gap : {0, 3}) {
+      check_all({.n_row = 70, .head_dim = head_dim, .first = 65, .gap = gap});
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Prefill, RowsAroundTilesAndBlocks) {
+  for (const int64_t n_row : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 127, 128, 129, 200, 300}) {
+    for (const int64_t first : {0, 1, 63, 127, 128, 200}) {
+      check_all({.n_row = n_row, .head_dim = 16, .first = first});
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Prefill, Windows) {
+  for (const int64_t window : {1, 2, 5, 63, 64, 65, 127, 128, 129, 400, 100000}) {
+    for (const int64_t n_row : {1, 64, 150}) {
+      for (const int64_t first : {0, 37, 128, 300}) {
+        check_all({.n_row = n_row, .head_dim = 16, .first = first, .window = window, .gap = 1});
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(Prefill, PartsOfTheKeysAndNoMask) {
+  for (const int64_t begin : {0, 1, 7, 128, 130, 190}) {
+    for (const int64_t end : {191, 200, 256, 333}) {
+      check_all({.n_row = 40, .head_dim = 24, .first = end, .begin = begin, .end = end});   // no mask
+      check_all({.n_row = 140, .head_dim = 24, .first = 100, .begin = begin, .end = end});  // causal
+      check_all({.n_row = 60, .head_dim = 24, .first = 150, .window = 40, .begin = begin, .end = end});
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Prefill, OneKey) {
+  check_all({.n_row = 1, .head_dim = 64});
+  check_all({.n_row = 33, .head_dim = 64, .first = 200, .window = 1});
+}
+
+TEST_P(Prefill, RowsThatSeeNoKeyAreZeroAndTheirStateIsEmpty) {
+  const Case c{.n_row = 80, .head_dim = 16, .begin = 50};
+  Random random(1);
+  const Inputs in = make_inputs(c, random);
+  for (const PrefillKernel* kernel : ops().prefill) {
+    const std::vector<std::byte> tiles = pack(*kernel, c, in, 0.25F);
+    Array<float> out(80 * 16), max(80), sum(80);
+    Scratch scratch(kernel->scratch_bytes(16));
+    PrefillRows rows = rows_of(c, in, tiles, 0.25F, out, scratch);
+    kernel->attend(rows);
+    for (int64_t i = 0; i < 50 * 16; ++i) ASSERT_EQ(out[i], 0);
+    ASSERT_NE(out[50 * 16], 0);
+    rows.max = max.data();
+    rows.sum = sum.data();
+    kernel->attend(rows);
+    for (int64_t r = 0; r < 80; ++r) {
+      ASSERT_EQ(max[r] == -kInf, r < 50) << r;
+      ASSERT_EQ(sum[r] == 0, r < 50) << r;
+    }
+    for (int64_t i = 0; i < 50 * 16; ++i) ASSERT_EQ(out[i], 0);
+  }
+}
+
+TEST_P(Prefill, SharpDistributions) {
+  check(PrefillKind::f32, {.n_row = 100, .head_dim = 64, .first = 500, .sigma = 20});
+  check(PrefillKind::f32, {.n_row = 100, .head_dim = 64, .first = 500, .sigma = 200});
+  check(PrefillKind::bf16_shift, {.n_row = 100, .head_dim = 64, .first = 500, .sigma = 10});
+}
+
+// Scores that rise by thousands from tile to tile, or fall: references go stale again and again.
+TEST_P(Prefill, ScoresThatRunAway) {
+  for (const float slope : {10.0F, -10.0F, 0.3F}) {
+    const Case c{.n_row = 140, .head_dim = 8, .first = 600};
+    Random random(3);
+    Inputs in = make_inputs(c, random);
+    for (int64_t j = 0; j < c.n_key(); ++j) in.k[j * 8] = slope * static_cast<float>(j);
+    for (int64_t r = 0; r < c.n_row; ++r) in.q[r * 8] = r % 3 == 0 ? -1.0F : 1.0F;
+    const PrefillKernel& kernel = *ops().prefill[static_cast<int>(PrefillKind::f32)];
+    const std::vector<std::byte> tiles = pack(kernel, c, in, 0.5F);
+    Array<float> out(c.n_row * 8);
+    Scratch scratch(kernel.scratch_bytes(8));
+    kernel.attend(rows_of(c, in, tiles, 0.5F, out, scratch));
+    const auto means = tile_means(c, in, false);
+    for (int64_t r = 0; r < c.n_row && !HasFatalFailure(); ++r)
+      check_row(c, in, format_of(PrefillKind::f32), 0.5F, r, means, out.data() + r * 8);
+  }
+}
+
+// The case of Qwen2: keys and queries far from zero, close to each other. With a shift the error is that of
+// the small numbers; without, scores of 64 * 300 are off by tens.
+TEST_P(Prefill, ShiftTakesACommonKeyAway) {
+  const Case c{.n_row = 90, .head_dim = 64, .first = 700, .common = 17};
+  check(PrefillKind::bf16_shift, c);
+  Random random(static_cast<uint32_t>(c.n_row + 131 * c.first + c.head_dim));
+  const Inputs in = make_inputs(c, random);
+  double error[2] = {0, 0};
+  for (const PrefillKind kind : {PrefillKind::bf16, PrefillKind::bf16_shift}) {
+    const PrefillKernel& kernel = *ops().prefill[static_cast<int>(kind)];
+    const PrefillKernel& exact = *available_targets().back()->prefill[0];
+    Array<float> out(c.n_row * 64), expected(c.n_row * 64);
+    Scratch scratch(std::max(kernel.scratch_bytes(64), exact.scratch_bytes(64)));
+    const auto tiles = pack(kernel, c, in, 0.125F);
+    kernel.attend(rows_of(c, in, tiles, 0.125F, out, scratch));
+    const auto exact_tiles = pack(exact, c, in, 0.125F);
+    exact.attend(rows_of(c, in, exact_tiles, 0.125F, expected, scratch));
+    for (int64_t i = 0; i < out.size(); ++i)
+      error[kind == PrefillKind::bf16_shift] += std::pow(double{out[i]} - double{expected[i]}, 2);
+  }
+  EXPECT_LT(400 * error[1], error[0]) << "squares: 20 times closer";
+}
+
+TEST_P(Prefill, StatesOfPartsMergeToTheWhole) {
+  for (int kind = 0; kind < kPrefillKinds; ++kind) {
+    const PrefillKernel& kernel = *ops().prefill[kind];
+    const Format format = format_of(static_cast<PrefillKind>(kind));
+    const Case c{.n_row = 50, .head_dim = 32, .first = 400, .common = 1};
+    Random random(5);
+    const Inputs in = make_inputs(c, random);
+    const auto tiles = pack(kernel, c, in, 0.2F);
+    Scratch scratch(kernel.scratch_bytes(32));
+    Array<float> out[2] = {Array<float>(50 * 32), Array<float>(50 * 32)};
+    Array<float> max[2] = {Array<float>(50), Array<float>(50)}, sum[2] = {Array<float>(50), Array<float>(50)};
+    for (int part = 0; part < 2; ++part) {
+      PrefillRows rows = rows_of(c, in, tiles, 0.2F, out[part], scratch);
+      rows.begin = part == 0 ? 0 : 300;
+      if (part == 0) rows.end = 300;
+      rows.max = max[part].data();
+      rows.sum = sum[part].data();
+      kernel.attend(rows);
+    }
+    const SoftmaxRows into = {max[0].data(), sum[0].data(), out[0].data()};
+    softmax_merge(into, {max[1].data(), sum[1].data(), out[1].data()}, 50, 32);
+    softmax_normalise(into, 50, 32, into.out);
+    const auto means = tile_means(c, in, format.shift);
+    for (int64_t r = 0; r < 50; ++r) {
+      check_row(c, in, format, 0.2F, r, means, into.out + r * 32);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Prefill, DeepContext) { check_all({.n_row = 20, .head_dim = 64, .first = 5000}); }
+
+TEST_P(Prefill, NonFiniteInputsDoNotCrashAndAreNotHidden) {
+  for (const PrefillKernel* kernel : ops().prefill) {
+    for (const float bad : {kNaN, kInf}) {
+      const Case c{.n_row = 70, .head_dim = 64, .first = 200};
+      Random random(2);
+      Inputs in = make_inputs(c, random);
+      in.q[20 * 64 + 3] = bad;
+      in.v[230 * 64 + 5] = bad;
+      const auto tiles = pack(*kernel, c, in, 0.125F);
+      Array<float> out(70 * 64);
+      Scratch scratch(kernel->scratch_bytes(64));
+      kernel->attend(rows_of(c, in, tiles, 0.125F, out, scratch));
+      EXPECT_FALSE(std::isfinite(out[20 * 64]));
+      EXPECT_TRUE(std::isfinite(out[19 * 64]));
+      EXPECT_FALSE(std::isfinite(out[40 * 64 + 5]));
+      EXPECT_TRUE(std::isfinite(out[40 * 64 + 6]));
+    }
+  }
+}
+
+NARROWS_EACH_TARGET(Prefill);
+
+}  // namespace
+}  // namespace narrows::kernels

@@ -1,0 +1,108 @@
+// PromptAttention: every head of every row against a softmax in double, chunk by chunk, with more threads
+// than tasks and fewer; and a whole model whose prompt attends in bfloat16 against the same in float32.
+#include "prefill/attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "support/session.h"
+
+namespace narrows::testing {
+namespace {
+
+struct Tensors {
+  std::vector<float> q, k, v;  ///< [n, heads, head_dim]
+};
+
+Tensors normal(const AttentionSizes& sizes, int64_t n) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> value;
+  const auto fill = [&](int64_t count) {
+    std::vector<float> x(static_cast<size_t>(count));
+    for (float& y : x) y = value(random);
+    return x;
+  };
+  return {fill(n * sizes.n_head * sizes.head_dim), fill(n * sizes.width()), fill(n * sizes.width())};
+}
+
+double expected(const AttentionSizes& sizes, const Tensors& x, int64_t row, int64_t head, int64_t d) {
+  const int64_t head_kv = head / (sizes.n_head / sizes.n_head_kv);
+  double total = 0, sum = 0;
+  for (int64_t j = 0; j <= row; ++j) {
+    double score = 0;
+    for (int64_t c = 0; c < sizes.head_dim; ++c) {
+      score += double{x.q[static_cast<size_t>((row * sizes.n_head + head) * sizes.head_dim + c)]} *
+               double{x.k[static_cast<size_t>(j * sizes.width() + head_kv * sizes.head_dim + c)]};
+    }
+    const double w = std::exp(score * double{sizes.scale});
+    total += w;
+    sum += w * double{x.v[static_cast<size_t>(j * sizes.width() + head_kv * sizes.head_dim + d)]};
+  }
+  return sum / total;
+}
+
+void pack_all(PromptAttention& attention, const AttentionSizes& sizes, const Tensors& x, int64_t from,
+              int64_t to) {
+  for (int64_t at = from; at < to; at += kernels::kPrefillTile) {
+    for (int64_t h = 0; h < sizes.n_head_kv; ++h)
+      attention.pack(h, at / kernels::kPrefillTile, x.k.data() + at * sizes.width(),
+                     x.v.data() + at * sizes.width(), std::min(kernels::kPrefillTile, to - at));
+  }
+}
+
+TEST(PromptAttention, EveryHeadAndRowWhateverTheThreads) {
+  const AttentionSizes sizes{6, 2, 16, 0.25F};
+  constexpr int64_t kTokens = 400;
+  const Tensors x = normal(sizes, kTokens);
+  const int64_t ld = sizes.n_head * sizes.head_dim;
+  for (const int n_threads : {1, 2, 30}) {
+    PromptAttention attention(kernels::PrefillKind::f32, sizes, kTokens, n_threads);
+    ASSERT_TRUE(attention.ok());
+    std::vector<float> out(x.q.size());
+    for (const auto& [from, to] : {std::pair<int64_t, int64_t>{0, 256}, {256, kTokens}}) {
+      pack_all(attention, sizes, x, from, to);
+      attention.start(x.q.data() + from * ld, to - from, from, out.data() + from * ld);
+      std::vector<std::thread> threads;
+      for (int i = 0; i < n_threads; ++i) threads.emplace_back([&attention, i] { attention.run(i); });
+      for (std::thread& t : threads) t.join();
+    }
+    for (int64_t row = 0; row < kTokens; row += 7) {
+      for (int64_t i = 0; i < ld; i += 5)
+        ASSERT_NEAR(out[static_cast<size_t>(row * ld + i)],
+                    expected(sizes, x, row, i / sizes.head_dim, i % sizes.head_dim), 2e-6)
+            << row << " " << i;
+    }
+  }
+}
+
+TEST(PromptAttention, MemoryIsWhatIsAllocated) {
+  const AttentionSizes sizes{6, 2, 64, 0.125F};
+  const auto kind = kernels::PrefillKind::bf16_shift;
+  const auto bytes = [&](int64_t n) { return PromptAttention::bytes_needed(kind, sizes, n, 2); };
+  EXPECT_EQ(bytes(128), bytes(1));
+  EXPECT_EQ(bytes(129) - bytes(128), 2 * kernels::ops().prefill[static_cast<int>(kind)]->tile_bytes(64));
+}
+
+// Tiny random models: what the rounding of attention does to logits of size 1 or so.
+TEST(PromptAttention, ModelsInBfloat16AreCloseAndDiffer) {
+  TinyModel m;
+  m.architecture = "qwen2";
+  const LoadedTiny tiny(m);
+  const std::vector<Token> tokens = random_tokens(700);
+  auto exact = make_session(tiny.model);
+  ASSERT_OK(exact->prefill(tokens));
+  for (const PrefillAttention how : {PrefillAttention::bf16, PrefillAttention::bf16_shift}) {
+    auto session = make_session(tiny.model, {.n_threads = 2, .attention = how});
+    ASSERT_OK(session->prefill(tokens));
+    const double difference = max_difference(exact->logits(), session->logits());
+    EXPECT_GT(difference, 0) << attention_name(how);
+    EXPECT_LT(difference, 0.05) << attention_name(how);
+  }
+}
+
+}  // namespace
+}  // namespace narrows::testing
