@@ -65,15 +65,14 @@ void add_products_option(CLI::App& app, PrefillProducts& products) {
 }
 
 void add_attention_option(CLI::App& app, PrefillAttention& attention) {
-  std::map<std::string, PrefillAttention> names;
-  for (const std::string& name : attention_names()) names[name] = *parse_attention(name);
-  app.add_option("--attention", attention,
-                 fmt::format("in which precision a prompt attends: {} (default: auto, which is bf16-shift "
-                             "where the CPU multiplies bfloat16, else f32)",
-                             fmt::join(attention_names(), ", ")))
+  const auto known = [](const std::string& name) { return parse_attention(name).status().message(); };
+  app.add_option_function<std::string>(
+         "--attention", [&attention](const std::string& name) { attention = *parse_attention(name); },
+         fmt::format("in which precision a prompt attends: {} (default: auto, which is bf16-shift where the "
+                     "CPU multiplies bfloat16, else f32)",
+                     fmt::join(attention_names(), ", ")))
       ->type_name("NAME")
-      ->transform(CLI::Transformer(names).description(""))
-      ->check(CLI::IsMember(names).description(""));
+      ->check(CLI::Validator(known, ""));
 }
 
 void SessionFlags::add_to(CLI::App& app) {
