@@ -63,6 +63,9 @@ enum class PrefillAttention {
   f32,         ///< exact
   bf16,        ///< keys, queries, values and weights rounded to bfloat16
   bf16_shift,  ///< the same after the mean key of each block was taken away
+  fp16,        ///< half precision throughout: overflows where q.k passes 65504
+  pasa,        ///< half precision throughout with PASA's shift (arXiv:2503.01873)
+  fp16_shift,  ///< half-precision products after the mean key was taken away, float32 statistics
 };
 
 /// invalid_argument lists the names.

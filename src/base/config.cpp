@@ -202,6 +202,9 @@ constexpr std::pair<const char*, PrefillAttention> kAttentions[] = {
     {"f32", PrefillAttention::f32},
     {"bf16", PrefillAttention::bf16},
     {"bf16-shift", PrefillAttention::bf16_shift},
+    {"fp16", PrefillAttention::fp16},
+    {"pasa", PrefillAttention::pasa},
+    {"fp16-shift", PrefillAttention::fp16_shift},
 };
 
 }  // namespace

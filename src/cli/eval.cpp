@@ -12,13 +12,14 @@
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/eval_needle.h"
+#include "cli/eval_precision.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 
 namespace narrows::cli {
 namespace {
 
-/// What needles are hidden in unless -f says otherwise: every Debian has it.
+/// What needles are hidden in, or heads are judged on, unless -f says otherwise: every Debian has it.
 constexpr const char* kFiller = "/usr/share/common-licenses/GPL-3";
 
 constexpr const char* kFooter =
@@ -37,7 +38,8 @@ Examples:
   narrows eval -m model.gguf -f book.txt --kv klt --kv klt-10x --kv sals-25
   narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json
   narrows eval -m model.gguf -f book.txt --kv f16 --attention bf16-shift
-  narrows eval -m model.gguf --task needle --context 2048,4096 --kv f16 --kv klt --trials 4)";
+  narrows eval -m model.gguf --task needle --context 2048,4096 --kv f16 --kv klt --trials 4
+  narrows eval -m model.gguf --task precision --json)";
 
 struct EvalFlags {
   ModelFlags model;
@@ -114,7 +116,26 @@ Outcome find(const EvalFlags& flags) {
   return {write_stdout(flags.json ? needle_json(*rows, flags.needles) : needle_table(*rows)), Phase::at_work};
 }
 
-Outcome eval(EvalFlags& flags) {
+/// The heads of a model, --context tokens of the text (2048 unless it was given), and the random benchmark.
+Outcome judge_precision(const EvalFlags& flags, bool context_given) {
+  PrecisionOptions options;
+  if (flags.options.attention != PrefillAttention::automatic) options.kernels = {flags.options.attention};
+  if (context_given) options.context = flags.contexts.front();
+  options.n_threads = flags.options.n_threads;
+  const Result<std::string> text = read_text_file(flags.file.empty() ? kFiller : flags.file);
+  if (!text.ok()) return text.status();
+  const Result<std::shared_ptr<const Model>> model = flags.model.load();
+  if (!model.ok()) return model.status();
+  const Result<std::vector<Token>> tokens = (*model)->tokenizer().encode(*text, true, false);
+  if (!tokens.ok()) return tokens.status();
+  ProgressBar bar(options.context);
+  const Result<std::vector<PrecisionRow>> rows = measure_precision(*model, *tokens, options, bar.callback());
+  if (!rows.ok()) return rows.status();
+  return {write_stdout(flags.json ? precision_json(*rows) : precision_table(*rows)), Phase::at_work};
+}
+
+Outcome eval(EvalFlags& flags, bool context_given) {
+  if (flags.task == "precision") return judge_precision(flags, context_given);
   if (flags.profiles.empty() && !flags.task.empty()) flags.profiles = {"f16", kDefaultProfile};
   for (const std::string& name : flags.profiles) {
     Result<KvProfile> profile = KvProfile::parse(name);
@@ -159,17 +180,20 @@ Command make_eval_command(CLI::App& app) {
       ->add_option("--basis", flags->basis,
                    "basis file made by `narrows calibrate` (default: the prompt's own)")
       ->type_name("BASIS.gguf");
-  command
-      ->add_option("--context", flags->contexts,
-                   "tokens before the judged ones (default 4096); for a task several: N,N,..")
-      ->type_name("N")
-      ->delimiter(',')
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
+  CLI::Option* context =
+      command
+          ->add_option(
+              "--context", flags->contexts,
+              "tokens before the judged ones (default 4096; precision: 2048); for needle several: N,N,..")
+          ->type_name("N")
+          ->delimiter(',')
+          ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
   command
       ->add_option("--task", flags->task,
-                   "instead of the text's own tokens, judge a task: needle (find facts hidden in a text)")
+                   "instead of the text's own tokens, judge a task: needle (find facts hidden in a text) or "
+                   "precision (what each --attention costs on random numbers and on every head of the model)")
       ->type_name("TASK")
-      ->check(CLI::IsMember({"needle"}));
+      ->check(CLI::IsMember({"needle", "precision"}));
   command
       ->add_option("--needles", flags->needles,
                    "single fact (default), several (one of ten is asked for), two-facts (both are needed)")
@@ -202,7 +226,7 @@ Command make_eval_command(CLI::App& app) {
   command->add_flag("--json", flags->json,
                     "print one JSON document on standard output, and nothing else there");
   command->footer(kFooter);
-  return {command, [flags] { return eval(*flags); }};
+  return {command, [flags, context] { return eval(*flags, context->count() > 0); }};
 }
 
 }  // namespace narrows::cli

@@ -28,7 +28,7 @@ constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const Pref
       .rope_tile = rope_tile,
       .attend_f32 = attend_f32,
       .attend_f16 = attend_f16,
-      .prefill = {&kPrefillF32, bf16, bf16_shift},
+      .prefill = {&kPrefillF32, bf16, bf16_shift, &kPrefillFp16, &kPrefillPasa, &kPrefillFp16Shift},
       .best_prefill = best_prefill,
       .dequant_groups = dequant_groups,
       .quant_groups = quant_groups,

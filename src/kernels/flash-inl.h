@@ -136,6 +136,12 @@ HWY_INLINE void multiply(int64_t n, const typename F::Word* HWY_RESTRICT a,
   }
 }
 
+/// References to subtract: of a row without one, whose scores are all -infinity, any number will do.
+HWY_INLINE VF finite_reference(const float* reference) {
+  const VF r = hn::Load(DF(), reference);
+  return hn::IfThenZeroElse(hn::Eq(r, hn::Set(DF(), kNegInf)), r);
+}
+
 /// Scores of keys [key, key + kRows) of the tile, -infinity where a lane does not see the key.
 template <class F, bool kMasked>
 HWY_INLINE void score(const FlashTile<F>& shape, const typename F::Word* keys, const FlashBlock<F>& b,
@@ -163,8 +169,10 @@ HWY_INLINE void score(const FlashTile<F>& shape, const typename F::Word* keys, c
   }
 }
 
-/// Weights of the tile's keys into p [keys / kPer, lanes]; their sums by lane.
-template <class F, bool kMasked>
+/// Weights of the tile's keys into p [keys / kPer, lanes]; their sums by lane. kExact: scores begin with the
+/// offset alone and the reference is taken away at the end, as raise_reference() saw them. However large they
+/// are and however coarse their rounding, none is above its reference then.
+template <class F, bool kMasked, bool kExact>
 HWY_INLINE void weigh(const FlashTile<F>& shape, const typename F::Word* keys, const FlashBlock<F>& b,
                       const FlashView& view, typename F::Word* p, VF (&sum)[kVectors]) {
   const DF d;
@@ -173,6 +181,12 @@ HWY_INLINE void weigh(const FlashTile<F>& shape, const typename F::Word* keys, c
   for (int64_t key = view.low; key < view.high; key += kRows) {
     VF s[kRows][kVectors];
     score<F, kMasked>(shape, keys, b, view, key, s);
+    if constexpr (kExact) {
+      for (int j = 0; j < kVectors; ++j) {
+        const VF reference = finite_reference(b.max + j * kLanes);
+        for (int i = 0; i < kRows; ++i) s[i][j] = hn::Sub(s[i][j], reference);
+      }
+    }
     NARROWS_UNROLL
     for (int i = 0; i < kRows; i += F::kPer) {
       NARROWS_UNROLL
@@ -220,9 +234,8 @@ HWY_NOINLINE void raise_reference(const FlashTile<F>& shape, const typename F::W
 HWY_INLINE void start_scores(const float* offset, const float* reference, float* start) {
   const DF d;
   for (int j = 0; j < kVectors; ++j) {
-    const VF r = hn::Load(d, reference + j * kLanes);
-    const VF finite = hn::IfThenZeroElse(hn::Eq(r, hn::Set(d, kNegInf)), r);
-    hn::Store(hn::Sub(hn::Load(d, offset + j * kLanes), finite), d, start + j * kLanes);
+    const VF x = hn::Sub(hn::Load(d, offset + j * kLanes), finite_reference(reference + j * kLanes));
+    hn::Store(x, d, start + j * kLanes);
   }
 }
 
@@ -287,28 +300,28 @@ void attend_tile(const FlashTile<F>& shape, const float* tile, const float* base
   HWY_ALIGN float offset[kQueryLanes] = {};
   if constexpr (kShift) shift_offset<F>(shape.dims, tile + shape.mean, base, b, offset);
 
-  VF sum[kVectors];
-  int64_t look = 0;
   if (!b.referenced) {
-    look = view.low + kPeek;
+    int64_t look = view.low + kPeek;
     if (sees_only_later(view, b.max, look)) look = view.high;
+    raise_reference<F>(shape, keys, b, view, offset, look);
   }
-  while (true) {
-    if (look > 0) raise_reference<F>(shape, keys, b, view, offset, look);
-    start_scores(offset, b.max, view.start);
-    if (view.masked) {
-      weigh<F, true>(shape, keys, b, view, p, sum);
-    } else {
-      weigh<F, false>(shape, keys, b, view, p, sum);
-    }
-    auto bad = hn::Not(hn::Le(sum[0], hn::Set(d, kMostWeight)));
-    for (int j = 1; j < kVectors; ++j) bad = hn::Or(bad, hn::Not(hn::Le(sum[j], hn::Set(d, kMostWeight))));
-    if (hn::AllFalse(d, bad) || look >= view.high) break;
+  VF sum[kVectors];
+  start_scores(offset, b.max, view.start);
+  if (view.masked) {
+    weigh<F, true, false>(shape, keys, b, view, p, sum);
+  } else {
+    weigh<F, false, false>(shape, keys, b, view, p, sum);
+  }
+  auto bad = hn::Not(hn::Le(sum[0], hn::Set(d, kMostWeight)));  // NaN is bad too
+  for (int j = 1; j < kVectors; ++j) bad = hn::Or(bad, hn::Not(hn::Le(sum[j], hn::Set(d, kMostWeight))));
+  if (!hn::AllFalse(d, bad)) {
     for (int64_t i = 0; i < kQueryLanes && !view.masked; ++i) {
       view.from[i] = 0;
       view.to[i] = kPrefillTile;
     }
-    look = view.high;
+    raise_reference<F>(shape, keys, b, view, offset, view.high);
+    std::copy_n(offset, kQueryLanes, view.start);
+    weigh<F, true, true>(shape, keys, b, view, p, sum);
   }
   for (int j = 0; j < kVectors; ++j)
     hn::Store(hn::Add(hn::Load(d, b.sum + j * kLanes), sum[j]), d, b.sum + j * kLanes);

@@ -48,6 +48,9 @@ std::remove_pointer_t<decltype(Ops::softmax_part)> softmax_part;
 extern const PrefillKernel kPrefillF32;
 extern const PrefillKernel kPrefillBf16;
 extern const PrefillKernel kPrefillBf16Shift;
+extern const PrefillKernel kPrefillFp16;
+extern const PrefillKernel kPrefillPasa;
+extern const PrefillKernel kPrefillFp16Shift;
 #if HWY_TARGET == HWY_AVX3_DL
 extern const PrefillKernel kPrefillBf16Native;  // for CPUs with AVX512-BF16
 extern const PrefillKernel kPrefillBf16ShiftNative;

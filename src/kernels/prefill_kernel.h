@@ -20,8 +20,8 @@ inline constexpr int64_t kPrefillTile = 128;
 inline constexpr int64_t kQueryRows = 128;
 
 /// In the order of narrows::PrefillAttention, which has `automatic` before them.
-enum class PrefillKind { f32, bf16, bf16_shift };
-inline constexpr int kPrefillKinds = 3;
+enum class PrefillKind { f32, bf16, bf16_shift, fp16, pasa, fp16_shift };
+inline constexpr int kPrefillKinds = 6;
 
 /// Consecutive query positions of ONE query head, and the keys that they see: row r sees key j if
 /// begin <= j < end, j <= first + r and, with window > 0, j > first + r - window.

@@ -4,12 +4,28 @@
 #include "prefill/attention.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace narrows {
 
 using kernels::kPrefillTile;
 using kernels::kQueryRows;
 using kernels::PrefillKind;
+
+namespace {
+
+bool all_finite(const kernels::PrefillRows& rows) {
+  constexpr uint32_t kExponent = 0x7F800000;
+  uint32_t bad = 0;  // no early way out, so that the compiler makes vectors of it
+  for (int64_t r = 0; r < rows.n_row; ++r) {
+    const float* out = rows.out + r * rows.ldo;
+    for (int64_t c = 0; c < rows.head_dim; ++c)
+      bad |= static_cast<uint32_t>((std::bit_cast<uint32_t>(out[c]) & kExponent) == kExponent);
+  }
+  return bad == 0;
+}
+
+}  // namespace
 
 PrefillKind attention_kind(PrefillAttention attention) {
   if (attention == PrefillAttention::automatic) return kernels::ops().best_prefill;
@@ -48,6 +64,7 @@ void PromptAttention::start(const float* q, int64_t n, int64_t first, float* out
   first_ = first;
   out_ = out;
   next_task_ = 0;
+  non_finite_ = false;
 }
 
 void PromptAttention::run(int ith) {
@@ -69,6 +86,7 @@ void PromptAttention::run(int ith) {
     rows.ldo = ld;
     rows.scratch = scratch_[static_cast<size_t>(ith)].data();
     kernel_.attend(rows);
+    if (!all_finite(rows)) non_finite_ = true;
   }
 }
 

@@ -45,6 +45,8 @@ class PromptAttention {
   void start(const float* q, int64_t n, int64_t first, float* out);
   /// Called once by each thread ith < n_threads after start(); returns when no task is left.
   void run(int ith);
+  /// False if a number that run() wrote since the start is NaN or infinite: never silently in the logits.
+  bool finite() const { return !non_finite_; }
 
  private:
   std::byte* tile(int64_t head_kv, int64_t t) {
@@ -62,6 +64,7 @@ class PromptAttention {
   int64_t first_ = 0;
   float* out_ = nullptr;
   std::atomic<int64_t> next_task_{0};
+  std::atomic<bool> non_finite_{false};
 };
 
 }  // namespace narrows

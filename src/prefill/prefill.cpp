@@ -172,6 +172,20 @@ int64_t Prefill::bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_
 
 namespace {
 
+Status not_finite(int64_t layer, PrefillAttention how) {
+  const bool narrow =
+      how == PrefillAttention::fp16 || how == PrefillAttention::pasa || how == PrefillAttention::fp16_shift;
+  return {
+      StatusCode::non_finite,
+      narrow
+          ? fmt::format(
+                "layer {}: attention in {} overflows half precision; take --attention bf16-shift or f32",
+                layer, attention_name(how))
+          : fmt::format("layer {}: attention gives numbers that are not finite; keys, queries or values of "
+                        "this model overflow",
+                        layer)};
+}
+
 /// A tensor over memory that we own.
 ggml_tensor* tensor_over(ggml_context* ctx, float* data, int64_t n_row, int64_t n) {
   ggml_tensor* t = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_row, n);
@@ -231,6 +245,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     }
     status = runner_.run(graph);
     if (status.ok() && products_) status = products_->status();
+    if (status.ok() && attends && !b.attention.finite()) status = not_finite(layer, attention_);
   }
   if (status.ok() && attends) {
     float* to = last_row_only ? logits : hidden;

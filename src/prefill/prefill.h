@@ -37,7 +37,7 @@ class Prefill {
 
   /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
   /// Memory beside the weights: see bytes_needed(). cancelled if progress returns false; hooks' errors are
-  /// passed on with the layer's number.
+  /// passed on with the layer's number. non_finite names the layer whose attention overflows.
   Status run(std::span<const Token> tokens, int64_t n_past, const PrefillHooks& hooks,
              const ProgressFn& progress, float* logits);
 

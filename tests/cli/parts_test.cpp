@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cli/engine_flags.h"
+#include "cli/eval_precision.h"
 #include "cli/exit_code.h"
 #include "cli/output.h"
 #include "cli/report.h"
@@ -122,6 +123,48 @@ TEST(Report, SummaryHasTheFigures) {
                            "4.00 kB", "ratio 4.00", "seed 4294967294", "ended its answer"}) {
     EXPECT_THAT(text, HasSubstr(part));
   }
+}
+
+std::vector<PrecisionRow> precision_rows() {
+  PrecisionRow good;
+  good.name = "layer 4 head 8";
+  good.kernel = PrefillAttention::bf16_shift;
+  good.rmse = 0.004;
+  good.rows = 100;
+  good.head_dim = 64;
+  good.length = 2048;
+  good.layer = 4;
+  good.head = 8;
+  good.qk_max = 113934;
+  good.qk_max_shifted = 3393;
+  good.resonance = 0.8;
+  PrecisionRow bad = good;
+  bad.kernel = PrefillAttention::fp16;
+  bad.nan_rows = 7;
+  PrecisionRow none = good;
+  none.name = "uniform mean 30";
+  none.layer = none.head = -1;
+  none.nan_rows = none.rows;
+  none.rmse = std::nan("");
+  return {none, good, bad};
+}
+
+TEST(Precision, JsonHasTheKeysOfTheContract) {
+  const auto list = nlohmann::json::parse(precision_json(precision_rows()));
+  ASSERT_EQ(list.size(), 3U);
+  EXPECT_EQ(list[1],
+            nlohmann::json::parse(R"({"case": "layer 4 head 8", "kernel": "bf16-shift", "rmse": 0.004,
+    "nan_rows": 0, "rows": 100, "head_dim": 64, "length": 2048, "layer": 4, "head": 8, "qk_max": 113934.0,
+    "qk_max_shifted": 3393.0, "resonance": 0.8})"));
+  EXPECT_TRUE(list[0]["rmse"].is_null());
+  EXPECT_TRUE(list[0]["layer"].is_null());
+}
+
+TEST(Precision, TableHasALineACaseAndSaysWhatOverflowed) {
+  const std::string table = precision_table(precision_rows());
+  EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 3);
+  for (const char* part : {"layer 4 head 8", "113934", "3393", "4.0e-03 NaN 7%", "uniform mean 30", "NaN"})
+    EXPECT_THAT(table, HasSubstr(part));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "support/refusal.h"
 #include "support/session.h"
 
 namespace narrows::testing {
@@ -102,6 +103,24 @@ TEST(PromptAttention, ModelsInBfloat16AreCloseAndDiffer) {
     EXPECT_GT(difference, 0) << attention_name(how);
     EXPECT_LT(difference, 0.05) << attention_name(how);
   }
+}
+
+// Keys of layer 1 far beyond half's range: an error that names it, not NaN in the logits.
+TEST(PromptAttention, OverflowIsAnErrorThatNamesTheLayer) {
+  TinyModel m;
+  m.architecture = "qwen2";
+  m.edit_tensors = [](std::vector<TinyTensor>& all) {
+    for (float& x : tensor(all, "blk.1.attn_k.bias").data) x = 20000;
+    for (float& x : tensor(all, "blk.1.attn_q.bias").data) x = 20000;
+  };
+  const LoadedTiny tiny(m);
+  const std::vector<Token> tokens = random_tokens(200);
+  auto half = make_session(tiny.model, {.attention = PrefillAttention::fp16});
+  const Status s = half->prefill(tokens);
+  expect_refusal(s, StatusCode::non_finite, {"layer 1", "fp16", "--attention bf16-shift"});
+  EXPECT_FALSE(half->prefill(tokens).ok());  // until reset()
+  for (const PrefillAttention how : {PrefillAttention::f32, PrefillAttention::bf16_shift})
+    ASSERT_OK(make_session(tiny.model, {.attention = how})->prefill(tokens));
 }
 
 }  // namespace

@@ -30,6 +30,10 @@ std::remove_pointer_t<decltype(Ops::softmax_part)> softmax_part;
 extern const PrefillKernel kPrefillF32;
 extern const PrefillKernel kPrefillBf16;
 extern const PrefillKernel kPrefillBf16Shift;
+/// The half-precision algorithms rounding by rounding.
+extern const PrefillKernel kPrefillFp16;
+extern const PrefillKernel kPrefillPasa;
+extern const PrefillKernel kPrefillFp16Shift;
 
 /// The table named "ref".
 extern const Ops kTable;
