@@ -37,6 +37,12 @@ constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const Pref
       .unpack_planes = unpack_planes,
       .expand_index = expand_index,
       .score_index = score_index,
+      .fold_query = fold_query,
+      .pool_candidates = pool_candidates,
+      .amplitudes = amplitudes,
+      .read_index = read_index,
+      .sum_planes = sum_planes,
+      .score_rows_f16 = score_rows_f16,
       .softmax_part = softmax_part,
   };
 }

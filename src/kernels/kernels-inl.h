@@ -44,6 +44,12 @@ std::remove_pointer_t<decltype(Ops::unpack_planes)> unpack_planes;
 std::remove_pointer_t<decltype(Ops::expand_index)> expand_index;
 std::remove_pointer_t<decltype(Ops::score_index)> score_index;
 std::remove_pointer_t<decltype(Ops::softmax_part)> softmax_part;
+std::remove_pointer_t<decltype(Ops::fold_query)> fold_query;
+std::remove_pointer_t<decltype(Ops::pool_candidates)> pool_candidates;
+std::remove_pointer_t<decltype(Ops::amplitudes)> amplitudes;
+std::remove_pointer_t<decltype(Ops::read_index)> read_index;
+std::remove_pointer_t<decltype(Ops::sum_planes)> sum_planes;
+std::remove_pointer_t<decltype(Ops::score_rows_f16)> score_rows_f16;
 
 extern const PrefillKernel kPrefillF32;
 extern const PrefillKernel kPrefillBf16;

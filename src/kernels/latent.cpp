@@ -142,11 +142,10 @@ void unpack_planes(const uint8_t* row, const PlaneRow& shape, const float* ampli
       VF part = hn::LoadU(d, amplitude + o * kOctet);
       VF value = hn::Zero(d);
       for (size_t j = 0; j < static_cast<size_t>(shape.n_plane) && shape.octets[j] > o; ++j) {
-        uint8_t bytes[8] = {};  // LoadMaskBits may look at 8
         const bool whole = shape.octets[j] - o >= kOctets;
-        bytes[0] = row[shape.offset[j] + o];
-        if (kOctets == 2 && whole) bytes[1] = row[shape.offset[j] + o + 1];
-        const VF signed_part = hn::IfThenElse(hn::LoadMaskBits(d, bytes), part, hn::Neg(part));
+        uint16_t bits = row[shape.offset[j] + o];
+        if (kOctets == 2 && whole) std::memcpy(&bits, row + shape.offset[j] + o, sizeof(bits));
+        const VF signed_part = hn::IfThenElse(mask_from_bits(d, bits), part, hn::Neg(part));
         value = hn::Add(value, whole ? signed_part : hn::IfThenElseZero(first_octet, signed_part));
         part = hn::Mul(part, hn::Set(d, 0.5F));
       }

@@ -30,6 +30,45 @@ using VI = hn::Vec<DI>;
 constexpr int64_t kByteLanes = 4 * kLanes;
 static_assert(kTile % kByteLanes == 0);
 
+#if HWY_TARGET == HWY_AVX3_DL
+/// Byte m of qword t: from where plane 8 - 1 - m .. of `kept` planes comes, see expand_all(); 255: zero.
+struct PlaneOrder {
+  HWY_ALIGN uint8_t source[kMaxBits + 1][64];
+  constexpr PlaneOrder() : source() {
+    for (int kept = 1; kept <= kMaxBits; ++kept) {
+      for (int t = 0; t < 8; ++t) {
+        for (int m = 0; m < 8; ++m) {
+          const int significance = 7 - m;
+          source[kept][8 * t + m] =
+              static_cast<uint8_t>(significance < kept ? 8 * (kept - 1 - significance) + t : 255);
+        }
+      }
+    }
+  }
+};
+constexpr PlaneOrder kPlaneOrder;
+
+/// All kTile codes of one coordinate: a product of bit matrices transposes eight planes of eight slots at a
+/// time. gf2p8affineqb gives bit b of byte i of a qword as the parity of (byte 7 - b of the matrix) & (byte i
+/// of the other): with one bit in each byte of the other, the matrix's columns. `bits` planes are there, the
+/// first `kept` count.
+HWY_INLINE VB expand_all(const uint8_t* planes, int bits, int kept) {
+  const DB d;
+  const __mmask64 there = bits == 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * bits)) - 1;
+  const __m512i order = _mm512_load_si512(kPlaneOrder.source[kept]);
+  const __m512i raw = _mm512_maskz_loadu_epi8(there, planes);
+  const __mmask64 used = _mm512_movepi8_mask(order);  // ones where there is nothing to take
+  __m512i matrix;
+  asm("vpermb %2, %1, %0 %{%3%}%{z%}" : "=v"(matrix) : "v"(order), "v"(raw), "Yk"(~used));
+  const __m512i each_slot = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201ULL));
+  __m512i code;
+  // Highway's target has GFNI and VBMI (it checks the CPU for them) but 1.0.3 does not tell the compiler so.
+  asm("vgf2p8affineqb $0, %2, %1, %0" : "=v"(code) : "v"(each_slot), "v"(matrix));
+  return VB{code};
+}
+#endif
+
+#if HWY_TARGET != HWY_AVX3_DL
 /// Codes of one coordinate for kByteLanes slots.
 HWY_INLINE VB expand(const uint8_t* planes, int n_plane) {
   const DB d;
@@ -42,6 +81,7 @@ HWY_INLINE VB expand(const uint8_t* planes, int n_plane) {
   }
   return code;
 }
+#endif
 
 #if NARROWS_BYTE_PRODUCTS
 /// sum += products of unsigned bytes a (at most 63) and signed bytes b, four to a lane.
@@ -145,10 +185,17 @@ void expand_index(const uint8_t* planes, const uint8_t* octet_bits, int64_t n_oc
     const int64_t next = bits * kTile / 8;
     for (int64_t part = 0; part < kTile / kByteLanes; ++part) {
       const uint8_t* from = planes + part * kByteLanes / 8;
+#if HWY_TARGET == HWY_AVX3_DL
+      const VB a = expand_all(from, bits, kept);
+      const VB b = expand_all(from + next, bits, kept);
+      const VB c = expand_all(from + 2 * next, bits, kept);
+      const VB e = expand_all(from + 3 * next, bits, kept);
+#else
       const VB a = expand(from, kept);
       const VB b = expand(from + next, kept);
       const VB c = expand(from + 2 * next, kept);
       const VB e = expand(from + 3 * next, kept);
+#endif
       const auto ab_low = hn::BitCast(dw, hn::InterleaveLower(d, a, b));
       const auto ab_high = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
       const auto ce_low = hn::BitCast(dw, hn::InterleaveLower(d, c, e));

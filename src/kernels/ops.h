@@ -117,6 +117,40 @@ struct Ops {
                       const float* step, const float* centre, int64_t first, int64_t n, float* score,
                       int64_t lds);
 
+  /// What a query [n_rot pairs (x_i, y_i) = (q[i], q[half + i])] becomes under any inverse rotation,
+  /// projected on n columns of basis [head_dim, ldb]: out [2 half, ldo], row 2 i = basis[i] x_i + basis[half
+  /// + i] y_i (times the cosine of pair i), row 2 i + 1 = basis[i] y_i - basis[half + i] x_i (times its
+  /// sine).
+  void (*fold_query)(const float* q, int64_t half, const float* basis, int64_t ldb, int64_t n, float* out,
+                     int64_t ldo);
+
+  /// Tokens whose pooled probability is at least `floor`: pooled[t] = sum over rows of weight[r] p[r * ldp +
+  /// t], t in [0, n). Writes (first + t, pooled[t]) of those, in order of t, and returns how many. A NaN is
+  /// none. index and value: room for n.
+  int64_t (*pool_candidates)(const float* p, int64_t ldp, int64_t n_row, const float* weight, int64_t n,
+                             float floor, int32_t first, int32_t* index, float* value);
+
+  /// Amplitudes of scale bytes [n].
+  void (*amplitudes)(const uint8_t* scales, int64_t n, float* amplitude);
+
+  /// One token's numbers out of an expanded index: z [n_coord] = (code - centre) step amplitude; n_coord a
+  /// multiple of 8.
+  void (*read_index)(const uint8_t* codes, int64_t token, int64_t n_coord, const float* step,
+                     const float* centre, const float* amplitude, float* z);
+
+  /// Weighted sums of rows of planes: sum [n_row, lds] at [0, 8 n_octet) = sum over tokens i < n of weight[r
+  /// * ldw
+  /// + i] times row i unpacked with its amplitudes; added to what is there if accumulate. rows, amplitudes: n
+  /// pointers, each as unpack_planes() takes them. lds >= pad_latent(8 n_octet): padding may be written.
+  void (*sum_planes)(const uint8_t* const* rows, const float* const* amplitudes, int64_t n,
+                     const PlaneRow& shape, const float* weight, int64_t ldw, int64_t n_row, bool accumulate,
+                     float* sum, int64_t lds);
+
+  /// score [n_row, lds] at [0, n): products of q [n_row, head_dim] with the rows slot[i] of key [..,
+  /// head_dim].
+  void (*score_rows_f16)(const f16_t* key, const int32_t* slot, int64_t n, const float* q, int64_t n_row,
+                         int64_t head_dim, float* score, int64_t lds);
+
   /// s [n], n > 0, finite: replaced by exp(s - max); max and the sum of the results. Exactly 0 below e^-87.3.
   void (*softmax_part)(float* s, int64_t n, float* max, float* sum);
 };

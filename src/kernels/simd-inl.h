@@ -177,6 +177,18 @@ HWY_INLINE VH to_half(DH d, VF x) {
 #endif
 }
 
+/// Lanes whose bit is set, lane 0 lowest; bits beyond the lanes are 0.
+HWY_INLINE hn::Mask<DF> mask_from_bits(DF d, uint32_t bits) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+  (void)d;
+  return hn::Mask<DF>{static_cast<decltype(hn::Mask<DF>().raw)>(bits)};
+#else
+  // LoadMaskBits may look at 8 bytes.
+  uint8_t bytes[8] = {static_cast<uint8_t>(bits), static_cast<uint8_t>(bits >> 8)};
+  return hn::LoadMaskBits(d, bytes);
+#endif
+}
+
 // One vector of the second factor of a product, whatever its storage.
 HWY_INLINE VF load_float(DF d, const float* p) { return hn::LoadU(d, p); }
 HWY_INLINE VF load_float(DF d, const f16_t* p) { return to_float(d, hn::LoadU(DH(), p)); }

@@ -1,0 +1,251 @@
+// fold_query, pool_candidates, amplitudes, read_index, sum_planes, score_rows_f16: what a sparse step over
+// latent pages does beside scoring. A lane is a coordinate, but for pool_candidates, where it is a token.
+#include "kernels/latent_page.h"
+#include "kernels/ref/ref.h"
+#include "kernels/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/latent_read.cpp"
+#include <hwy/foreach_target.h>
+
+#include "kernels/simd-inl.h"
+
+#if NARROWS_SIMD
+HWY_BEFORE_NAMESPACE();
+namespace narrows::kernels::HWY_NAMESPACE {
+namespace {
+
+using VI = hn::Vec<DI>;
+
+/// Query rows of one pass of sum_planes: that many sums of a vector of coordinates stay in registers.
+constexpr int64_t kSumRows = 4;
+
+}  // namespace
+
+void fold_query(const float* q, int64_t half, const float* basis, int64_t ldb, int64_t n, float* out,
+                int64_t ldo) {
+  const DF d;
+  for (int64_t i = 0; i < half; ++i) {
+    const float* a = basis + i * ldb;
+    const float* b = basis + (half + i) * ldb;
+    float* turned_cos = out + 2 * i * ldo;
+    float* turned_sin = turned_cos + ldo;
+    const VF x = hn::Set(d, q[i]), y = hn::Set(d, q[half + i]);
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) {
+      const VF va = hn::LoadU(d, a + c), vb = hn::LoadU(d, b + c);
+      hn::StoreU(hn::MulAdd(va, x, hn::Mul(vb, y)), d, turned_cos + c);
+      hn::StoreU(hn::MulSub(va, y, hn::Mul(vb, x)), d, turned_sin + c);
+    }
+    if (c < n) {
+      const VF va = load_n(d, a + c, n - c), vb = load_n(d, b + c, n - c);
+      store_n(hn::MulAdd(va, x, hn::Mul(vb, y)), d, turned_cos + c, n - c);
+      store_n(hn::MulSub(va, y, hn::Mul(vb, x)), d, turned_sin + c, n - c);
+    }
+  }
+}
+
+int64_t pool_candidates(const float* p, int64_t ldp, int64_t n_row, const float* weight, int64_t n,
+                        float floor, int32_t first, int32_t* index, float* value) {
+  const DF d;
+  const DI di;
+  const VF least = hn::Set(d, floor);
+  const VI lane = hn::Iota(di, 0);
+  int64_t count = 0;
+  for (int64_t t = 0; t < n; t += kLanes) {
+    const int64_t left = n - t < kLanes ? n - t : kLanes;
+    VF pooled = hn::Zero(d);
+    for (int64_t r = 0; r < n_row; ++r)
+      pooled = hn::MulAdd(hn::Set(d, weight[r]), load_n(d, p + r * ldp + t, left), pooled);
+    auto wanted = hn::Ge(pooled, least);
+    if (left < kLanes) wanted = hn::And(wanted, hn::FirstN(d, static_cast<size_t>(left)));
+    if (hn::AllFalse(d, wanted)) continue;
+    HWY_ALIGN float values[kLanes];
+    HWY_ALIGN int32_t indices[kLanes];
+    const auto m = static_cast<int64_t>(hn::CompressStore(pooled, wanted, d, values));
+    hn::CompressStore(hn::Add(lane, hn::Set(di, first + static_cast<int32_t>(t))), hn::RebindMask(di, wanted),
+                      di, indices);
+    for (int64_t i = 0; i < m; ++i) {
+      value[count + i] = values[i];
+      index[count + i] = indices[i];
+    }
+    count += m;
+  }
+  return count;
+}
+
+void amplitudes(const uint8_t* scales, int64_t n, float* amplitude) {
+  const DF d;
+  const DI di;
+  const hn::Rebind<uint8_t, DF> db;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    const VI s = hn::PromoteTo(di, hn::LoadU(db, scales + c));
+    // 2^(s / 8 - 16): the whole part by the exponent's field, the eighths by a table of the first octave.
+    const VF root = hn::GatherIndex(d, kAmplitude.data() + kScaleBias, hn::And(s, hn::Set(di, 7)));
+    const VI octave = hn::Sub(hn::ShiftRight<3>(s), hn::Set(di, kScaleBias / 8));
+    hn::StoreU(hn::BitCast(d, hn::Add(hn::BitCast(di, root), hn::ShiftLeft<23>(octave))), d, amplitude + c);
+  }
+  for (; c < n; ++c) amplitude[c] = kAmplitude[scales[c]];
+}
+
+void read_index(const uint8_t* codes, int64_t token, int64_t n_coord, const float* step, const float* centre,
+                const float* amplitude, float* z) {
+  const DF d;
+  const DI di;
+  const hn::Rebind<uint8_t, DF> db;
+  const uint8_t* four = codes + token * 4;
+  int64_t c = 0;
+  for (; c + kLanes <= n_coord; c += kLanes) {
+    HWY_ALIGN uint8_t code[kLanes];
+    for (int64_t i = 0; i < kLanes; i += 4) std::memcpy(code + i, four + (c + i) * kTile, 4);
+    const VF x = hn::ConvertTo(d, hn::PromoteTo(di, hn::Load(db, code)));
+    const VF unit = hn::Mul(hn::LoadU(d, step + c), hn::LoadU(d, amplitude + c));
+    hn::StoreU(hn::Mul(hn::Sub(x, hn::LoadU(d, centre + c)), unit), d, z + c);
+  }
+  for (; c < n_coord; ++c) {
+    const auto code = static_cast<float>(four[c / 4 * 4 * kTile + c % 4]);
+    z[c] = (code - centre[c]) * (step[c] * amplitude[c]);
+  }
+}
+
+namespace {
+
+/// One vector of coordinates, octets [o, o + kOctets), of kRows sums over n tokens.
+template <int kRows>
+HWY_INLINE void sum_vector(const uint8_t* const* rows, const float* const* amplitudes, int64_t n,
+                           const PlaneRow& shape, int64_t o, const float* weight, int64_t ldw,
+                           bool accumulate, float* sum, int64_t lds) {
+  constexpr int64_t kOctets = kLanes / kOctet;  // 1 or 2
+  const DF d;
+  const auto first_octet = hn::FirstN(d, kOctet);
+  int n_plane = 0;
+  int n_whole = 0;
+  while (n_plane < shape.n_plane && shape.octets[static_cast<size_t>(n_plane)] > o) ++n_plane;
+  while (n_whole < n_plane && shape.octets[static_cast<size_t>(n_whole)] >= o + kOctets) ++n_whole;
+  // A set bit of plane j counts 2^-j, an unset one -2^-j: bits twice, less all of them.
+  float all_first = 0;
+  float all_second = 0;
+  for (int j = 0; j < n_plane; ++j) all_first += 1.0F / static_cast<float>(1 << j);
+  for (int j = 0; j < n_whole; ++j) all_second += 1.0F / static_cast<float>(1 << j);
+  const VF base = hn::Neg(hn::IfThenElse(first_octet, hn::Set(d, all_first), hn::Set(d, all_second)));
+  VF total[kRows];
+  NARROWS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    total[r] = accumulate ? hn::LoadU(d, sum + r * lds + o * kOctet) : hn::Zero(d);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const uint8_t* row = rows[i];
+    VF value = base;
+    for (int j = 0; j < n_plane; ++j) {
+      const uint8_t* from = row + shape.offset[static_cast<size_t>(j)] + o;
+      uint16_t bits = from[0];
+      if (kOctets == 2 && j < n_whole) std::memcpy(&bits, from, sizeof(bits));
+      const auto set = mask_from_bits(d, bits);
+      value = hn::IfThenElse(set, hn::Add(value, hn::Set(d, 2.0F / static_cast<float>(1 << j))), value);
+    }
+    value = hn::Mul(value, hn::LoadU(d, amplitudes[i] + o * kOctet));
+    NARROWS_UNROLL
+    for (int r = 0; r < kRows; ++r) total[r] = hn::MulAdd(hn::Set(d, weight[r * ldw + i]), value, total[r]);
+  }
+  NARROWS_UNROLL
+  for (int r = 0; r < kRows; ++r) hn::StoreU(total[r], d, sum + r * lds + o * kOctet);
+}
+
+}  // namespace
+
+void sum_planes(const uint8_t* const* rows, const float* const* amplitudes, int64_t n, const PlaneRow& shape,
+                const float* weight, int64_t ldw, int64_t n_row, bool accumulate, float* sum, int64_t lds) {
+  if constexpr (kLanes < kOctet) {
+    ref::sum_planes(rows, amplitudes, n, shape, weight, ldw, n_row, accumulate, sum, lds);
+  } else {
+    for (int64_t r = 0; r < n_row; r += kSumRows) {
+      const float* w = weight + r * ldw;
+      float* to = sum + r * lds;
+      for (int64_t o = 0; o < shape.n_octet; o += kLanes / kOctet) {
+        switch (n_row - r) {
+          case 1:
+            sum_vector<1>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
+            break;
+          case 2:
+            sum_vector<2>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
+            break;
+          case 3:
+            sum_vector<3>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
+            break;
+          default:
+            sum_vector<kSumRows>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+/// kRows query rows against one key.
+template <int kRows>
+HWY_INLINE void score_key(const f16_t* k, const float* q, int64_t head_dim, float* score, int64_t lds) {
+  const DF d;
+  VF sum[kRows];
+  NARROWS_UNROLL
+  for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
+  int64_t c = 0;
+  for (; c + kLanes <= head_dim; c += kLanes) {
+    const VF key = load_float(d, k + c);
+    NARROWS_UNROLL
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(key, hn::LoadU(d, q + r * head_dim + c), sum[r]);
+  }
+  if (c < head_dim) {
+    const VF key = load_float_n(d, k + c, head_dim - c);
+    NARROWS_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      sum[r] = hn::MulAdd(key, load_n(d, q + r * head_dim + c, head_dim - c), sum[r]);
+  }
+  NARROWS_UNROLL
+  for (int r = 0; r < kRows; ++r) score[r * lds] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+}
+
+}  // namespace
+
+void score_rows_f16(const f16_t* key, const int32_t* slot, int64_t n, const float* q, int64_t n_row,
+                    int64_t head_dim, float* score, int64_t lds) {
+  constexpr int kRows = 8;
+  for (int64_t r = 0; r < n_row; r += kRows) {
+    const float* rows = q + r * head_dim;
+    float* to = score + r * lds;
+    const auto each = [&](auto m) {
+      for (int64_t i = 0; i < n; ++i)
+        score_key<decltype(m)::value>(key + slot[i] * head_dim, rows, head_dim, to + i, lds);
+    };
+    switch (n_row - r) {
+      case 1:
+        each(std::integral_constant<int, 1>());
+        break;
+      case 2:
+        each(std::integral_constant<int, 2>());
+        break;
+      case 3:
+        each(std::integral_constant<int, 3>());
+        break;
+      case 4:
+        each(std::integral_constant<int, 4>());
+        break;
+      case 5:
+        each(std::integral_constant<int, 5>());
+        break;
+      case 6:
+        each(std::integral_constant<int, 6>());
+        break;
+      case 7:
+        each(std::integral_constant<int, 7>());
+        break;
+      default:
+        each(std::integral_constant<int, kRows>());
+    }
+  }
+}
+
+}  // namespace narrows::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif  // NARROWS_SIMD
