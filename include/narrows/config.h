@@ -37,12 +37,16 @@ struct KvProfile {
   int64_t rank = 0;              ///< klt: key coordinates that scoring reads; 0: max(32, D / 8)
   int64_t block = 64;            ///< klt: tokens that share a rotation in scoring; 16, 32 or 64
   int64_t budget = kBudgetAuto;  ///< tokens selected beside the sinks and the recent ones
+  double mass = 1;               ///< klt: share of the attention mass that selecting stops at, in (0, 1]
   int64_t n_sink = 16;           ///< first tokens, always exact and always read (all kinds but f16)
   int64_t n_recent = 64;         ///< last tokens, always exact and always read (all kinds but f16)
 
-  /// Tokens to select at a context of n_kv tokens: max(432, n_kv / 8 - n_sink - n_recent) when automatic,
-  /// i.e. 1/8 of the context from 4K on (PAPERS: the split 16 + 432 + 64 of SALS at 4K). klt: max(432, n_kv /
-  /// 12), with which it is as close to f16 as with all tokens (docs/experiments.md).
+  /// Tokens that SALS selects at 4K, beside 16 sinks and 64 recent ones (arXiv:2510.24273).
+  static constexpr int64_t kBudgetAt4K = 432;
+
+  /// Most tokens to select at a context of n_kv tokens: max(432, n_kv / 8 - n_sink - n_recent) when
+  /// automatic, i.e. 1/8 of the context from 4K on (PAPERS: the split 16 + 432 + 64 of SALS at 4K). klt:
+  /// max(432, n_kv / 12), with which it is as close to f16 as with all tokens (docs/experiments.md).
   int64_t budget_at(int64_t n_kv) const;
 
   /// True if this layer keeps an exact f16 cache: all layers for f16; 0, 1 and the last for sals; none for

@@ -52,10 +52,15 @@ struct Key {
   }
 };
 
-constexpr std::array<Key, 7> kKeys = {{
+/// Of the attention mass beside sinks and recent tokens, klt's selection leaves out this much at most if its
+/// budget allows: a third of the tokens for a tenth of the error (docs/experiments.md).
+constexpr double kKltMass = 0.99;
+
+constexpr std::array<Key, 8> kKeys = {{
     {"k", nullptr, &KvProfile::key_rate, 0, 8, false, false, false, true},
     {"v", nullptr, &KvProfile::value_rate, 0, 8, false, false, false, true},
     {"budget", &KvProfile::budget, nullptr, 1, 1'000'000'000, true, false, true, true},
+    {"mass", nullptr, &KvProfile::mass, 0, 1, false, false, false, true},
     {"rank", &KvProfile::rank, nullptr, 8, 4096, false, false, false, true},
     {"block", &KvProfile::block, nullptr, 16, 64, false, false, false, true},
     {"sinks", &KvProfile::n_sink, nullptr, 0, 4096, false, true, true, true},
@@ -65,8 +70,8 @@ constexpr std::array<Key, 7> kKeys = {{
 /// Fewest bits that still give every model a coordinate to score.
 constexpr double kLeastRate = 0.25;
 
-/// Tokens that SALS selects at 4K, beside 16 sinks and 64 recent ones (arXiv:2510.24273).
-constexpr int64_t kBudgetAt4K = 432;
+/// Less of the attention would not be an answer.
+constexpr double kLeastMass = 0.5;
 
 std::string keys_of(const NamedProfile& profile) {
   std::string list;
@@ -80,13 +85,15 @@ Status bad_profile(std::string_view text, const std::string& reason) {
   return {StatusCode::invalid_argument, fmt::format("cache profile {}: {}", quote(text), reason)};
 }
 
+double least_of(const Key& key) { return key.real == &KvProfile::mass ? kLeastMass : kLeastRate; }
+
 /// Reads the value of a key into the profile; false if it is not a number in the key's range.
 bool parse_number(std::string_view text, const Key& key, KvProfile& profile) {
   const char* end = text.data() + text.size();
   if (key.real != nullptr) {
     double number = 0;
     const auto [stop, error] = std::from_chars(text.data(), end, number, std::chars_format::fixed);
-    if (error != std::errc() || stop != end || !(number >= kLeastRate) ||
+    if (error != std::errc() || stop != end || !(number >= least_of(key)) ||
         number > static_cast<double>(key.high))
       return false;
     profile.*(key.real) = number;
@@ -107,6 +114,7 @@ bool parse_number(std::string_view text, const Key& key, KvProfile& profile) {
 
 /// What the value of a key may be, for an error sentence.
 std::string range_of(const Key& key) {
+  if (key.real == &KvProfile::mass) return fmt::format("a share of the attention from {} to 1", kLeastMass);
   if (key.real != nullptr) return fmt::format("a number of bits from {} to {}", kLeastRate, key.high);
   if (key.whole == &KvProfile::block) return "16, 32 or 64";
   return fmt::format("a {} from {} to {}{}", key.whole == &KvProfile::rank ? "multiple of 8" : "whole number",
@@ -175,6 +183,7 @@ Result<KvProfile> KvProfile::parse(std::string_view text) {
   profile.rank_divisor = named->rank_divisor;
   profile.key_rate = named->key_rate;
   profile.value_rate = named->value_rate;
+  if (profile.kind == KvKind::klt) profile.mass = kKltMass;
   if (colon == std::string_view::npos) return profile;
 
   std::array<bool, kKeys.size()> seen = {};

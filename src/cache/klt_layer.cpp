@@ -73,7 +73,8 @@ KltLayer::KltLayer(int64_t layer, const AttentionShape& shape, const kernels::Ro
       options_(options),
       distances_(std::move(distances)),
       value_weight_(std::move(value_weight)),
-      heads_(heads_of_part(shape.n_head_kv, shape.head_dim)) {}
+      heads_(heads_of_part(shape.n_head_kv, shape.head_dim)),
+      hot_keys_(static_cast<size_t>(shape.n_head_kv), KltHotKeys(shape.head_dim)) {}
 
 Status KltLayer::use_basis(const KltLayerBasis& basis) {
   Status s = set_transforms(basis);
@@ -141,7 +142,14 @@ int64_t KltLayer::codec_bytes() const {
   return n;
 }
 
+int64_t KltLayer::hot_bytes() const {
+  int64_t n = 0;
+  for (const KltHotKeys& keys : hot_keys_) n += keys.bytes();
+  return n;
+}
+
 void KltLayer::drop_codec() {
+  for (KltHotKeys& keys : hot_keys_) keys.clear();
   if (from_file_) return;
   parts_.clear();
   queries_.reset();  // made anew when needed: this runs after a failure, and must not fail itself
@@ -188,6 +196,12 @@ void KltLayer::decode(int64_t first, int64_t n, float* k, float* v) const {
     done += m;
   }
   rotate_keys(shape(), rope(), n_sink() + first, n, /*inverse=*/false, k, k);
+  // As hot keys hold them: a step and a later prompt read the same numbers.
+  std::vector<kernels::f16_t> half(static_cast<size_t>(width));
+  for (int64_t t = 0; t < n; ++t) {
+    ops().f32_to_f16(k + t * width, half.data(), width);
+    ops().f16_to_f32(half.data(), k + t * width, width);
+  }
 }
 
 }  // namespace narrows

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "cache/klt_hot_keys.h"
 #include "cache/klt_page.h"
 #include "cache/windowed_layer.h"
 
@@ -51,6 +52,10 @@ struct KltOptions {
   int64_t n_index = 0;  ///< coordinates scored, over all parts together
 };
 
+/// Tokens whose rebuilt keys a KV head keeps: the most that a step selects, in whole pages; with `budget=all`
+/// only contexts as short as the smallest budget are kept.
+int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv);
+
 class KltLayer final : public WindowedLayer {
  public:
   /// basis may be null; if given, it fits the shape. distances outlive the layer.
@@ -75,10 +80,14 @@ class KltLayer final : public WindowedLayer {
   int64_t heads_of_a_part() const { return heads_; }
   const KltOptions& options() const { return options_; }
 
+  /// Keys of a KV head that the decode step keeps from step to step: its own to fill, forgotten by clear().
+  KltHotKeys& hot_keys(int64_t head) { return hot_keys_[static_cast<size_t>(head)]; }
+
  protected:
   Status make_codec(const Incoming& incoming) override;
   bool has_codec() const override { return !parts_.empty(); }
   int64_t codec_bytes() const override;
+  int64_t hot_bytes() const override;
   void drop_codec() override;
   Status encode(int64_t first, int64_t last, const Incoming& incoming) override;
   void decode(int64_t first, int64_t n, float* k, float* v) const override;
@@ -94,6 +103,7 @@ class KltLayer final : public WindowedLayer {
   bool from_file_ = false;                  ///< then the transforms outlive clear()
   std::unique_ptr<KltStatistics> queries_;  ///< null: none seen, or no longer needed
   std::vector<KltPart> parts_;
+  std::vector<KltHotKeys> hot_keys_;  ///< [n_head_kv]
 };
 
 }  // namespace narrows

@@ -27,10 +27,6 @@ uint64_t eight_bytes(const uint8_t* p) {
   return x;
 }
 
-void amplitudes_of(const uint8_t* scales, int64_t n, float* amplitude) {
-  for (int64_t c = 0; c < n; ++c) amplitude[c] = kernels::kAmplitude[scales[c]];
-}
-
 /// z [kPageTokens, ldz] of rows x [kPageTokens, ld].
 void transform(const KltTransform& t, const float* x, int64_t ld, float* z, int64_t ldz) {
   const int64_t width = t.width;
@@ -163,31 +159,35 @@ void KltPart::write_index(const uint8_t* codes, int64_t ldc, uint8_t* planes) co
   }
 }
 
-void KltPart::read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
+void KltPart::value_amplitudes(const std::byte* page, float* amplitude) const {
+  ops().amplitudes(value_scales(page), layout_.n_value, amplitude);
+}
+
+void KltPart::read_keys(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
                         KltScratch& scratch) const {
   const kernels::Ops& op = ops();
-  const auto* const bytes = reinterpret_cast<const uint8_t*>(page);
-  amplitudes_of(key_scales(page), layout_.n_key, scratch.key_amplitude.data());
-  amplitudes_of(value_scales(page), layout_.n_value, scratch.value_amplitude.data());
+  op.amplitudes(key_scales(page), layout_.n_key, scratch.key_amplitude.data());
   if (layout_.n_index > 0) {
     op.expand_index(index(page), key_.octet_bits.data(), layout_.n_index / kOctet, kernels::kMaxBits,
                     scratch.codes.data());
   }
+  const auto* const rest = reinterpret_cast<const uint8_t*>(page) + layout_.rest_offset();
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t t = slots[i];
     float* z = scratch.key.data() + (row + i) * scratch.ld;
-    const uint8_t* four = scratch.codes.data() + 4 * t;
-    for (int64_t c = 0; c < layout_.n_index; c += 4, four += 4 * kPageTokens) {
-      for (int64_t j = 0; j < 4; ++j) {
-        const auto at = static_cast<size_t>(c + j);
-        z[c + j] =
-            (static_cast<float>(four[j]) - full_centre_[at]) * full_step_[at] * scratch.key_amplitude[c + j];
-      }
-    }
-    op.unpack_planes(bytes + layout_.rest_offset() + t * layout_.rest.bytes, layout_.rest,
+    op.read_index(scratch.codes.data(), slots[i], layout_.n_index, full_step_.data(), full_centre_.data(),
+                  scratch.key_amplitude.data(), z);
+    op.unpack_planes(rest + slots[i] * layout_.rest.bytes, layout_.rest,
                      scratch.key_amplitude.data() + layout_.n_index, z + layout_.n_index);
-    op.unpack_planes(bytes + layout_.value_offset() + t * layout_.value.bytes, layout_.value,
-                     scratch.value_amplitude.data(), scratch.value.data() + (row + i) * scratch.ld);
+  }
+}
+
+void KltPart::read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
+                        KltScratch& scratch) const {
+  read_keys(page, slots, n, row, scratch);
+  value_amplitudes(page, scratch.value_amplitude.data());
+  for (int64_t i = 0; i < n; ++i) {
+    ops().unpack_planes(value_row(page, slots[i]), layout_.value, scratch.value_amplitude.data(),
+                        scratch.value.data() + (row + i) * scratch.ld);
   }
 }
 

@@ -76,6 +76,15 @@ class KltPart {
   /// Latents of tokens slots [n] of a page into rows [row, row + n) of scratch.key and scratch.value.
   void read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
                  KltScratch& scratch) const;
+  /// The keys of them alone.
+  void read_keys(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
+                 KltScratch& scratch) const;
+  /// One token's row of planes of the value, of shape layout().value, and the amplitudes
+  /// [pad_latent(n_value)] of its page.
+  const uint8_t* value_row(const std::byte* page, int64_t slot) const {
+    return reinterpret_cast<const uint8_t*>(page) + layout_.value_offset() + slot * layout_.value.bytes;
+  }
+  void value_amplitudes(const std::byte* page, float* amplitude) const;
 
   /// Keys before RoPE of one KV head out of n latent rows: k [n, ldk], channels [channel, channel + count) of
   /// the part.

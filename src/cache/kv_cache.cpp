@@ -105,10 +105,13 @@ int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_di
   const int64_t in_pages = encodes ? plan.in_pages(n) : 0;
   int64_t page_bytes = 0;
   int64_t basis = 0;
+  int64_t hot = 0;
   if (klt) {
     const KltBytes bytes = klt_bytes(profile, n_head_kv, head_dim);
     page_bytes = bytes.page;
     basis = encodes ? bytes.basis : 0;
+    // Rows and five lists of a word each.
+    hot = klt_hot_tokens(profile, in_pages, n) * n_head_kv * (head_dim * kF16 + 5 * int64_t{sizeof(int32_t)});
   } else if (sals) {
     page_bytes = sals_layout(profile, width).bytes();
     basis = encodes ? width * sals_layout(profile, width).rank * int64_t{sizeof(float)} : 0;
@@ -116,10 +119,16 @@ int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_di
     page_bytes = kivi_layout(profile, width).bytes();
   }
   return exact_bytes(n_sink, width, kWindowBlock) + exact_bytes(n - n_sink - in_pages, width, kWindowBlock) +
-         ceil_div(in_pages, kPageTokens) * page_bytes + basis;
+         ceil_div(in_pages, kPageTokens) * page_bytes + basis + hot;
 }
 
 }  // namespace
+
+int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv) {
+  const int64_t most =
+      profile.budget == KvProfile::kBudgetAll ? KvProfile::kBudgetAt4K : profile.budget_at(n_kv);
+  return std::min(ceil_div(n_in_pages, kPageTokens) * kPageTokens, ceil_div(most, kPageTokens) * kPageTokens);
+}
 
 Result<std::unique_ptr<KvCache>> KvCache::create(const ModelInfo& model, const KvProfile& profile,
                                                  const AttentionShape& shape, const kernels::RopeTable* rope,

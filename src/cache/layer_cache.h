@@ -28,8 +28,9 @@ struct LayerBytes {
   int64_t pages = 0;  ///< encoded pages
   int64_t exact = 0;  ///< sinks and recent window, or all tokens of an f16 layer
   int64_t basis = 0;  ///< transforms that belong to this cache alone
+  int64_t hot = 0;    ///< rebuilt keys kept from step to step; none before the first step
   int64_t n_tokens_in_pages = 0;
-  int64_t total() const { return pages + exact + basis; }
+  int64_t total() const { return pages + exact + basis + hot; }
 };
 
 /// Storage of one layer. Not thread-safe but where a method says so. Keys come in before RoPE, [n, D]

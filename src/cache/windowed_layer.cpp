@@ -146,6 +146,7 @@ LayerBytes WindowedLayer::bytes() const {
   return {.pages = pages_.bytes(),
           .exact = sinks_.bytes() + window_.bytes(),
           .basis = codec_bytes(),
+          .hot = hot_bytes(),
           .n_tokens_in_pages = n_in_pages_};
 }
 

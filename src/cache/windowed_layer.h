@@ -52,6 +52,7 @@ class WindowedLayer : public LayerCache {
   virtual Status make_codec(const Incoming& /*incoming*/) { return {}; }
   virtual bool has_codec() const { return true; }
   virtual int64_t codec_bytes() const { return 0; }
+  virtual int64_t hot_bytes() const { return 0; }
   /// Forgets what make_codec() made.
   virtual void drop_codec() {}
 

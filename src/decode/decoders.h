@@ -5,6 +5,7 @@
 #include "cache/kivi_layer.h"
 #include "cache/klt_layer.h"
 #include "cache/sals_layer.h"
+#include "decode/klt_work.h"
 #include "decode/layer_decoder.h"
 #include "decode/stages.h"
 
@@ -59,31 +60,36 @@ class SalsDecoder final : public LayerDecoder {
   std::vector<int32_t> positions_;  ///< [n_selected_], those of the last step
 };
 
-/// klt layers. Phase 0: store the new token, attend to exact blocks, score. 1: pool and select, a KV head a
-/// task. 2: rebuild the selected and attend to them. 3: merge. As with SALS, a layer that waits for its
-/// transforms has no pages.
+/// klt layers. Phase 0: store the new token, attend to exact blocks, score. 1: pool, candidates. 2: select, a
+/// KV head a task. 3: rebuild what the hot keys lack, attend, a run of selected tokens a task. 4: merge. As
+/// with SALS, a layer that waits for its transforms has no pages.
 class KltDecoder final : public LayerDecoder {
  public:
   KltDecoder(KltLayer& layer, const KvProfile& profile)
       : layer_(layer), profile_(profile), exact_{&layer.sinks(), &layer.window()} {}
 
   Status prepare(StepScratch& scratch) override;
-  int n_phase() const override { return 4; }
+  int n_phase() const override { return 5; }
   void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) override;
   void finish() override;
   std::optional<std::span<const int32_t>> last_selection(int64_t head_kv) const override;
 
  private:
+  /// How a step reads the pages: those tokens that matter; all, out of hot keys; all, rebuilt and forgotten.
+  enum class Way { sparse, hot, streamed };
+
+  void select(KltWork& work, KltWork::Thread& thread, int64_t head_kv);
+  void attend_runs(const float* q, KltWork& work, KltWork::Thread& thread);
   void attend_slice(StepScratch& scratch, int i, int ith);
-  void select(StepScratch& scratch, int64_t head_kv);
 
   KltLayer& layer_;
   KvProfile profile_;
   ExactBlocks exact_;
-  int64_t n_selected_ = 0;
-  bool sparse_ = false;             ///< the last step left tokens out
+  int64_t budget_ = 0;  ///< most tokens that a KV head reads from pages in this step
+  Way way_ = Way::hot;
   const float* query_ = nullptr;    ///< of the running step
-  std::vector<int32_t> positions_;  ///< [n_head_kv, n_selected_], those of the last step
+  std::vector<int32_t> positions_;  ///< [n_head_kv, budget_], those of the last step
+  std::vector<int64_t> n_read_;     ///< [n_head_kv]: of positions_
 };
 
 }  // namespace narrows

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <span>
 
 #include "decode/klt_work.h"
@@ -14,11 +15,12 @@ using kernels::ops;
 
 namespace {
 
-int64_t padded(int64_t n) { return kernels::pad_latent(n); }
+/// Tokens of a run, at least: enough for a good product of those that are to be rebuilt.
+constexpr int64_t kRunTokens = 64;
 
-/// Latents of n <= kTile tokens of one part into thread.tile.
-void read_tile(const KltLayer& layer, const KltPart& part, std::span<const int32_t> tokens,
-               KltWork::Thread& thread) {
+/// Calls read(page, slots, n, row) for the runs of tokens [n] that share a page; row: index of their first.
+template <class Read>
+void by_page(std::span<const int32_t> tokens, Read&& read) {
   int32_t slots[kTile];
   for (size_t i = 0; i < tokens.size();) {
     const int64_t page = tokens[i] / kPageTokens;
@@ -27,33 +29,110 @@ void read_tile(const KltLayer& layer, const KltPart& part, std::span<const int32
       slots[n] = static_cast<int32_t>(tokens[i + n] % kPageTokens);
       ++n;
     }
-    part.read_rows(layer.page(page), slots, static_cast<int64_t>(n), static_cast<int64_t>(i), thread.tile);
+    read(page, slots, static_cast<int64_t>(n), static_cast<int64_t>(i));
     i += n;
   }
 }
 
-/// One KV head over a tile whose latents are in thread.tile.
-void attend_head(const KltLayer& layer, int64_t head_kv, int64_t n, const float* q, const KltWork& work,
-                 KltWork::Thread& thread, KltWork::Slice& slice) {
-  const AttentionShape& shape = layer.shape();
-  const int64_t d = shape.head_dim, group = shape.group(), n_rot = layer.rope().n_rot(),
-                columns = work.columns;
-  const KltPart& part = layer.part_of_head(head_kv);
-  part.rebuild_keys(thread.tile.key.data(), thread.tile.ld, n, layer.channel_of_head(head_kv), d,
-                    thread.key.data(), d);
-  ops().rope_rows(thread.key.data(), n, d, n_rot, thread.cos.data(), thread.sin.data(), n_rot / 2, false,
-                  thread.key.data());
-  for (int64_t r = 0; r < group; ++r) {
-    for (int64_t c = 0; c < d; ++c) thread.query_t[c * columns + r] = q[(head_kv * group + r) * d + c];
+/// Keys of the latent rows in thread.tile, at most kTile, rotated to the tokens' positions: halves, in
+/// thread.half.
+void rebuild(const KltLayer& layer, int64_t head_kv, std::span<const int32_t> tokens,
+             KltWork::Thread& thread) {
+  const int64_t d = layer.shape().head_dim, half = layer.rope().n_rot() / 2;
+  const auto n = static_cast<int64_t>(tokens.size());
+  for (int64_t t = 0; t < n; ++t) {
+    layer.rope().at(layer.n_sink() + tokens[static_cast<size_t>(t)], thread.cos.data() + t * half,
+                    thread.sin.data() + t * half);
   }
-  ops().gemm(n, columns, d, thread.key.data(), d, thread.query_t.data(), columns, thread.score.data(),
-             columns, false);
+  layer.part_of_head(head_kv).rebuild_keys(thread.tile.key.data(), thread.tile.ld, n,
+                                           layer.channel_of_head(head_kv), d, thread.key.data(), d);
+  ops().rope_rows(thread.key.data(), n, d, 2 * half, thread.cos.data(), thread.sin.data(), half, false,
+                  thread.key.data());
+  ops().f32_to_f16(thread.key.data(), thread.half.data(), n * d);
+}
 
-  const int64_t n_value = part.layout().n_value;
+/// Fills the rows of hot keys that are missing among selected tokens [run.begin, run.end).
+void rebuild_missing(KltLayer& layer, int64_t head_kv, Part run, KltWork& work, KltWork::Thread& thread) {
+  const int64_t at = head_kv * work.ld, d = layer.shape().head_dim;
+  const int32_t* first = work.missing.data() + at;
+  const int32_t* last = first + work.n_missing[static_cast<size_t>(head_kv)];
+  first = std::lower_bound(first, last, static_cast<int32_t>(run.begin));
+  last = std::lower_bound(first, last, static_cast<int32_t>(run.end));
+  const KltPart& part = layer.part_of_head(head_kv);
+  KltHotKeys& hot = layer.hot_keys(head_kv);
+  int32_t tokens[kTile];
+  for (; first < last; first += std::min<int64_t>(kTile, last - first)) {
+    const int64_t n = std::min<int64_t>(kTile, last - first);
+    for (int64_t i = 0; i < n; ++i) tokens[i] = work.selected[static_cast<size_t>(at + first[i])];
+    const std::span<const int32_t> tile(tokens, static_cast<size_t>(n));
+    by_page(tile, [&](int64_t page, const int32_t* slots, int64_t count, int64_t row) {
+      part.read_keys(layer.page(page), slots, count, row, thread.tile);
+    });
+    rebuild(layer, head_kv, tile, thread);
+    for (int64_t i = 0; i < n; ++i) {
+      std::copy_n(thread.half.data() + i * d, d, hot.row(work.slot[static_cast<size_t>(at + first[i])]));
+    }
+  }
+}
+
+}  // namespace
+
+int64_t klt_n_run(int64_t n_selected) { return std::min<int64_t>(ceil_div(n_selected, kRunTokens), kSlices); }
+
+void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
+                    KltWork::Thread& thread) {
+  const AttentionShape& shape = layer.shape();
+  const int64_t d = shape.head_dim, group = shape.group(), head = head_kv * group, at = head_kv * work.ld;
+  const int64_t n_selected = work.n_selected[static_cast<size_t>(head_kv)];
+  const Part own = part_of(n_selected, static_cast<int>(run), static_cast<int>(klt_n_run(n_selected)));
+  const int64_t n = own.end - own.begin;
+  rebuild_missing(layer, head_kv, own, work, thread);
+  KltWork::Slice& slice = *work.slices[static_cast<size_t>(run)];
+  float* score = thread.run_score.data();
+  ops().score_rows_f16(layer.hot_keys(head_kv).rows(), work.slot.data() + at + own.begin, n, q + head * d,
+                       group, d, score, n);
+  for (int64_t r = 0; r < group; ++r)
+    ops().softmax_part(score + r * n, n, &slice.max[head + r], &slice.sum[head + r]);
+
+  const KltPart& part = layer.part_of_head(head_kv);
+  const uint8_t* rows[kTile];
+  const float* amplitudes[kTile];
+  for (int64_t done = 0; done < n; done += kTile) {
+    const int64_t m = std::min(kTile, n - done);
+    float* amplitude = thread.amplitude.data();
+    const int32_t* selected = work.selected.data() + at + own.begin + done;
+    by_page({selected, static_cast<size_t>(m)},
+            [&](int64_t page, const int32_t* slots, int64_t count, int64_t row) {
+              part.value_amplitudes(layer.page(page), amplitude);
+              for (int64_t i = 0; i < count; ++i) {
+                rows[row + i] = part.value_row(layer.page(page), slots[i]);
+                amplitudes[row + i] = amplitude;
+              }
+              amplitude += work.ld_latent;
+            });
+    ops().sum_planes(rows, amplitudes, m, part.layout().value, score + done, n, group, done > 0,
+                     slice.latent.data() + head * work.ld_latent, work.ld_latent);
+  }
+}
+
+namespace {
+
+/// One KV head over a tile whose latents are in thread.tile.
+void attend_head(const KltLayer& layer, int64_t head_kv, std::span<const int32_t> tokens, const float* q,
+                 const KltWork& work, KltWork::Thread& thread, KltWork::Slice& slice) {
+  const AttentionShape& shape = layer.shape();
+  const int64_t d = shape.head_dim, group = shape.group();
+  const auto n = static_cast<int64_t>(tokens.size());
+  rebuild(layer, head_kv, tokens, thread);
+  int32_t rows[kTile];
+  std::iota(rows, rows + n, 0);
+  ops().score_rows_f16(thread.half.data(), rows, n, q + head_kv * group * d, group, d, thread.score.data(),
+                       kTile);
+
+  const int64_t n_value = layer.part_of_head(head_kv).layout().n_value;
   for (int64_t r = 0; r < group; ++r) {
     const int64_t h = head_kv * group + r;
-    float* weight = thread.weight.data();
-    for (int64_t t = 0; t < n; ++t) weight[t] = thread.score[t * columns + r];
+    float* weight = thread.score.data() + r * kTile;
     float max = 0;
     float sum = 0;
     ops().softmax_part(weight, n, &max, &sum);
@@ -78,22 +157,23 @@ void attend_head(const KltLayer& layer, int64_t head_kv, int64_t n, const float*
 
 }  // namespace
 
-void klt_attend(const KltLayer& layer, std::span<const int32_t> tokens, Part heads, const float* q,
-                KltWork& work, KltWork::Thread& thread, KltWork::Slice& slice) {
-  const int64_t half = layer.rope().n_rot() / 2;
-  for (size_t done = 0; done < tokens.size(); done += kTile) {
-    const auto tile = tokens.subspan(done, std::min<size_t>(kTile, tokens.size() - done));
-    const auto n = static_cast<int64_t>(tile.size());
-    for (int64_t t = 0; t < n; ++t) {
-      layer.rope().at(layer.n_sink() + tile[static_cast<size_t>(t)], thread.cos.data() + t * half,
-                      thread.sin.data() + t * half);
-    }
+void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork& work,
+                    KltWork::Thread& thread, KltWork::Slice& slice) {
+  int32_t tile[kTile];
+  for (int64_t first = tokens.begin; first < tokens.end; first += kTile) {
+    const int64_t n = std::min(kTile, tokens.end - first);
+    for (int64_t t = 0; t < n; ++t) tile[t] = static_cast<int32_t>(first + t);
+    const std::span<const int32_t> span(tile, static_cast<size_t>(n));
     const KltPart* held = nullptr;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
+    for (int64_t h = 0; h < layer.shape().n_head_kv; ++h) {
       const KltPart& part = layer.part_of_head(h);
-      if (&part != held) read_tile(layer, part, tile, thread);
+      if (&part != held) {
+        by_page(span, [&](int64_t page, const int32_t* slots, int64_t count, int64_t row) {
+          part.read_rows(layer.page(page), slots, count, row, thread.tile);
+        });
+      }
       held = &part;
-      attend_head(layer, h, n, q, work, thread, slice);
+      attend_head(layer, h, span, q, work, thread, slice);
     }
   }
 }
@@ -143,75 +223,6 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWo
     const float inverse = total > 0 ? 1.0F / total : 0.0F;
     for (int64_t c = 0; c < d; ++c) y[c] *= inverse;
   }
-}
-
-// --- buffers ---
-
-KltWork::Thread::Thread(const KltLayer& layer, int64_t blocks_a_page)
-    : tile(layer.heads_of_a_part() * layer.shape().head_dim),
-      query(layer.shape().n_head * layer.shape().head_dim),
-      turned(std::max(kScoreChunk, blocks_a_page) * layer.shape().group() * layer.shape().head_dim),
-      projected(layer.shape().n_head * std::max(kScoreChunk, blocks_a_page) *
-                (padded(layer.options().n_index + 1) + kernels::kLatentPad)),
-      step(padded(layer.options().n_index) + kernels::kLatentPad),
-      codes((padded(layer.options().n_index) + kernels::kLatentPad) * kPageTokens),
-      key(kTile * layer.shape().head_dim),
-      query_t(layer.shape().head_dim * padded(layer.shape().group())),
-      score(kTile * padded(layer.shape().group())),
-      weight(kTile),
-      cos(kTile * layer.shape().head_dim / 2),
-      sin(kTile * layer.shape().head_dim / 2),
-      latent(padded(layer.heads_of_a_part() * layer.shape().head_dim) + kernels::kLatentPad) {
-  for (int64_t i = 0; i < query_t.size(); ++i) query_t[i] = 0;
-}
-
-bool KltWork::Thread::ok() const {
-  return tile.ok() && query.ok() && turned.ok() && projected.ok() && step.ok() && codes.ok() && key.ok() &&
-         query_t.ok() && score.ok() && weight.ok() && cos.ok() && sin.ok() && latent.ok();
-}
-
-KltWork::KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads)
-    : ld_latent(padded(layer.heads_of_a_part() * layer.shape().head_dim) + kernels::kLatentPad),
-      columns(padded(layer.shape().group())),
-      ldu(padded(layer.options().n_index + 1) + kernels::kLatentPad) {
-  const AttentionShape& shape = layer.shape();
-  for (const double frequency : layer.rope().frequency()) {
-    half_cos.push_back(static_cast<float>(std::cos(frequency / 2)));
-    half_sin.push_back(static_cast<float>(std::sin(frequency / 2)));
-    double mean = 0;
-    for (int64_t t = 0; t < profile.block; ++t) {
-      const double off = static_cast<double>(t) - static_cast<double>(profile.block - 1) / 2;
-      mean += std::cos(off * frequency) / static_cast<double>(profile.block);
-    }
-    // Turning the query back divides by the magnitude that turning the key would multiply by.
-    const double magnitude = static_cast<double>(layer.rope().magnitude());
-    damp.push_back(static_cast<float>(mean * magnitude * magnitude));
-  }
-  for (int i = 0; i < n_threads; ++i)
-    threads.push_back(std::make_unique<Thread>(layer, kPageTokens / profile.block));
-  for (int i = 0; i < kSlices; ++i) slices.push_back(std::make_unique<Slice>(shape.n_head, ld_latent));
-  part_max.assign(static_cast<size_t>(kSlices * shape.n_head), 0);
-  part_sum.assign(part_max.size(), 0);
-  pool_weight.assign(part_max.size(), 0);
-}
-
-bool KltWork::ok() const {
-  return std::all_of(threads.begin(), threads.end(), [](const auto& t) { return t->ok(); }) &&
-         std::all_of(slices.begin(), slices.end(), [](const auto& s) { return s->ok(); });
-}
-
-void KltWork::grow(const AttentionShape& shape, int64_t n) {
-  if (n <= ld) return;
-  n += n / 4;  // seldom, as the context grows
-  const auto heads = static_cast<size_t>(shape.n_head), heads_kv = static_cast<size_t>(shape.n_head_kv);
-  const auto room = static_cast<size_t>(n);
-  ld = 0;
-  scores.resize(heads * room);
-  pooled.resize(heads_kv * room);
-  selected.resize(heads_kv * room);
-  ld_select = ceil_div(kernels::select_scratch_bytes(n), int64_t{sizeof(uint64_t)});
-  select_work.resize(heads_kv * static_cast<size_t>(ld_select));
-  ld = n;
 }
 
 }  // namespace narrows

@@ -1,6 +1,7 @@
 // A klt step in the stages' order.
 #include <algorithm>
 #include <new>
+#include <numeric>
 
 #include "decode/decoders.h"
 #include "decode/klt_work.h"
@@ -9,7 +10,7 @@ namespace narrows {
 
 namespace {
 
-/// Selected tokens are cut into slices in runs of this many, as for SALS.
+/// Tokens that are all read are cut into slices in runs of this many, as for SALS.
 constexpr int64_t kRun = 16;
 
 }  // namespace
@@ -18,8 +19,9 @@ Status KltDecoder::prepare(StepScratch& scratch) {
   if (!scratch.ok()) return no_memory_for_tokens(layer_.n_tokens() + 1);
   if (Status s = layer_.prepare_step(); !s.ok()) return s;
   const int64_t n = layer_.n_in_pages();
-  n_selected_ = count_selected(profile_, n, layer_.n_tokens() + 1);
-  sparse_ = n_selected_ < n;
+  budget_ = count_selected(profile_, n, layer_.n_tokens() + 1);
+  const int64_t n_hot = klt_hot_tokens(profile_, n, layer_.n_tokens() + 1);
+  way_ = budget_ < n ? Way::sparse : n <= n_hot ? Way::hot : Way::streamed;
   try {
     if (!scratch.klt) {
       scratch.klt = std::make_unique<KltWork>(layer_, profile_, scratch.n_threads());
@@ -28,8 +30,11 @@ Status KltDecoder::prepare(StepScratch& scratch) {
         throw std::bad_alloc();
       }
     }
-    scratch.klt->grow(layer_.shape(), n);
-    if (sparse_) positions_.resize(static_cast<size_t>(layer_.shape().n_head_kv * n_selected_));
+    scratch.klt->grow(layer_, profile_, n, way_ == Way::streamed ? 0 : budget_);
+    if (way_ == Way::streamed) return {};
+    for (int64_t h = 0; h < layer_.shape().n_head_kv; ++h) layer_.hot_keys(h).reserve(n_hot);
+    positions_.resize(static_cast<size_t>(layer_.shape().n_head_kv * budget_));
+    n_read_.resize(static_cast<size_t>(layer_.shape().n_head_kv));
   } catch (const std::bad_alloc&) {
     return no_memory_for_tokens(layer_.n_tokens() + 1);
   }
@@ -46,22 +51,30 @@ void KltDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scrat
     case 0:
       // The newest block always falls to the last slice, and that to the last thread.
       if (ith == n_threads - 1) layer_.store_step(step.k, step.v);
-      if (ith == 0) query_ = step.q;
+      if (ith == 0) {
+        query_ = step.q;
+        work.next_run = 0;
+      }
       rotate_query(shape, layer_.rope(), step.q, layer_.n_tokens(), thread);
       attend_exact_slices(shape, exact_, scratch, kSlices, slices, thread);
-      if (!sparse_) break;
-      for (int64_t i = slices.begin; i < slices.end; ++i) {
-        klt_score_part(layer_, profile_, thread.q.data(), static_cast<int>(i),
-                       part_of(layer_.n_page(), static_cast<int>(i), kSlices), work, mine);
-      }
+      if (way_ != Way::sparse || slices.begin == slices.end) break;
+      klt_note_exact(shape, slices, scratch, work);
+      klt_score(layer_, profile_, thread.q.data(), slices, work, mine);
       break;
-    case 1: {
+    case 1:
+      if (way_ == Way::sparse) klt_pool(layer_, profile_, slices, work, mine);
+      break;
+    case 2: {
       const Part heads = part_of(shape.n_head_kv, ith, n_threads);
-      for (int64_t h = heads.begin; h < heads.end; ++h) select(scratch, h);
+      for (int64_t h = heads.begin; h < heads.end; ++h) select(work, mine, h);
       break;
     }
-    case 2:
-      for (int64_t i = slices.begin; i < slices.end; ++i) attend_slice(scratch, static_cast<int>(i), ith);
+    case 3:
+      if (way_ == Way::streamed) {
+        for (int64_t i = slices.begin; i < slices.end; ++i) attend_slice(scratch, static_cast<int>(i), ith);
+      } else {
+        attend_runs(thread.q.data(), work, mine);
+      }
       break;
     default:
       klt_merge(layer_, scratch, work, mine, part_of(shape.n_head, ith, n_threads), step.out);
@@ -69,41 +82,48 @@ void KltDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scrat
   }
 }
 
-void KltDecoder::select(StepScratch& scratch, int64_t head_kv) {
-  KltWork& work = *scratch.klt;
-  const int64_t n = layer_.n_in_pages();
+void KltDecoder::select(KltWork& work, KltWork::Thread& thread, int64_t head_kv) {
+  const int64_t group = layer_.shape().group();
+  for (const auto& slice : work.slices) std::fill_n(slice->sum.data() + head_kv * group, group, 0.0F);
+  if (way_ == Way::streamed) return;
   int32_t* selected = work.selected.data() + head_kv * work.ld;
-  if (sparse_) klt_pool(layer_, head_kv, layer_.n_page(), scratch, work);
-  select_tokens(work.pooled.data() + head_kv * work.ld, n, n_selected_, selected,
-                work.select_work.data() + head_kv * work.ld_select);
-  if (!sparse_) return;
+  const auto at = static_cast<size_t>(head_kv);
+  if (way_ == Way::sparse) {
+    klt_select(layer_, profile_, budget_, head_kv, work, thread);
+  } else {
+    work.n_selected[at] = layer_.n_in_pages();
+    std::iota(selected, selected + layer_.n_in_pages(), 0);
+  }
+  const int64_t n = work.n_selected[at];
+  work.n_missing[at] =
+      layer_.hot_keys(head_kv).hold({selected, static_cast<size_t>(n)}, work.slot.data() + head_kv * work.ld,
+                                    work.missing.data() + head_kv * work.ld);
   // Positions outlive this layer's turn with the scratch.
-  int32_t* positions = positions_.data() + head_kv * n_selected_;
-  for (int64_t i = 0; i < n_selected_; ++i)
-    positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
+  n_read_[at] = n;
+  int32_t* positions = positions_.data() + head_kv * budget_;
+  for (int64_t i = 0; i < n; ++i) positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
+}
+
+void KltDecoder::attend_runs(const float* q, KltWork& work, KltWork::Thread& thread) {
+  const int64_t n_head_kv = layer_.shape().n_head_kv;
+  int64_t total = 0;
+  for (int64_t h = 0; h < n_head_kv; ++h) total += klt_n_run(work.n_selected[static_cast<size_t>(h)]);
+  for (int64_t i = work.next_run.fetch_add(1); i < total; i = work.next_run.fetch_add(1)) {
+    int64_t run = i;
+    int64_t h = 0;
+    for (; run >= klt_n_run(work.n_selected[static_cast<size_t>(h)]); ++h)
+      run -= klt_n_run(work.n_selected[static_cast<size_t>(h)]);
+    klt_attend_run(layer_, h, run, q, work, thread);
+  }
 }
 
 void KltDecoder::attend_slice(StepScratch& scratch, int i, int ith) {
   KltWork& work = *scratch.klt;
-  const AttentionShape& shape = layer_.shape();
-  KltWork::Slice& slice = *work.slices[static_cast<size_t>(i)];
-  std::fill_n(slice.sum.data(), shape.n_head, 0.0F);
-  const Part runs = part_of(ceil_div(n_selected_, kRun), i, kSlices);
-  const int64_t begin = runs.begin * kRun;
-  const int64_t end = std::min(runs.end * kRun, n_selected_);
-  if (begin >= end) return;
-  KltWork::Thread& mine = *work.threads[static_cast<size_t>(ith)];
-  const float* q = scratch.thread(ith).q.data();
-  const auto tokens = [&](int64_t head_kv) {
-    return std::span<const int32_t>(work.selected.data() + head_kv * work.ld + begin,
-                                    static_cast<size_t>(end - begin));
-  };
-  if (!sparse_) {  // all heads read the same tokens: their latents are read once
-    klt_attend(layer_, tokens(0), {0, shape.n_head_kv}, q, work, mine, slice);
-    return;
-  }
-  for (int64_t h = 0; h < shape.n_head_kv; ++h)
-    klt_attend(layer_, tokens(h), {h, h + 1}, q, work, mine, slice);
+  const int64_t n = layer_.n_in_pages();
+  const Part runs = part_of(ceil_div(n, kRun), i, kSlices);
+  const Part tokens = {runs.begin * kRun, std::min(runs.end * kRun, n)};
+  klt_attend_all(layer_, tokens, scratch.thread(ith).q.data(), work, *work.threads[static_cast<size_t>(ith)],
+                 *work.slices[static_cast<size_t>(i)]);
 }
 
 void KltDecoder::finish() {
@@ -117,9 +137,9 @@ void KltDecoder::finish() {
 }
 
 std::optional<std::span<const int32_t>> KltDecoder::last_selection(int64_t head_kv) const {
-  if (!sparse_) return std::nullopt;
-  return std::span<const int32_t>(positions_.data() + head_kv * n_selected_,
-                                  static_cast<size_t>(n_selected_));
+  if (way_ != Way::sparse) return std::nullopt;
+  return std::span<const int32_t>(positions_.data() + head_kv * budget_,
+                                  static_cast<size_t>(n_read_[static_cast<size_t>(head_kv)]));
 }
 
 }  // namespace narrows

@@ -246,6 +246,10 @@ TEST(Cache, EstimateIsWhatStatsShow) {
         for (int64_t i = 0; i < kLayers; ++i) {
           cache->layer(i).clear();
           ASSERT_TRUE(cache->layer(i).append(tokens.key(0), tokens.value(0), n).ok());
+          auto* layer = dynamic_cast<KltLayer*>(&cache->layer(i));
+          for (int64_t h = 0; layer != nullptr && h < 3; ++h) {  // as the first step does
+            layer->hot_keys(h).reserve(klt_hot_tokens(profile_of(profile), layer->n_in_pages(), n));
+          }
         }
         const int64_t estimate = cache_bytes_estimate(model_info(s, kLayers), profile_of(profile), n);
         if (klt && cache->stats().bytes_pages > 0) {  // coordinates without bits take less

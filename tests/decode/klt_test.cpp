@@ -66,8 +66,9 @@ TEST_P(KltStages, ScoresAreMeansOverABlocksRotations) {
   KltWork work(layer_, profile_, 1);
   ASSERT_TRUE(work.ok());
   const int64_t n = layer_.n_in_pages();
-  work.grow(heads_.shape, n);
-  klt_score_part(layer_, profile_, q_float.data(), 0, {0, layer_.n_page()}, work, *work.threads[0]);
+  work.grow(layer_, profile_, n, n);
+  for (const Part slices : {Part{0, 5}, Part{5, kSlices}})  // any share of a thread
+    klt_score(layer_, profile_, q_float.data(), slices, work, *work.threads[0]);
 
   Decoded stored(layer_, layer_.n_sink(), n);
   double error = 0, size = 0;
@@ -79,8 +80,10 @@ TEST_P(KltStages, ScoresAreMeansOverABlocksRotations) {
     for (int64_t i = 0; i < n; ++i) {
       const float p = work.scores[static_cast<size_t>(h * work.ld + i)];
       if (p == 0) continue;  // too far below the largest to tell
+      int64_t slice = 0;
+      while (i / kPageTokens >= part_of(layer_.n_page(), static_cast<int>(slice), kSlices).end) ++slice;
       got.push_back(std::log(static_cast<double>(p)) +
-                    static_cast<double>(work.part_max[static_cast<size_t>(h)]));
+                    static_cast<double>(work.part_max[static_cast<size_t>(h * 2 * kSlices + slice)]));
       const float* k = stored.k.data() + i * width + g * d;
       std::vector<double> plain(k, k + d);
       heads_.rotate(plain.data(), -(layer_.n_sink() + i));
@@ -192,10 +195,176 @@ TEST_P(KltSelection, FindsWhatTheQueryLooksFor) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, KltSelection,
-                         testing::Values(Case{"klt:budget=60,block=16", 9, 3, 64, 0},
-                                         Case{"klt:budget=60", 9, 3, 64, 0},
-                                         Case{"klt:budget=60,block=16", 4, 4, 128, 0},
-                                         Case{"klt-10x:budget=100,block=16", 4, 2, 128, 0}));
+                         testing::Values(Case{"klt:budget=60,mass=1,block=16", 9, 3, 64, 0},
+                                         Case{"klt:budget=60,mass=1", 9, 3, 64, 0},
+                                         Case{"klt:budget=60,mass=1,block=16", 4, 4, 128, 0},
+                                         Case{"klt-10x:budget=100,mass=1,block=16", 4, 2, 128, 0}));
+
+// What is chosen out of given scores, against a full sort in double.
+class KltChoice : public KltStages {
+ protected:
+  void SetUp() override {
+    KltStages::SetUp();
+    work_ = std::make_unique<KltWork>(layer_, profile_, 2);
+    ASSERT_TRUE(work_->ok());
+    work_->grow(layer_, profile_, layer_.n_in_pages(), layer_.n_in_pages());
+  }
+
+  /// Softmax parts of scores that `score` gives for (query head, token of the pages), and one exact slice a
+  /// head.
+  template <class Score>
+  void fill(Score&& score, float exact) {
+    const int64_t n_head = heads_.shape.n_head;
+    work_->part_sum.assign(work_->part_sum.size(), 0);
+    work_->part_max.assign(work_->part_max.size(), std::numeric_limits<float>::lowest());
+    pooled_.assign(static_cast<size_t>(heads_.shape.n_head_kv * layer_.n_in_pages()), 0);
+    for (int64_t h = 0; h < n_head; ++h) {
+      std::vector<double> p;
+      double total = std::exp(static_cast<double>(exact));
+      for (int64_t i = 0; i < layer_.n_in_pages(); ++i) {
+        p.push_back(std::exp(static_cast<double>(score(h, i))));
+        total += p.back();
+      }
+      for (size_t i = 0; i < p.size(); ++i)
+        pooled_[static_cast<size_t>(h / heads_.shape.group() * layer_.n_in_pages()) + i] += p[i] / total;
+      for (int s = 0; s < kSlices; ++s) {
+        const Part pages = part_of(layer_.n_page(), s, kSlices);
+        if (pages.begin == pages.end) continue;
+        const auto at = static_cast<size_t>(h * 2 * kSlices + s);
+        float* row = work_->scores.data() + h * work_->ld;
+        for (int64_t i = pages.begin * kPageTokens; i < pages.end * kPageTokens; ++i) row[i] = score(h, i);
+        kernels::ops().softmax_part(row + pages.begin * kPageTokens, (pages.end - pages.begin) * kPageTokens,
+                                    &work_->part_max[at], &work_->part_sum[at]);
+      }
+      work_->part_max[static_cast<size_t>((h * 2 + 1) * kSlices + 3)] = exact;
+      work_->part_sum[static_cast<size_t>((h * 2 + 1) * kSlices + 3)] = 1;
+    }
+  }
+
+  std::vector<int32_t> choose(int64_t head_kv, int64_t budget, double mass) {
+    KvProfile profile = profile_;
+    profile.mass = mass;
+    klt_pool(layer_, profile, {0, 7}, *work_, *work_->threads[0]);
+    klt_pool(layer_, profile, {7, kSlices}, *work_, *work_->threads[1]);
+    klt_select(layer_, profile, budget, head_kv, *work_, *work_->threads[0]);
+    const int32_t* first = work_->selected.data() + head_kv * work_->ld;
+    return {first, first + work_->n_selected[static_cast<size_t>(head_kv)]};
+  }
+
+  double pooled(int64_t head_kv, int64_t token) const {
+    return pooled_[static_cast<size_t>(head_kv * layer_.n_in_pages() + token)];
+  }
+
+  std::unique_ptr<KltWork> work_;
+  std::vector<double> pooled_;  ///< [n_head_kv, tokens]
+};
+
+TEST_P(KltChoice, IsTheBestOfTheBudget) {
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> scores(static_cast<size_t>(heads_.shape.n_head * layer_.n_in_pages()));
+  for (float& s : scores) s = normal(random);
+  fill([&](int64_t h, int64_t i) { return scores[static_cast<size_t>(h * layer_.n_in_pages() + i)]; }, 2);
+  for (int64_t g = 0; g < heads_.shape.n_head_kv; ++g) {
+    std::vector<double> sorted;
+    for (int64_t i = 0; i < layer_.n_in_pages(); ++i) sorted.push_back(pooled(g, i));
+    std::sort(sorted.rbegin(), sorted.rend());
+    for (const int64_t budget : {int64_t{1}, int64_t{2}, int64_t{37}, int64_t{500}, layer_.n_in_pages()}) {
+      const auto chosen = choose(g, budget, 1);
+      ASSERT_EQ(static_cast<int64_t>(chosen.size()), budget);
+      ASSERT_TRUE(std::is_sorted(chosen.begin(), chosen.end()));
+      for (const int32_t t : chosen)
+        EXPECT_GE(pooled(g, t), sorted[static_cast<size_t>(budget - 1)] * (1 - 1e-5)) << budget;
+    }
+  }
+}
+
+TEST_P(KltChoice, StopsWhenTheMassIsHeld) {
+  std::mt19937 random(6);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> scores(static_cast<size_t>(heads_.shape.n_head * layer_.n_in_pages()));
+  for (float& s : scores) s = normal(random);
+  fill([&](int64_t h, int64_t i) { return scores[static_cast<size_t>(h * layer_.n_in_pages() + i)]; }, 4);
+  const double group = static_cast<double>(heads_.shape.group());
+  for (int64_t g = 0; g < heads_.shape.n_head_kv; ++g) {
+    double all = 0;
+    std::vector<double> sorted;
+    for (int64_t i = 0; i < layer_.n_in_pages(); ++i) {
+      sorted.push_back(pooled(g, i));
+      all += sorted.back();
+    }
+    std::sort(sorted.rbegin(), sorted.rend());
+    for (const double mass : {0.999, 0.99, 0.9, 0.6}) {
+      const auto chosen = choose(g, layer_.n_in_pages(), mass);
+      double held = 0;
+      for (const int32_t t : chosen) held += pooled(g, t);
+      EXPECT_GE(held, all - (1 - mass) * group - 1e-5) << mass;
+      // Not many more than the fewest that would do: a bin is an eighth of an octave.
+      double fewest = 0;
+      size_t n = 0;
+      while (n < sorted.size() && fewest < all - (1 - mass) * group) fewest += sorted[n++];
+      size_t like_the_last = n;
+      while (like_the_last < sorted.size() && n > 0 && sorted[like_the_last] > sorted[n - 1] / 1.126)
+        ++like_the_last;
+      EXPECT_LE(chosen.size(), like_the_last) << mass;
+      EXPECT_LT(chosen.size(), sorted.size()) << mass;
+    }
+    EXPECT_EQ(choose(g, 3, 0.9).size(), 3U) << "the budget is a limit all the same";
+  }
+  fill([](int64_t, int64_t) { return 0.0F; }, 30);
+  EXPECT_TRUE(choose(0, layer_.n_in_pages(), 0.99).empty()) << "all attention is on exact tokens";
+}
+
+TEST_P(KltChoice, TiesGoToOlderTokens) {
+  fill([](int64_t, int64_t i) { return i % 3 == 0 ? 1.0F : 0.0F; }, 0);
+  const int64_t n = layer_.n_in_pages(), best = ceil_div(n, 3);
+  const auto chosen = choose(0, best + 5, 1);
+  ASSERT_EQ(static_cast<int64_t>(chosen.size()), best + 5);
+  int64_t of_the_rest = 0;
+  for (const int32_t t : chosen) of_the_rest += t % 3 != 0 ? 1 : 0;
+  EXPECT_EQ(of_the_rest, 5);
+  for (const int32_t t : {1, 2, 4, 5, 7})
+    EXPECT_TRUE(std::binary_search(chosen.begin(), chosen.end(), t)) << t;
+}
+
+TEST_P(KltChoice, ScoresThatAreNotNumbersChooseNothing) {
+  fill([](int64_t, int64_t) { return 1.0F; }, 0);
+  for (float& p : work_->scores) p = std::numeric_limits<float>::quiet_NaN();
+  for (float& p : work_->part_sum) p = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(choose(0, 50, 0.99).empty());
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, KltChoice,
+                         testing::Values(Case{"klt", 9, 3, 64, 0}, Case{"klt", 4, 4, 128, 0},
+                                         Case{"klt", 7, 1, 64, 0}));
+
+// A key that was kept is the key that would be rebuilt: a step's output has the same bits whatever steps came
+// before it.
+class KltHistory : public KltStages {};
+
+TEST_P(KltHistory, DoesNotMatter) {
+  const auto q = random_query(heads_, 77);
+  // The same tokens arrive in both caches; only the queries of the steps between differ.
+  const auto run = [&](uint32_t seed) {
+    auto cache = make_cache(heads_, GetParam().profile);
+    auto& layer = dynamic_cast<KltLayer&>(cache->layer(kCompressed));
+    for (uint32_t i = 0; i < 100; ++i) layer.observe_queries(random_query(heads_, 100 + i).data(), 1);
+    EXPECT_TRUE(layer.append(tokens_.key(0), tokens_.value(0), kTokens - 40).ok());
+    const auto decoder = make_layer_decoder(layer, profile_);
+    StepScratch own(heads_.shape, 2);
+    for (int64_t t = kTokens - 40; t < kTokens; ++t)
+      EXPECT_FALSE(
+          run_step(*decoder, own, tokens_, t, random_query(heads_, seed + static_cast<uint32_t>(t))).empty());
+    return run_step(*decoder, own, tokens_, kTokens, q);
+  };
+  EXPECT_EQ(run(1000), run(9000));
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, KltHistory,
+                         testing::Values(Case{"klt:budget=70", 9, 3, 64, 0},
+                                         Case{"klt:budget=5000", 9, 3, 32, 0},
+                                         Case{"klt:budget=all", 4, 2, 32, 0},
+                                         Case{"klt-10x:budget=300,mass=1", 4, 4, 128, 0}));
 
 }  // namespace
 }  // namespace narrows::test
