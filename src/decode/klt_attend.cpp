@@ -75,6 +75,23 @@ void rebuild_missing(KltLayer& layer, int64_t head_kv, Part run, KltWork& work, 
   }
 }
 
+/// Asks for the rows that a run is going to read: selected tokens lie scattered over more than the CPU's
+/// caches.
+void prefetch(KltLayer& layer, int64_t head_kv, Part run, const KltWork& work) {
+  const KltPart& part = layer.part_of_head(head_kv);
+  KltHotKeys& hot = layer.hot_keys(head_kv);
+  const int64_t key_bytes = layer.shape().head_dim * int64_t{sizeof(kernels::f16_t)};
+  const int64_t value_bytes = part.layout().value.bytes;
+  const auto ask = [](const void* p, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+  };
+  for (int64_t i = head_kv * work.ld + run.begin; i < head_kv * work.ld + run.end; ++i) {
+    const int32_t token = work.selected[static_cast<size_t>(i)];
+    ask(hot.row(work.slot[static_cast<size_t>(i)]), key_bytes);
+    ask(part.value_row(layer.page(token / kPageTokens), token % kPageTokens), value_bytes + 63);
+  }
+}
+
 }  // namespace
 
 int64_t klt_n_run(int64_t n_selected) { return std::min<int64_t>(ceil_div(n_selected, kRunTokens), kSlices); }
@@ -86,6 +103,7 @@ void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* 
   const int64_t n_selected = work.n_selected[static_cast<size_t>(head_kv)];
   const Part own = part_of(n_selected, static_cast<int>(run), static_cast<int>(klt_n_run(n_selected)));
   const int64_t n = own.end - own.begin;
+  prefetch(layer, head_kv, own, work);
   rebuild_missing(layer, head_kv, own, work, thread);
   KltWork::Slice& slice = *work.slices[static_cast<size_t>(run)];
   float* score = thread.run_score.data();

@@ -72,9 +72,9 @@ void klt_pool(const KltLayer& layer, const KvProfile& profile, Part slices, KltW
   const AttentionShape& shape = layer.shape();
   const int64_t group = shape.group();
   weigh_slices(shape, work, thread.slice_weight.data());
-  // All tokens below it together lose at most a quarter of what may be lost.
+  // All tokens below it together are no more than what may be lost.
   const auto n = static_cast<double>(std::max<int64_t>(1, layer.n_in_pages()));
-  const auto floor = static_cast<float>(may_lose(layer, profile) / (4 * n));
+  const auto floor = static_cast<float>(may_lose(layer, profile) / n);
   for (int64_t i = slices.begin; i < slices.end; ++i) {
     const Part pages = part_of(layer.n_page(), static_cast<int>(i), kSlices);
     const int64_t first = pages.begin * kPageTokens;
@@ -103,8 +103,11 @@ void klt_select(const KltLayer& layer, const KvProfile& profile, int64_t budget,
   const int64_t n = join_candidates(layer, head_kv, work);
   const int32_t* token = work.candidate.data() + head_kv * work.ld;
   const float* pooled = work.pooled.data() + head_kv * work.ld;
-  std::array<int32_t, kBins> count = {};
-  std::array<float, kBins> mass = {};
+  std::array<int32_t, kBins> count;
+  std::array<float, kBins> mass;
+  const auto lowest = n == 0 ? kBins : bin_of(*std::min_element(pooled, pooled + n));
+  std::fill(count.begin() + lowest, count.end(), 0);
+  std::fill(mass.begin() + lowest, mass.end(), 0.0F);
   for (int64_t i = 0; i < n; ++i) {
     const auto bin = static_cast<size_t>(bin_of(pooled[i]));
     ++count[bin];
@@ -114,7 +117,7 @@ void klt_select(const KltLayer& layer, const KvProfile& profile, int64_t budget,
   int last = kBins;
   int64_t due = 0;  // of the last bin
   double held = 0;
-  for (int64_t taken = 0; last > 0 && taken < budget && held < wanted; taken += due) {
+  for (int64_t taken = 0; last > lowest && taken < budget && held < wanted; taken += due) {
     --last;
     const auto bin = static_cast<size_t>(last);
     due = std::min<int64_t>(count[bin], budget - taken);

@@ -1,5 +1,7 @@
 // fold_query, pool_candidates, amplitudes, read_index, sum_planes, score_rows_f16: what a sparse step over
 // latent pages does beside scoring. A lane is a coordinate, but for pool_candidates, where it is a token.
+#include <algorithm>
+
 #include "kernels/latent_page.h"
 #include "kernels/ref/ref.h"
 #include "kernels/targets.h"
@@ -16,6 +18,9 @@ namespace narrows::kernels::HWY_NAMESPACE {
 namespace {
 
 using VI = hn::Vec<DI>;
+
+/// What a set bit of plane j adds to the value of all unset: 2^(1 - j).
+constexpr float kTwice[kMaxBits] = {2.0F, 1.0F, 0.5F, 0.25F, 0.125F, 0.0625F, 0.03125F, 0.015625F};
 
 /// Query rows of one pass of sum_planes: that many sums of a vector of coordinates stay in registers.
 constexpr int64_t kSumRows = 4;
@@ -60,14 +65,22 @@ int64_t pool_candidates(const float* p, int64_t ldp, int64_t n_row, const float*
     auto wanted = hn::Ge(pooled, least);
     if (left < kLanes) wanted = hn::And(wanted, hn::FirstN(d, static_cast<size_t>(left)));
     if (hn::AllFalse(d, wanted)) continue;
-    HWY_ALIGN float values[kLanes];
-    HWY_ALIGN int32_t indices[kLanes];
-    const auto m = static_cast<int64_t>(hn::CompressStore(pooled, wanted, d, values));
-    hn::CompressStore(hn::Add(lane, hn::Set(di, first + static_cast<int32_t>(t))), hn::RebindMask(di, wanted),
-                      di, indices);
-    for (int64_t i = 0; i < m; ++i) {
-      value[count + i] = values[i];
-      index[count + i] = indices[i];
+    // Compressed in a register, then stored whole: compressing into memory is microcode on Zen 4. There is
+    // room for a whole vector unless this is a last, short one.
+    const VF values = hn::Compress(pooled, wanted);
+    const VI indices =
+        hn::Compress(hn::Add(lane, hn::Set(di, first + static_cast<int32_t>(t))), hn::RebindMask(di, wanted));
+    const auto m = static_cast<int64_t>(hn::CountTrue(d, wanted));
+    if (left == kLanes) {
+      hn::StoreU(values, d, value + count);
+      hn::StoreU(indices, di, index + count);
+    } else {
+      HWY_ALIGN float few_values[kLanes];
+      HWY_ALIGN int32_t few_indices[kLanes];
+      hn::Store(values, d, few_values);
+      hn::Store(indices, di, few_indices);
+      std::copy_n(few_values, m, value + count);
+      std::copy_n(few_indices, m, index + count);
     }
     count += m;
   }
@@ -78,11 +91,20 @@ void amplitudes(const uint8_t* scales, int64_t n, float* amplitude) {
   const DF d;
   const DI di;
   const hn::Rebind<uint8_t, DF> db;
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+  const VF roots = hn::LoadU(d, kAmplitude.data() + kScaleBias);  // of which the first 8 are looked at
+#endif
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
     const VI s = hn::PromoteTo(di, hn::LoadU(db, scales + c));
     // 2^(s / 8 - 16): the whole part by the exponent's field, the eighths by a table of the first octave.
-    const VF root = hn::GatherIndex(d, kAmplitude.data() + kScaleBias, hn::And(s, hn::Set(di, 7)));
+    const VI eighth = hn::And(s, hn::Set(di, 7));
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+    // Lanes of a register: a gather takes as long as 16 loads.
+    const VF root = hn::TableLookupLanes(roots, hn::IndicesFromVec(d, eighth));
+#else
+    const VF root = hn::GatherIndex(d, kAmplitude.data() + kScaleBias, eighth);
+#endif
     const VI octave = hn::Sub(hn::ShiftRight<3>(s), hn::Set(di, kScaleBias / 8));
     hn::StoreU(hn::BitCast(d, hn::Add(hn::BitCast(di, root), hn::ShiftLeft<23>(octave))), d, amplitude + c);
   }
@@ -126,8 +148,8 @@ HWY_INLINE void sum_vector(const uint8_t* const* rows, const float* const* ampli
   // A set bit of plane j counts 2^-j, an unset one -2^-j: bits twice, less all of them.
   float all_first = 0;
   float all_second = 0;
-  for (int j = 0; j < n_plane; ++j) all_first += 1.0F / static_cast<float>(1 << j);
-  for (int j = 0; j < n_whole; ++j) all_second += 1.0F / static_cast<float>(1 << j);
+  for (int j = 0; j < n_plane; ++j) all_first += kTwice[j] / 2;
+  for (int j = 0; j < n_whole; ++j) all_second += kTwice[j] / 2;
   const VF base = hn::Neg(hn::IfThenElse(first_octet, hn::Set(d, all_first), hn::Set(d, all_second)));
   VF total[kRows];
   NARROWS_UNROLL
@@ -142,7 +164,7 @@ HWY_INLINE void sum_vector(const uint8_t* const* rows, const float* const* ampli
       uint16_t bits = from[0];
       if (kOctets == 2 && j < n_whole) std::memcpy(&bits, from, sizeof(bits));
       const auto set = mask_from_bits(d, bits);
-      value = hn::IfThenElse(set, hn::Add(value, hn::Set(d, 2.0F / static_cast<float>(1 << j))), value);
+      value = hn::IfThenElse(set, hn::Add(value, hn::Set(d, kTwice[j])), value);
     }
     value = hn::Mul(value, hn::LoadU(d, amplitudes[i] + o * kOctet));
     NARROWS_UNROLL
