@@ -34,7 +34,7 @@ struct KvProfile {
   int rank_divisor = 1;          ///< sals: rank_latent = D / rank_divisor, D = n_head_kv * head_dim
   double key_rate = 0;           ///< klt: average bits a key coordinate
   double value_rate = 0;         ///< klt: average bits a value coordinate
-  int64_t rank = 0;              ///< klt: key coordinates that scoring reads; 0: max(32, D / 8)
+  int64_t rank = 0;              ///< klt: key coordinates that scoring reads; 0: max(24, D / 8)
   int64_t block = 64;            ///< klt: tokens that share a rotation in scoring; 16, 32 or 64
   int64_t budget = kBudgetAuto;  ///< tokens selected beside the sinks and the recent ones
   double mass = 1;               ///< klt: share of the attention mass that selecting stops at, in (0, 1]

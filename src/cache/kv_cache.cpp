@@ -34,8 +34,8 @@ WindowPlan window_plan(const KvProfile& profile) {
 }
 
 KltOptions klt_options(const KvProfile& profile, int64_t width) {
-  // D / 8 coordinates find the same tokens as D / 4, but not fewer than 32 (docs/experiments.md).
-  const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(32, width / 8);
+  // D / 8 coordinates find the same tokens as D / 4, but not fewer than 24 (docs/experiments.md).
+  const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(24, width / 8);
   return {profile.key_rate, profile.value_rate, rank};
 }
 
@@ -110,8 +110,8 @@ int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_di
     const KltBytes bytes = klt_bytes(profile, n_head_kv, head_dim);
     page_bytes = bytes.page;
     basis = encodes ? bytes.basis : 0;
-    // Rows and five lists of a word each.
-    hot = klt_hot_tokens(profile, in_pages, n) * n_head_kv * (head_dim * kF16 + 5 * int64_t{sizeof(int32_t)});
+    // Rows and lists of seven words a token.
+    hot = klt_hot_tokens(profile, in_pages, n) * n_head_kv * (head_dim * kF16 + 7 * int64_t{sizeof(int32_t)});
   } else if (sals) {
     page_bytes = sals_layout(profile, width).bytes();
     basis = encodes ? width * sals_layout(profile, width).rank * int64_t{sizeof(float)} : 0;

@@ -1,8 +1,7 @@
 // Stage 2 of a sparse klt step: scores to probabilities over the whole cache, summed over the query heads of
 // a KV head, and the tokens to read. Most tokens cannot matter, however many they are, and are dropped on
-// sight; the rest are candidates, few enough to be ranked by a histogram.
+// sight; the rest are candidates, few enough that passes over them find the threshold by halving.
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -15,21 +14,24 @@ using kernels::ops;
 
 namespace {
 
-/// Bins by size, eight an octave (the exponent and three bits of a float), from the smallest normal number to
-/// 2^9, which no sum of probabilities over a group reaches; smaller ones share bin 0.
-constexpr int kBinShift = 20;
-constexpr int kBins = 8 * (126 + 10);
-constexpr uint32_t kFirstBin = 0x00800000;
+/// Positive floats are in the order of their bits; a search for a threshold halves that range.
+float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
-int bin_of(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  if (bits < kFirstBin) return 0;
-  return static_cast<int>(std::min<uint32_t>((bits - kFirstBin) >> kBinShift, kBins - 1));
-}
+/// Finer than this, an eighth of an octave, the search for a mass does not go: a few tokens more do no harm.
+constexpr uint32_t kMassStep = 1U << 20;
+
+/// Above every sum of probabilities over a group.
+constexpr uint32_t kTop = 0x46000000;  // 8192
 
 /// Attention that may be left out, summed over the group.
 double may_lose(const KltLayer& layer, const KvProfile& profile) {
   return (1 - profile.mass) * static_cast<double>(layer.shape().group());
+}
+
+/// All tokens below it together are no more than what may be lost.
+float floor_of(const KltLayer& layer, const KvProfile& profile) {
+  const auto n = static_cast<double>(std::max<int64_t>(1, layer.n_in_pages()));
+  return static_cast<float>(may_lose(layer, profile) / n);
 }
 
 /// Factors [n_head, 2 kSlices] that make each slice's numbers probabilities; 0 for an empty slice.
@@ -72,9 +74,7 @@ void klt_pool(const KltLayer& layer, const KvProfile& profile, Part slices, KltW
   const AttentionShape& shape = layer.shape();
   const int64_t group = shape.group();
   weigh_slices(shape, work, thread.slice_weight.data());
-  // All tokens below it together are no more than what may be lost.
-  const auto n = static_cast<double>(std::max<int64_t>(1, layer.n_in_pages()));
-  const auto floor = static_cast<float>(may_lose(layer, profile) / n);
+  const float floor = floor_of(layer, profile);
   for (int64_t i = slices.begin; i < slices.end; ++i) {
     const Part pages = part_of(layer.n_page(), static_cast<int>(i), kSlices);
     const int64_t first = pages.begin * kPageTokens;
@@ -103,48 +103,42 @@ void klt_select(const KltLayer& layer, const KvProfile& profile, int64_t budget,
   const int64_t n = join_candidates(layer, head_kv, work);
   const int32_t* token = work.candidate.data() + head_kv * work.ld;
   const float* pooled = work.pooled.data() + head_kv * work.ld;
-  std::array<int32_t, kBins> count;
-  std::array<float, kBins> mass;
-  const auto lowest = n == 0 ? kBins : bin_of(*std::min_element(pooled, pooled + n));
-  std::fill(count.begin() + lowest, count.end(), 0);
-  std::fill(mass.begin() + lowest, mass.end(), 0.0F);
-  for (int64_t i = 0; i < n; ++i) {
-    const auto bin = static_cast<size_t>(bin_of(pooled[i]));
-    ++count[bin];
-    mass[bin] += pooled[i];
-  }
-  // Whole bins from the top, until enough is held or one is too large for the budget: of that one the best.
-  int last = kBins;
-  int64_t due = 0;  // of the last bin
-  double held = 0;
-  for (int64_t taken = 0; last > lowest && taken < budget && held < wanted; taken += due) {
-    --last;
-    const auto bin = static_cast<size_t>(last);
-    due = std::min<int64_t>(count[bin], budget - taken);
-    held += static_cast<double>(mass[bin]);
-  }
-  const auto better = [pooled](int32_t a, int32_t b) {
-    return pooled[a] != pooled[b] ? pooled[a] > pooled[b] : a < b;
-  };
-  int32_t worst = -1;  // of the last bin's taken ones
-  if (last < kBins && due < count[static_cast<size_t>(last)] && due > 0) {
-    int32_t* in_bin = work.missing.data() + head_kv * work.ld;  // free until keys are held
-    int64_t m = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (bin_of(pooled[i]) == last) in_bin[m++] = static_cast<int32_t>(i);
-    }
-    std::nth_element(in_bin, in_bin + due - 1, in_bin + m, better);
-    worst = in_bin[due - 1];
-  }
   int32_t* selected = work.selected.data() + head_kv * work.ld;
-  int64_t n_selected = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int bin = bin_of(pooled[i]);
-    if (bin < last || (bin == last && (due == 0 || (worst >= 0 && better(worst, static_cast<int32_t>(i))))))
-      continue;
-    selected[n_selected++] = token[i];
+  int64_t& n_selected = work.n_selected[static_cast<size_t>(head_kv)];
+  n_selected = 0;
+  if (!(wanted > 0) || n == 0) return;
+
+  // The highest threshold, on a grid of bits, that still holds what is wanted, or all candidates.
+  int64_t count = n;
+  uint32_t low = std::bit_cast<uint32_t>(floor_of(layer, profile)) / kMassStep * kMassStep;
+  uint32_t high = kTop;  // what is wanted is held from low on (or by no threshold), and not from high
+  const auto halve = [&](uint32_t step, auto&& enough) {
+    while (high - low > step) {
+      const uint32_t middle = (low + (high - low) / 2) / step * step;
+      const uint32_t at = middle > low ? middle : low + step;
+      double sum = 0;
+      int64_t m = 0;
+      ops().count_above(pooled, n, float_of(at), &m, &sum);
+      if (enough(m, sum)) {
+        low = at;
+        count = m;
+      } else {
+        high = at;
+      }
+    }
+  };
+  halve(kMassStep, [&](int64_t, double sum) { return sum >= wanted; });
+  int64_t n_equal = n;
+  if (count > budget) {
+    // Too many: the budget-th largest to the last bit, and of its equals the oldest.
+    high = kTop;
+    halve(1, [&](int64_t m, double) { return m >= budget; });
+    int64_t above = 0;
+    double sum = 0;
+    ops().count_above(pooled, n, float_of(low + 1), &above, &sum);
+    n_equal = budget - above;
   }
-  work.n_selected[static_cast<size_t>(head_kv)] = n_selected;
+  n_selected = ops().keep_above(token, pooled, n, float_of(low), n_equal, selected);
 }
 
 }  // namespace narrows

@@ -39,10 +39,13 @@ constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const Pref
       .score_index = score_index,
       .fold_query = fold_query,
       .pool_candidates = pool_candidates,
+      .count_above = count_above,
+      .keep_above = keep_above,
       .amplitudes = amplitudes,
       .read_index = read_index,
       .sum_planes = sum_planes,
       .score_rows_f16 = score_rows_f16,
+      .softmax_scores = softmax_scores,
       .softmax_part = softmax_part,
   };
 }

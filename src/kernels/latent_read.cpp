@@ -87,6 +87,60 @@ int64_t pool_candidates(const float* p, int64_t ldp, int64_t n_row, const float*
   return count;
 }
 
+void count_above(const float* value, int64_t n, float floor, int64_t* count, double* sum) {
+  const DF d;
+  const DI di;
+  const VF least = hn::Set(d, floor);
+  VF total = hn::Zero(d);
+  VI number = hn::Zero(di);
+  int64_t i = 0;
+  const auto add = [&](VF x, hn::Mask<DF> wanted) {
+    total = hn::Add(total, hn::IfThenElseZero(wanted, x));
+    number = hn::Sub(number, hn::VecFromMask(di, hn::RebindMask(di, wanted)));
+  };
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF x = hn::LoadU(d, value + i);
+    add(x, hn::Ge(x, least));
+  }
+  if (i < n) {
+    const VF x = load_n(d, value + i, n - i);
+    add(x, hn::And(hn::Ge(x, least), hn::FirstN(d, static_cast<size_t>(n - i))));
+  }
+  *count = hn::GetLane(hn::SumOfLanes(di, number));
+  *sum = static_cast<double>(hn::GetLane(hn::SumOfLanes(d, total)));
+}
+
+int64_t keep_above(const int32_t* index, const float* value, int64_t n, float floor, int64_t n_equal,
+                   int32_t* selected) {
+  const DF d;
+  const DI di;
+  const VF least = hn::Set(d, floor);
+  int64_t count = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF x = hn::LoadU(d, value + i);
+    auto wanted = hn::Gt(x, least);
+    const auto equal = hn::Eq(x, least);
+    if (n_equal > 0 && !hn::AllFalse(d, equal)) {
+      // Seldom: lane by lane.
+      HWY_ALIGN float lane[kLanes];
+      hn::Store(x, d, lane);
+      for (int64_t j = 0; j < kLanes; ++j) {
+        if (lane[j] > floor || (lane[j] == floor && n_equal-- > 0)) selected[count++] = index[i + j];
+      }
+      continue;
+    }
+    if (hn::AllFalse(d, wanted)) continue;
+    // Whole vectors: what is written beyond the count is not yet read, even if selected is index.
+    hn::StoreU(hn::Compress(hn::LoadU(di, index + i), hn::RebindMask(di, wanted)), di, selected + count);
+    count += static_cast<int64_t>(hn::CountTrue(d, wanted));
+  }
+  for (; i < n; ++i) {
+    if (value[i] > floor || (value[i] == floor && n_equal-- > 0)) selected[count++] = index[i];
+  }
+  return count;
+}
+
 void amplitudes(const uint8_t* scales, int64_t n, float* amplitude) {
   const DF d;
   const DI di;

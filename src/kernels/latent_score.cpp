@@ -8,6 +8,7 @@
 #define HWY_TARGET_INCLUDE "kernels/latent_score.cpp"
 #include <hwy/foreach_target.h>
 
+#include "kernels/exp2-inl.h"
 #include "kernels/simd-inl.h"
 
 /// x86 has products of unsigned and signed bytes in all our targets.
@@ -245,7 +246,11 @@ void score_index(const uint8_t* codes, int64_t n_coord, const float* u, int64_t 
   ref::score_index(codes, n_coord, u, ldu, n_row, step, centre, first, n, score, lds);
 }
 
-void softmax_part(float* s, int64_t n, float* max, float* sum) {
+namespace {
+
+/// s [n] to exponential(s - max), with their sum.
+template <class Exponential>
+HWY_INLINE void softmax(float* s, int64_t n, float* max, float* sum, Exponential&& exponential) {
   const DF d;
   const int64_t whole = n / kLanes * kLanes;
   VF top_lane = hn::Set(d, s[0]);
@@ -255,18 +260,29 @@ void softmax_part(float* s, int64_t n, float* max, float* sum) {
   const VF shift = hn::Set(d, top);
   VF total = hn::Zero(d);
   for (int64_t i = 0; i < whole; i += kLanes) {
-    const VF e = exp_nonpositive(d, hn::Sub(hn::LoadU(d, s + i), shift));
+    const VF e = exponential(hn::Sub(hn::LoadU(d, s + i), shift));
     total = hn::Add(total, e);
     hn::StoreU(e, d, s + i);
   }
   if (whole < n) {
     const VF e = hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(n - whole)),
-                                    exp_nonpositive(d, hn::Sub(load_n(d, s + whole, n - whole), shift)));
+                                    exponential(hn::Sub(load_n(d, s + whole, n - whole), shift)));
     total = hn::Add(total, e);
     store_n(e, d, s + whole, n - whole);
   }
   *max = top;
   *sum = hn::GetLane(hn::SumOfLanes(d, total));
+}
+
+}  // namespace
+
+void softmax_part(float* s, int64_t n, float* max, float* sum) {
+  softmax(s, n, max, sum, [](VF x) { return exp_nonpositive(DF(), x); });
+}
+
+void softmax_scores(float* s, int64_t n, float* max, float* sum) {
+  const VF log2_e = hn::Set(DF(), 1.44269504F);
+  softmax(s, n, max, sum, [log2_e](VF x) { return exp2_any<3>(DF(), hn::Mul(x, log2_e)); });
 }
 
 }  // namespace narrows::kernels::HWY_NAMESPACE

@@ -130,6 +130,15 @@ struct Ops {
   int64_t (*pool_candidates)(const float* p, int64_t ldp, int64_t n_row, const float* weight, int64_t n,
                              float floor, int32_t first, int32_t* index, float* value);
 
+  /// How many of value [n] are at least `floor`, and their sum. Values are not negative; a NaN is none. Every
+  /// call adds in the same order.
+  void (*count_above)(const float* value, int64_t n, float floor, int64_t* count, double* sum);
+
+  /// Indices [n] whose value is above `floor`, and the first n_equal of those whose value equals it, in
+  /// order; returns how many. selected: room for n, of which all may be written; it may be `index`.
+  int64_t (*keep_above)(const int32_t* index, const float* value, int64_t n, float floor, int64_t n_equal,
+                        int32_t* selected);
+
   /// Amplitudes of scale bytes [n].
   void (*amplitudes)(const uint8_t* scales, int64_t n, float* amplitude);
 
@@ -150,6 +159,10 @@ struct Ops {
   /// head_dim].
   void (*score_rows_f16)(const f16_t* key, const int32_t* slot, int64_t n, const float* q, int64_t n_row,
                          int64_t head_dim, float* score, int64_t lds);
+
+  /// As softmax_part(), within 1e-4 of each number and of the sum: to rank tokens by. 0 may be anything below
+  /// 2^-126.
+  void (*softmax_scores)(float* s, int64_t n, float* max, float* sum);
 
   /// s [n], n > 0, finite: replaced by exp(s - max); max and the sum of the results. Exactly 0 below e^-87.3.
   void (*softmax_part)(float* s, int64_t n, float* max, float* sum);

@@ -84,6 +84,46 @@ TEST_P(LatentRead, CandidatesAreThoseAboveTheFloor) {
   }
 }
 
+TEST_P(LatentRead, CountsAndKeepsWhatIsAbove) {
+  Random random(6);
+  for (int64_t n = 0; n <= 100; ++n) {
+    Array<float> value(n);
+    Array<int32_t> index(n), selected(n);
+    for (int64_t i = 0; i < n; ++i) {
+      value[i] = static_cast<float>(random() % 8) / 8;  // many are equal
+      index[i] = static_cast<int32_t>(3 * i + 1);
+    }
+    if (n > 20) value[20] = kNaN;
+    for (const float floor : {0.0F, 0.125F, 0.5F, 0.875F, 2.0F}) {
+      int64_t count = -1;
+      double sum = -1;
+      ops().count_above(value.data(), n, floor, &count, &sum);
+      int64_t want_count = 0;
+      double want_sum = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        if (!(value[i] >= floor)) continue;
+        ++want_count;
+        want_sum += static_cast<double>(value[i]);
+      }
+      ASSERT_EQ(count, want_count) << n;
+      ASSERT_EQ(sum, want_sum) << n;  // eighths add up exactly
+      for (const int64_t n_equal : {int64_t{0}, int64_t{1}, int64_t{5}, n}) {
+        std::vector<int32_t> want;
+        int64_t due = n_equal;
+        for (int64_t i = 0; i < n; ++i) {
+          if (value[i] > floor || (value[i] == floor && due-- > 0)) want.push_back(index[i]);
+        }
+        const int64_t m = ops().keep_above(index.data(), value.data(), n, floor, n_equal, selected.data());
+        ASSERT_EQ(std::vector<int32_t>(selected.data(), selected.data() + m), want) << n << " " << floor;
+        Array<int32_t> in_place(n);
+        std::copy_n(index.data(), n, in_place.data());
+        const int64_t k = ops().keep_above(in_place.data(), value.data(), n, floor, n_equal, in_place.data());
+        ASSERT_EQ(std::vector<int32_t>(in_place.data(), in_place.data() + k), want) << n << " in place";
+      }
+    }
+  }
+}
+
 TEST_P(LatentRead, AmplitudesOfAllScales) {
   Array<uint8_t> scales(256);
   for (int64_t s = 0; s < 256; ++s) scales[s] = static_cast<uint8_t>(s);

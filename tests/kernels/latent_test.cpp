@@ -424,6 +424,27 @@ TEST_P(Latent, SoftmaxEndsAtTheSmallestNormalNumber) {
   }
 }
 
+TEST_P(Latent, ScoresBecomeProbabilitiesNearly) {
+  Random random(9);
+  std::normal_distribution<float> normal(0, 6);
+  for (int64_t n = 1; n <= 100; ++n) {
+    Array<float> s(n);
+    for (int64_t i = 0; i < n; ++i) s[i] = i == 3 ? -3e38F : normal(random) - 40;
+    const std::vector<float> x(s.data(), s.data() + n);
+    const float top = *std::max_element(x.begin(), x.end());
+    float max = kNaN, sum = kNaN;
+    ops().softmax_scores(s.data(), n, &max, &sum);
+    ASSERT_EQ(max, top);
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double want = std::exp(static_cast<double>(x[static_cast<size_t>(i)]) - static_cast<double>(top));
+      ASSERT_NEAR(s[i], want, 1e-4 * want + 1e-37) << n << " " << i;
+      total += want;
+    }
+    ASSERT_NEAR(sum, total, 1e-4 * total) << n;
+  }
+}
+
 NARROWS_EACH_TARGET(Latent);
 
 }  // namespace

@@ -127,4 +127,6 @@ void softmax_part(float* s, int64_t n, float* max, float* sum) {
   *sum = static_cast<float>(total);
 }
 
+void softmax_scores(float* s, int64_t n, float* max, float* sum) { softmax_part(s, n, max, sum); }
+
 }  // namespace narrows::kernels::ref

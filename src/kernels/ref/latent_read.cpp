@@ -34,6 +34,25 @@ int64_t pool_candidates(const float* p, int64_t ldp, int64_t n_row, const float*
   return count;
 }
 
+void count_above(const float* value, int64_t n, float floor, int64_t* count, double* sum) {
+  *count = 0;
+  *sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(value[i] >= floor)) continue;
+    ++*count;
+    *sum += static_cast<double>(value[i]);
+  }
+}
+
+int64_t keep_above(const int32_t* index, const float* value, int64_t n, float floor, int64_t n_equal,
+                   int32_t* selected) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (value[i] > floor || (value[i] == floor && n_equal-- > 0)) selected[count++] = index[i];
+  }
+  return count;
+}
+
 void amplitudes(const uint8_t* scales, int64_t n, float* amplitude) {
   for (int64_t c = 0; c < n; ++c) amplitude[c] = kAmplitude[scales[c]];
 }

@@ -25,10 +25,13 @@ const Ops kTable = {
     .score_index = score_index,
     .fold_query = fold_query,
     .pool_candidates = pool_candidates,
+    .count_above = count_above,
+    .keep_above = keep_above,
     .amplitudes = amplitudes,
     .read_index = read_index,
     .sum_planes = sum_planes,
     .score_rows_f16 = score_rows_f16,
+    .softmax_scores = softmax_scores,
     .softmax_part = softmax_part,
 };
 
