@@ -83,12 +83,13 @@ struct SessionOptions {
 /// Bytes as allocated, whole session.
 struct CacheStats {
   int64_t n_tokens = 0;
-  int64_t bytes = 0;                    ///< all layers: pages, exact windows, bases
+  int64_t bytes = 0;                    ///< all layers: pages, exact windows, bases, hot keys
   int64_t bytes_f16 = 0;                ///< what n_tokens of f16 keys and values of all layers take
   int64_t bytes_compressed_layers = 0;  ///< the part of `bytes` in layers that the profile compresses
   int64_t bytes_f16_compressed_layers = 0;
   int64_t bytes_pages = 0;      ///< encoded pages alone, without windows and bases
   int64_t bytes_f16_pages = 0;  ///< f16 bytes of the tokens that live in pages
+  int64_t bytes_hot = 0;        ///< klt: rebuilt keys kept from step to step, none before the first step
   int64_t n_layer_compressed = 0;
 };
 

@@ -69,10 +69,7 @@ void KltHotKeys::make_room(int64_t n_missing) {
   held_.erase(kept, held_.end());
 }
 
-void KltHotKeys::clear() {
-  for (const Held& held : held_) free_.push_back(held.slot);
-  held_.clear();
-}
+void KltHotKeys::clear() { *this = KltHotKeys(head_dim_); }
 
 int64_t KltHotKeys::bytes() const {
   return static_cast<int64_t>(key_.capacity() * sizeof(kernels::f16_t) +

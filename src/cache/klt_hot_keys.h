@@ -30,7 +30,7 @@ class KltHotKeys {
   const kernels::f16_t* rows() const { return key_.data(); }
   kernels::f16_t* row(int32_t slot) { return key_.data() + slot * head_dim_; }
 
-  /// Forgets all tokens, keeps the room.
+  /// Forgets all tokens and gives the room back.
   void clear();
   int64_t bytes() const;
 

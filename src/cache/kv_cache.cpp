@@ -125,9 +125,10 @@ int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_di
 }  // namespace
 
 int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv) {
-  const int64_t most =
-      profile.budget == KvProfile::kBudgetAll ? KvProfile::kBudgetAt4K : profile.budget_at(n_kv);
-  return std::min(ceil_div(n_in_pages, kPageTokens) * kPageTokens, ceil_div(most, kPageTokens) * kPageTokens);
+  const bool all = profile.budget == KvProfile::kBudgetAll;
+  const int64_t most = all ? KvProfile::kBudgetAt4K : profile.budget_at(n_kv);
+  if (all && n_in_pages > most) return 0;
+  return ceil_div(std::min(n_in_pages, most), kPageTokens) * kPageTokens;
 }
 
 Result<std::unique_ptr<KvCache>> KvCache::create(const ModelInfo& model, const KvProfile& profile,
@@ -182,6 +183,7 @@ CacheStats KvCache::stats() const {
     stats.bytes_compressed_layers += bytes.total();
     stats.bytes_f16_compressed_layers += layer(i).n_tokens() * f16_a_token;
     stats.bytes_pages += bytes.pages;
+    stats.bytes_hot += bytes.hot;
     stats.bytes_f16_pages += bytes.n_tokens_in_pages * f16_a_token;
   }
   return stats;

@@ -91,7 +91,7 @@ void klt_score(const KltLayer& layer, const KvProfile& profile, const float* q, 
       work.part_max[at] = std::numeric_limits<float>::lowest();
       if (own.begin == own.end) continue;
       ops().softmax_scores(work.scores.data() + h * work.ld + own.begin * kPageTokens,
-                         (own.end - own.begin) * kPageTokens, &work.part_max[at], &work.part_sum[at]);
+                           (own.end - own.begin) * kPageTokens, &work.part_max[at], &work.part_sum[at]);
     }
   }
 }

@@ -172,15 +172,30 @@ int64_t Prefill::bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_
 
 namespace {
 
-Status not_finite(int64_t layer, PrefillAttention how) {
+/// First of n rows [width] of keys and values with a number that half precision cannot hold; -1 if none has.
+int64_t first_bad_row(const float* k, const float* v, int64_t n, int64_t width) {
+  constexpr float kLargest = 65504;  // false for NaN too
+  const auto good = [](float x) { return std::fabs(x) <= kLargest; };
+  for (int64_t r = 0; r < n; ++r) {
+    if (!std::all_of(k + r * width, k + (r + 1) * width, good) ||
+        !std::all_of(v + r * width, v + (r + 1) * width, good))
+      return r;
+  }
+  return -1;
+}
+
+Status not_finite(int64_t layer, int64_t token, PrefillAttention how) {
   const bool narrow =
       how == PrefillAttention::fp16 || how == PrefillAttention::pasa || how == PrefillAttention::fp16_shift;
   return {
       StatusCode::non_finite,
-      narrow
+      narrow ? fmt::format(
+                   "layer {}: attention in {} overflows half precision; take --attention bf16-shift or f32",
+                   layer, attention_name(how))
+      : token >= 0
           ? fmt::format(
-                "layer {}: attention in {} overflows half precision; take --attention bf16-shift or f32",
-                layer, attention_name(how))
+                "layer {}, token {}: a key or value is not finite or beyond 65504, which a cache cannot hold",
+                layer, token)
           : fmt::format("layer {}: attention gives numbers that are not finite; keys, queries or values of "
                         "this model overflow",
                         layer)};
@@ -245,7 +260,12 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     }
     status = runner_.run(graph);
     if (status.ok() && products_) status = products_->status();
-    if (status.ok() && attends && !b.attention.finite()) status = not_finite(layer, attention_);
+    if (status.ok() && attends && !b.attention.finite()) {
+      // From the first new token on: in the last layer only the last row attends.
+      const float* v = b.v.data() + b.tail * op.width();
+      const int64_t bad = first_bad_row(b.k_raw.data(), v, first + n, op.width());
+      status = not_finite(layer, bad < 0 ? bad : b.n_past + bad, attention_);
+    }
   }
   if (status.ok() && attends) {
     float* to = last_row_only ? logits : hidden;

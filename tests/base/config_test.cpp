@@ -64,6 +64,19 @@ TEST(KvProfile, KeysSetTheirNumber) {
   EXPECT_EQ(parsed("sals-25:budget=1000000000").budget, 1'000'000'000);
 }
 
+TEST(KvProfile, MassIsAShareThatKltStopsAt) {
+  EXPECT_EQ(parsed("klt").mass, 0.99);
+  EXPECT_EQ(parsed("klt-10x").mass, 0.99);
+  EXPECT_EQ(parsed("klt:mass=1").mass, 1);
+  EXPECT_EQ(parsed("klt:mass=0.5,budget=64").mass, 0.5);
+  EXPECT_EQ(parsed("sals-25").mass, 1);
+  for (const char* value : {"0", "0.49", "1.01", "-1", "nan", "inf", "all", "", "0.9x"}) {
+    EXPECT_THAT(error_of(std::string("klt:mass=") + value),
+                HasSubstr("a share of the attention from 0.5 to 1"));
+  }
+  EXPECT_THAT(error_of("sals-25:mass=0.9"), HasSubstr("budget=, sinks=, recent="));
+}
+
 TEST(KvProfile, WrongNamesAreAnsweredWithThoseThatExist) {
   for (const char* text : {"", ":", "f1", "F16", "f16 ", "sals", "sals-25%", "klt9", "sals-25;budget=1"}) {
     for (const std::string& name : KvProfile::names()) EXPECT_THAT(error_of(text), HasSubstr(name));

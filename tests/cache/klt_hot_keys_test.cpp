@@ -53,7 +53,7 @@ TEST(KltHotKeys, TheLongestUnreadLeaves) {
   EXPECT_EQ(hold(keys, {1, 3, 4, 5}).missing, (std::vector<int32_t>{0}));
 }
 
-TEST(KltHotKeys, ClearForgetsAndReserveDoesNot) {
+TEST(KltHotKeys, ReserveForgetsNothingAndClearAll) {
   KltHotKeys keys(2);
   keys.reserve(2);
   const std::vector<int32_t> tokens = {7, 9};
@@ -67,6 +67,9 @@ TEST(KltHotKeys, ClearForgetsAndReserveDoesNot) {
   EXPECT_TRUE(held.missing.empty());
   for (size_t i = 0; i < 2; ++i) EXPECT_EQ(keys.row(held.slot[i])[0], tokens[i]);
   keys.clear();
+  EXPECT_EQ(keys.bytes(), 0);
+  EXPECT_EQ(keys.capacity(), 0);
+  keys.reserve(2);
   EXPECT_EQ(hold(keys, tokens).missing.size(), 2U);
 }
 

@@ -109,7 +109,7 @@ TEST_P(Profiles, GrowInStepsPastEveryThreshold) {
     const int64_t encoded = 800 * s.bytes_f16_pages / s.bytes_f16_compressed_layers;
     EXPECT_LE(encoded, 800 - p.n_sink - p.n_recent);
     EXPECT_GT(encoded, 800 - p.n_sink - p.n_recent - (p.kind == KvKind::klt ? 65 : 33));
-    EXPECT_LT(s.bytes_compressed_layers, s.bytes_f16_compressed_layers * 2 / 3);
+    EXPECT_LT(s.bytes_compressed_layers - s.bytes_hot, s.bytes_f16_compressed_layers * 2 / 3);
   }
 }
 
@@ -134,11 +134,18 @@ TEST_P(Profiles, TheEstimateIsWhatAPromptTakes) {
   for (const int64_t n : {1, 15, 16, 17, 64, 79, 80, 81, 96, 97, 113, 144, 200, 511, 512, 513, 640, 1100}) {
     session->reset();
     ASSERT_OK(session->prefill(part(0, n)));
-    const CacheStats stats = session->cache_stats();
-    const int64_t estimate = cache_bytes_estimate(info, kv(GetParam()), n);
+    CacheStats stats = session->cache_stats();
+    int64_t estimate = cache_bytes_estimate(info, kv(GetParam()), n);
     if (session->profile().kind == KvKind::klt && stats.bytes_pages > 0) {  // an upper bound
       EXPECT_LE(stats.bytes, estimate) << n;
+      EXPECT_EQ(stats.bytes_hot, 0);
+      ASSERT_OK(session->decode(tokens()[static_cast<size_t>(n)]));
+      stats = session->cache_stats();
+      estimate = cache_bytes_estimate(info, kv(GetParam()), n + 1);
+      EXPECT_LE(stats.bytes, estimate) << n;
       EXPECT_GT(stats.bytes, estimate / 2) << n;
+      EXPECT_EQ(stats.bytes_hot > 0, session->profile().budget != KvProfile::kBudgetAll || n < 600) << n;
+      EXPECT_GE(stats.bytes, stats.bytes_pages + stats.bytes_hot);
     } else {
       EXPECT_EQ(stats.bytes, estimate) << n;
     }
