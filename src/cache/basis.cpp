@@ -20,12 +20,45 @@ constexpr int64_t kShortSum = 256;
 /// Tokens transposed at a time, and rows of the product computed at a time (only on and above the diagonal).
 constexpr int64_t kPiece = 64;
 
+/// Tokens that wait for a block, in bytes little beside the sums.
+constexpr int64_t kWaiting = 32;
+
 }  // namespace
 
 KeyMoments::KeyMoments(int64_t width)
     : width_(width), sum_(static_cast<size_t>(width)), moments_(static_cast<size_t>(width * width)) {}
 
+const std::vector<double>& KeyMoments::sum() const {
+  add_waiting();
+  return sum_;
+}
+
+const std::vector<double>& KeyMoments::moments() const {
+  add_waiting();
+  return moments_;
+}
+
 void KeyMoments::add(const float* keys, int64_t n) {
+  if (n <= 0) return;
+  const auto size = static_cast<size_t>(n * width_);
+  if (n >= kWaiting) {
+    add_waiting();
+    add_block(keys, n);
+  } else {
+    waiting_.reserve(static_cast<size_t>(2 * kWaiting * width_));
+    waiting_.insert(waiting_.end(), keys, keys + size);
+    if (waiting_.size() >= static_cast<size_t>(kWaiting * width_)) add_waiting();
+  }
+  n_ += n;
+}
+
+void KeyMoments::add_waiting() const {
+  if (waiting_.empty()) return;
+  add_block(waiting_.data(), static_cast<int64_t>(waiting_.size()) / width_);
+  waiting_.clear();
+}
+
+void KeyMoments::add_block(const float* keys, int64_t n) const {
   const int64_t d = width_;
   std::vector<float> columns(static_cast<size_t>(d * kPiece));  // [D, piece]
   std::vector<float> product(static_cast<size_t>(d * d));
@@ -57,7 +90,6 @@ void KeyMoments::add(const float* keys, int64_t n) {
     for (int64_t j = 0; j < i; ++j)
       moments_[static_cast<size_t>(i * d + j)] = moments_[static_cast<size_t>(j * d + i)];
   }
-  n_ += n;
 }
 
 Result<LayerBasis> KeyMoments::leading(int64_t rank) const {
@@ -67,6 +99,7 @@ Result<LayerBasis> KeyMoments::leading(int64_t rank) const {
                                                     " does not exist for keys of width " +
                                                     std::to_string(width_)};
   }
+  add_waiting();
   if (!std::all_of(moments_.begin(), moments_.end(), [](double x) { return std::isfinite(x); })) {
     return Status{StatusCode::non_finite, "the second moments of the keys are not finite"};
   }

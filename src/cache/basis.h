@@ -22,20 +22,26 @@ struct LayerBasis {
 class KeyMoments {
  public:
   explicit KeyMoments(int64_t width);
-  /// keys [n, D]; must be finite.
+  /// keys [n, D]; must be finite. Few at a time wait until they are a block of 32 or the sums are read: a sum
+  /// of one token moves all of [D, D].
   void add(const float* keys, int64_t n);
   int64_t n_tokens() const { return n_; }
   /// non_finite if a moment is not finite; invalid_argument if no token was added.
   Result<LayerBasis> leading(int64_t rank) const;
   /// Mean [D] and second moments [D, D] for other users (spectra, centred transforms).
-  const std::vector<double>& sum() const { return sum_; }
-  const std::vector<double>& moments() const { return moments_; }
+  const std::vector<double>& sum() const;
+  const std::vector<double>& moments() const;
 
  private:
+  void add_waiting() const;
+  void add_block(const float* keys, int64_t n) const;
+
   int64_t width_;
   int64_t n_ = 0;
-  std::vector<double> sum_;      ///< [D]
-  std::vector<double> moments_;  ///< [D, D], both sides of the diagonal
+  // Reading adds what waits; one thread at a time, as for add().
+  mutable std::vector<double> sum_;      ///< [D]
+  mutable std::vector<double> moments_;  ///< [D, D], both sides of the diagonal
+  mutable std::vector<float> waiting_;   ///< [n, D], n < kWaiting
 };
 
 }  // namespace narrows

@@ -57,6 +57,32 @@ TEST(Basis, MomentsAreSums) {
   }
 }
 
+TEST(Basis, MomentsOfPiecesAreThoseOfTheWhole) {
+  const Heads s(2, 1, 10);
+  const Tokens tokens(s, 333);
+  KeyMoments whole(10), pieces(10);
+  whole.add(tokens.k.data(), 333);
+  int64_t at = 0;
+  for (int64_t i = 0; at < 333; ++i) {  // ones, blocks, and what falls between; read now and then
+    const int64_t sizes[] = {1, 31, 32, 5, 40, 1};
+    const int64_t n = std::min(sizes[i % 6], 333 - at);
+    pieces.add(tokens.k.data() + at * 10, n);
+    pieces.add(tokens.k.data(), 0);
+    at += n;
+    ASSERT_EQ(pieces.n_tokens(), at);
+    if (i % 5 == 3) {
+      const auto want = second_moments(tokens, 0, static_cast<size_t>(at));
+      EXPECT_NEAR(pieces.moments()[0], want[0], 1e-6 * want[0]);
+    }
+  }
+  const double largest = *std::max_element(whole.moments().begin(), whole.moments().end());
+  for (size_t i = 0; i < 100; ++i) EXPECT_NEAR(pieces.moments()[i], whole.moments()[i], 1e-6 * largest);
+  for (size_t i = 0; i < 10; ++i) EXPECT_NEAR(pieces.sum()[i], whole.sum()[i], 1e-9 * 333 * 10);
+  const auto a = pieces.leading(4), b = whole.leading(4);
+  ASSERT_TRUE(a.ok() && b.ok());
+  EXPECT_NEAR(a->energy[0], b->energy[0], 1e-6);
+}
+
 TEST(Basis, RefusesWhatHasNone) {
   KeyMoments moments(8);
   EXPECT_EQ(moments.leading(4).status().code(), StatusCode::invalid_argument);
