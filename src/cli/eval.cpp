@@ -85,6 +85,8 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
                     {"compression_layers", r.compression_layers()},
                     {"compression_pages", r.compression_pages()},
                     {"attention", attention_name(options.attention)},
+                    {"bytes_per_token", r.bytes_per_token()},
+                    {"bytes_per_token_f16", r.bytes_per_token_f16()},
                     {"context", options.context},
                     {"tokens", options.tokens}});
   }

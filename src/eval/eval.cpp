@@ -77,6 +77,15 @@ double EvalRow::compression_layers() const {
   return ratio(cache.bytes_f16_compressed_layers, cache.bytes_compressed_layers);
 }
 double EvalRow::compression_pages() const { return ratio(cache.bytes_f16_pages, cache.bytes_pages); }
+double EvalRow::bytes_per_token() const {
+  if (cache.n_tokens == 0) return 0;
+  const auto n = static_cast<double>(cache.n_tokens);
+  const auto exact = static_cast<double>(cache.bytes_f16 - cache.bytes_f16_compressed_layers);
+  return (exact + static_cast<double>(cache.bytes_f16_compressed_layers) / compression_pages()) / n;
+}
+double EvalRow::bytes_per_token_f16() const {
+  return cache.n_tokens == 0 ? 0 : static_cast<double>(cache.bytes_f16) / static_cast<double>(cache.n_tokens);
+}
 
 Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::span<const Token> text,
                                       const EvalOptions& options, const ProgressFn& progress) {

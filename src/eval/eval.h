@@ -41,6 +41,9 @@ struct EvalRow {
   double compression() const;         ///< whole cache, exact windows and dense layers included
   double compression_layers() const;  ///< over the layers that the profile compresses
   double compression_pages() const;   ///< encoded pages alone
+  /// What each further token takes over all layers: its share of pages, or f16 where a layer stays exact.
+  double bytes_per_token() const;
+  double bytes_per_token_f16() const;
 };
 
 /// invalid_argument if the text has fewer than context + tokens + 1 tokens (both counts).

@@ -161,6 +161,12 @@ TEST(Eval, CompressionIsBytesOverBytes) {
                    static_cast<double>(all[2].cache.bytes_f16_compressed_layers) /
                        static_cast<double>(all[2].cache.bytes_compressed_layers));
   EXPECT_GT(all[2].compression_layers(), all[2].compression());  // three of four layers are dense
+  // f16: [n_layer][keys and values][D] halves.
+  const double layer = static_cast<double>(all[0].cache.bytes_f16) / 612 / 4;
+  EXPECT_DOUBLE_EQ(all[0].bytes_per_token_f16(), 4 * layer);
+  EXPECT_DOUBLE_EQ(all[0].bytes_per_token(), 4 * layer);
+  EXPECT_DOUBLE_EQ(all[1].bytes_per_token(), 4 * layer / all[1].compression_pages());
+  EXPECT_DOUBLE_EQ(all[2].bytes_per_token(), 3 * layer + layer / all[2].compression_pages());
 }
 
 // --- mass kept
