@@ -29,13 +29,14 @@ struct KvProfile {
 
   std::string name = "f16";  ///< as it was asked for, e.g. "sals-25:budget=1024"
   KvKind kind = KvKind::f16;
-  int key_bits = 16;             ///< kivi: bits a code (2 or 4); otherwise 16
-  int value_bits = 16;           ///< kivi, sals: bits a code (2 or 4); f16: 16
-  int rank_divisor = 1;          ///< sals: rank_latent = D / rank_divisor, D = n_head_kv * head_dim
-  double key_rate = 0;           ///< klt: average bits a key coordinate
-  double value_rate = 0;         ///< klt: average bits a value coordinate
-  int64_t rank = 0;              ///< klt: key coordinates that scoring reads; 0: max(24, D / 8)
-  int64_t block = 64;            ///< klt: tokens that share a rotation in scoring; 16, 32 or 64
+  int key_bits = 16;      ///< kivi: bits a code (2 or 4); otherwise 16
+  int value_bits = 16;    ///< kivi, sals: bits a code (2 or 4); f16: 16
+  int rank_divisor = 1;   ///< sals: rank_latent = D / rank_divisor, D = n_head_kv * head_dim
+  double key_rate = 0;    ///< klt: average bits a key coordinate
+  double value_rate = 0;  ///< klt: average bits a value coordinate
+  int64_t rank = 0;       ///< klt: key coordinates that scoring reads; 0: max(24, D / 8)
+  int64_t block = 64;     ///< klt: tokens that share a rotation in scoring; 16, 32 or 64
+  int64_t anchors = 1;    ///< klt: most tokens a page of 64 that stay exact, on average over a layer's pages
   int64_t budget = kBudgetAuto;  ///< tokens selected beside the sinks and the recent ones
   double mass = 1;               ///< klt: share of the attention mass that selecting stops at, in (0, 1]
   int64_t n_sink = 16;           ///< first tokens, always exact and always read (all kinds but f16)

@@ -56,13 +56,14 @@ struct Key {
 /// budget allows: a third of the tokens for a tenth of the error (docs/experiments.md).
 constexpr double kKltMass = 0.99;
 
-constexpr std::array<Key, 8> kKeys = {{
+constexpr std::array<Key, 9> kKeys = {{
     {"k", nullptr, &KvProfile::key_rate, 0, 8, false, false, false, true},
     {"v", nullptr, &KvProfile::value_rate, 0, 8, false, false, false, true},
     {"budget", &KvProfile::budget, nullptr, 1, 1'000'000'000, true, false, true, true},
     {"mass", nullptr, &KvProfile::mass, 0, 1, false, false, false, true},
     {"rank", &KvProfile::rank, nullptr, 8, 4096, false, false, false, true},
     {"block", &KvProfile::block, nullptr, 16, 64, false, false, false, true},
+    {"anchors", &KvProfile::anchors, nullptr, 0, 16, false, false, false, true},
     {"sinks", &KvProfile::n_sink, nullptr, 0, 4096, false, true, true, true},
     {"recent", &KvProfile::n_recent, nullptr, 1, 65536, false, true, true, true},
 }};

@@ -2,6 +2,8 @@
 #include "cache/klt_layer.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <string>
 
 namespace narrows {
@@ -74,6 +76,7 @@ KltLayer::KltLayer(int64_t layer, const AttentionShape& shape, const kernels::Ro
       distances_(std::move(distances)),
       value_weight_(std::move(value_weight)),
       heads_(heads_of_part(shape.n_head_kv, shape.head_dim)),
+      samples_(shape, plan.n_sink),
       hot_keys_(static_cast<size_t>(shape.n_head_kv), KltHotKeys(shape.head_dim)) {}
 
 Status KltLayer::use_basis(const KltLayerBasis& basis) {
@@ -83,14 +86,15 @@ Status KltLayer::use_basis(const KltLayerBasis& basis) {
 }
 
 void KltLayer::observe_queries(const float* q, int64_t n) {
-  if (!wants_queries()) return;
+  if (options_.anchors > 0) samples_.add(q, n);
+  if (has_codec()) return;
   if (!queries_) queries_ = std::make_unique<KltStatistics>(shape());
   if (queries_->n_queries() < kKltEnd) queries_->add_queries(q, n);
 }
 
 Status KltLayer::set_transforms(const KltLayerBasis& basis) {
   std::vector<KltPart> parts;
-  int64_t page_bytes = 0;
+  int64_t page_bytes = kPageHeader;
   const auto n_part = static_cast<int64_t>(basis.key.size());
   for (int64_t p = 0; p < n_part; ++p) {
     Result<KltTransform> key = make_klt_transform(basis.key[static_cast<size_t>(p)], options_.key_rate);
@@ -137,7 +141,7 @@ Status KltLayer::make_codec(const Incoming& incoming) {
 }
 
 int64_t KltLayer::codec_bytes() const {
-  int64_t n = 0;
+  int64_t n = samples_.bytes();
   for (const KltPart& part : parts_) n += part.bytes();
   return n;
 }
@@ -155,11 +159,75 @@ void KltLayer::drop_codec() {
   queries_.reset();  // made anew when needed: this runs after a failure, and must not fail itself
 }
 
+// --- pages
+
+class KltLayer::AnchorScan {
+ public:
+  AnchorScan(const KltLayer& layer, const Incoming& incoming)
+      : layer_(layer),
+        incoming_(incoming),
+        width_(layer.shape().width()),
+        n_sink_(layer.n_sink()),
+        // In steps the newest tokens are not there yet when a page is made: all ways of growing see the same.
+        n_after_(std::clamp<int64_t>(layer.plan().n_recent - 1, 0, kPageTokens - 1)),
+        sinks_(static_cast<size_t>(n_sink_ * width_)),
+        keys_(static_cast<size_t>(2 * kPageTokens * width_)),
+        values_(static_cast<size_t>(kPageTokens * width_)) {
+    std::vector<float> v(sinks_.size());
+    const int64_t held = std::min(n_sink_, layer.n_tokens());
+    layer.sinks().read(0, std::min(held, layer.sinks().size()), sinks_.data(), v.data());
+    if (held < n_sink_) {
+      rotate_keys(layer.shape(), layer.rope(), held, n_sink_ - held, false, incoming.k,
+                  sinks_.data() + held * width_);
+    }
+  }
+
+  /// Anchors of the page that begins at `token`; pages come in order, without gaps.
+  AnchorBits next(int64_t token, int64_t most) {
+    if (ahead_ == 0) ahead_ = read(token, kPageTokens, 0);
+    if (ahead_ < kPageTokens + n_after_) ahead_ += read(token + ahead_, kPageTokens, ahead_);
+    const AnchorSearch search{.sinks = sinks_.data(),
+                              .n_sink = n_sink_,
+                              .page = keys_.data(),
+                              .n_after = std::min(ahead_ - kPageTokens, n_after_),
+                              .pos = n_sink_ + token};
+    const AnchorBits found = find_anchors(layer_.shape(), layer_.rope(), layer_.samples_, search, most);
+    ahead_ -= kPageTokens;
+    std::copy_n(keys_.data() + kPageTokens * width_, ahead_ * width_, keys_.data());
+    return found;
+  }
+
+ private:
+  /// Up to n tokens from `token` on, into row `row` of keys_; how many there were.
+  int64_t read(int64_t token, int64_t n, int64_t row) {
+    n = std::min(n, layer_.n_tokens() + incoming_.n - n_sink_ - token);
+    if (n <= 0) return 0;
+    layer_.gather(token, n, incoming_, KeyForm::rotated, keys_.data() + row * width_, values_.data());
+    return n;
+  }
+
+  const KltLayer& layer_;
+  const Incoming& incoming_;
+  int64_t width_;
+  int64_t n_sink_;
+  int64_t n_after_;
+  std::vector<float> sinks_;
+  std::vector<float> keys_;    ///< rotated, the page's and the next's
+  std::vector<float> values_;  ///< read with them
+  int64_t ahead_ = 0;          ///< rows of keys_ that are filled
+};
+
 Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
   const int64_t width = shape().width();
   const int64_t n_held = n_tokens() - n_sink();  // as an index into the pages; may be negative
   std::vector<float> k(static_cast<size_t>(kPageTokens * width));
   std::vector<float> v(k.size());
+  std::vector<KltEncoder> encoders;
+  encoders.reserve(parts_.size());
+  for (const KltPart& part : parts_) encoders.emplace_back(part);
+  std::optional<AnchorScan> scan;
+  if (options_.anchors > 0 && samples_.bytes() > 0) scan.emplace(*this, incoming);
+  int64_t n_anchor = n_kept();
   for (int64_t token = first; token < last; token += kPageTokens) {  // whole pages: the plan's unit
     const float* keys = k.data();
     const float* values = v.data();
@@ -169,15 +237,39 @@ Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
     } else {
       gather(token, kPageTokens, incoming, KeyForm::plain, k.data(), v.data());
     }
-    for (const KltPart& part : parts_) {
-      if (!part.encode(keys, values, width, mutable_page(token / kPageTokens)))
+    const int64_t p = token / kPageTokens;
+    const AnchorBits anchors = scan ? scan->next(token, options_.anchors * (p + 1) - n_anchor) : 0;
+    for (int64_t t = 0; t < kPageTokens; ++t) {
+      if ((anchors >> t & 1) != 0) keep_exact(token + t);
+    }
+    n_anchor += std::popcount(anchors);
+    std::memcpy(mutable_page(p), &anchors, sizeof(anchors));
+    for (KltEncoder& encoder : encoders) {
+      if (!encoder.encode(keys, values, width, anchors, mutable_page(p)))
         return non_finite_token(n_sink() + token);
     }
   }
   return {};
 }
 
+AnchorBits KltLayer::anchors(int64_t p) const {
+  AnchorBits bits = 0;
+  std::memcpy(&bits, page(p), sizeof(bits));
+  return bits;
+}
+
 void KltLayer::decode(int64_t first, int64_t n, float* k, float* v) const {
+  read_pages(first, n, k, v);
+  int64_t kept = n_sink();  // row of sinks() of the next anchor
+  for (int64_t p = 0; p < n_page() && p * kPageTokens < first + n; ++p) {
+    for (AnchorBits bits = anchors(p); bits != 0; bits &= bits - 1, ++kept) {
+      const int64_t row = p * kPageTokens + std::countr_zero(bits) - first;
+      if (row >= 0 && row < n) sinks().read(kept, 1, k + row * shape().width(), v + row * shape().width());
+    }
+  }
+}
+
+void KltLayer::read_pages(int64_t first, int64_t n, float* k, float* v) const {
   const int64_t width = shape().width();
   KltScratch scratch(heads_ * shape().head_dim);
   if (!scratch.ok()) throw std::bad_alloc();

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "cache/klt_anchor.h"
 #include "cache/klt_hot_keys.h"
 #include "cache/klt_page.h"
 #include "cache/windowed_layer.h"
@@ -50,6 +51,7 @@ struct KltOptions {
   double key_rate = 2;  ///< average bits a key coordinate
   double value_rate = 3;
   int64_t n_index = 0;  ///< coordinates scored, over all parts together
+  int64_t anchors = 0;  ///< most tokens kept exact for each page made so far; 0: none
 };
 
 /// Tokens whose rebuilt keys a KV head keeps: the most that a step selects, in whole pages; with `budget=all`
@@ -66,10 +68,14 @@ class KltLayer final : public WindowedLayer {
   /// Transforms of a file: the layer need not wait for tokens.
   Status use_basis(const KltLayerBasis& basis);
 
-  /// Queries before RoPE [n, n_head, head_dim] of tokens that append() or store_step() brings later:
-  /// statistics, as long as wants_queries().
+  /// Queries before RoPE [n, n_head, head_dim] of the next tokens, in order, those of a prompt before
+  /// append(): statistics until the transforms are made, samples that find anchors always. Layers that see no
+  /// queries find no anchors.
   void observe_queries(const float* q, int64_t n) override;
-  bool wants_queries() const override { return parts_.empty(); }
+  bool wants_queries() const override { return parts_.empty() || options_.anchors > 0; }
+
+  /// Tokens of a page that sinks() holds exactly: what the page has of them means nothing.
+  AnchorBits anchors(int64_t p) const;
 
   const std::vector<KltPart>& parts() const { return parts_; }
   /// The part of a KV head and the head's first channel in it.
@@ -89,11 +95,17 @@ class KltLayer final : public WindowedLayer {
   int64_t codec_bytes() const override;
   int64_t hot_bytes() const override;
   void drop_codec() override;
+  void settle(int64_t pos) override { samples_.drop_before(pos); }
+  void retract(int64_t pos) override { samples_.drop_from(pos); }
   Status encode(int64_t first, int64_t last, const Incoming& incoming) override;
   void decode(int64_t first, int64_t n, float* k, float* v) const override;
 
  private:
   Status set_transforms(const KltLayerBasis& basis);
+  void read_pages(int64_t first, int64_t n, float* k, float* v) const;
+
+  /// Looks for anchors page by page; keys are rotated once each.
+  class AnchorScan;
 
   int64_t layer_;
   KltOptions options_;
@@ -102,6 +114,7 @@ class KltLayer final : public WindowedLayer {
   int64_t heads_;
   bool from_file_ = false;                  ///< then the transforms outlive clear()
   std::unique_ptr<KltStatistics> queries_;  ///< null: none seen, or no longer needed
+  QuerySamples samples_;
   std::vector<KltPart> parts_;
   std::vector<KltHotKeys> hot_keys_;  ///< [n_head_kv]
 };

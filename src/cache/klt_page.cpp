@@ -27,29 +27,6 @@ uint64_t eight_bytes(const uint8_t* p) {
   return x;
 }
 
-/// z [kPageTokens, ldz] of rows x [kPageTokens, ld].
-void transform(const KltTransform& t, const float* x, int64_t ld, float* z, int64_t ldz) {
-  const int64_t width = t.width;
-  std::vector<float> centred(static_cast<size_t>(kPageTokens * width));
-  std::vector<float> weighted(centred.size());
-  for (int64_t i = 0; i < kPageTokens; ++i) {
-    for (int64_t c = 0; c < width; ++c)
-      centred[static_cast<size_t>(i * width + c)] =
-          (x[i * ld + c] - t.mean[static_cast<size_t>(c)]) * t.weight_unit;
-  }
-  for (int64_t b = 0; b < width; b += t.block) {
-    ops().gemm_f16(kPageTokens, t.block, t.block, centred.data() + b, width, t.weight.data() + b * t.block,
-                   t.block, weighted.data() + b, width, false);
-  }
-  // decode^T in float: pages are written seldom, and a second copy of the transform would stay for ever.
-  std::vector<float> turned(static_cast<size_t>(width * ldz), 0.0F);
-  std::vector<float> row(static_cast<size_t>(width));
-  for (int64_t c = 0; c < t.n_coord; ++c) {
-    ops().f16_to_f32(t.decode.data() + c * width, row.data(), width);
-    for (int64_t i = 0; i < width; ++i)
-      turned[static_cast<size_t>(i * ldz + c)] = row[static_cast<size_t>(i)];
-  }
-  ops().gemm(kPageTokens, ldz, width, weighted.data(), width, turned.data(), ldz, z, ldz, false);
 }
 
 }  // namespace
@@ -108,38 +85,73 @@ int64_t KltPart::bytes() const {
   return key_.bytes() + value_.bytes() + static_cast<int64_t>(floats * sizeof(float));
 }
 
-bool KltPart::encode(const float* k, const float* v, int64_t ld, std::byte* page) const {
-  auto* const bytes = reinterpret_cast<uint8_t*>(page);
-  const int64_t ldz = std::max(pad_latent(key_.n_coord), pad_latent(value_.n_coord));
-  std::vector<float> z(static_cast<size_t>(kPageTokens * ldz));
-  std::vector<uint8_t> codes(z.size());
-  std::vector<uint8_t> scales(static_cast<size_t>(ldz));
+// --- writing
 
-  transform(key_, k + first_channel_, ld, z.data(), ldz);
-  if (!ops().quant_latents(z.data(), ldz, key_.n_coord, key_.octet_bits.data(), scales.data(), codes.data(),
-                           ldz))
-    return false;
-  std::memcpy(bytes + layout_.scale_offset(), scales.data(), static_cast<size_t>(layout_.n_key));
-  write_index(codes.data(), ldz, bytes + layout_.index_offset());
-  write_rows(codes.data(), ldz, key_.octet_bits.data(), layout_.rest, layout_.n_index / kOctet,
-             bytes + layout_.rest_offset());
+KltEncoder::Forward::Forward(const KltTransform& t, int64_t ldz)
+    : transform(t), project(static_cast<size_t>(t.width * ldz), 0.0F) {
+  // decode^T, then times the weight, block by block.
+  std::vector<float> turned(project.size(), 0.0F);
+  std::vector<float> row(static_cast<size_t>(t.width));
+  for (int64_t c = 0; c < t.n_coord; ++c) {
+    ops().f16_to_f32(t.decode.data() + c * t.width, row.data(), t.width);
+    for (int64_t i = 0; i < t.width; ++i)
+      turned[static_cast<size_t>(i * ldz + c)] = row[static_cast<size_t>(i)] * t.weight_unit;
+  }
+  std::vector<float> weight(t.weight.size());
+  ops().f16_to_f32(t.weight.data(), weight.data(), static_cast<int64_t>(weight.size()));
+  for (int64_t b = 0; b < t.width; b += t.block) {
+    ops().gemm(t.block, ldz, t.block, weight.data() + b * t.block, t.block, turned.data() + b * ldz, ldz,
+               project.data() + b * ldz, ldz, false);
+  }
+}
 
-  transform(value_, v + first_channel_, ld, z.data(), ldz);
-  if (!ops().quant_latents(z.data(), ldz, value_.n_coord, value_.octet_bits.data(), scales.data(),
-                           codes.data(), ldz))
+KltEncoder::KltEncoder(const KltPart& part)
+    : part_(part),
+      ldz_(std::max(pad_latent(part.key_.n_coord), pad_latent(part.value_.n_coord))),
+      key_(part.key_, ldz_),
+      value_(part.value_, ldz_),
+      centred_(static_cast<size_t>(kPageTokens * part.width())),
+      z_(static_cast<size_t>(kPageTokens * ldz_)),
+      codes_(z_.size()),
+      scales_(static_cast<size_t>(ldz_)) {}
+
+bool KltEncoder::quantise(const Forward& forward, const float* x, int64_t ld, AnchorBits anchors,
+                          uint8_t* scales) {
+  const KltTransform& t = forward.transform;
+  for (int64_t i = 0; i < kPageTokens; ++i) {
+    const bool anchor = (anchors >> i & 1) != 0;
+    for (int64_t c = 0; c < t.width; ++c)
+      centred_[static_cast<size_t>(i * t.width + c)] =
+          anchor ? 0.0F : x[i * ld + c] - t.mean[static_cast<size_t>(c)];
+  }
+  ops().gemm(kPageTokens, ldz_, t.width, centred_.data(), t.width, forward.project.data(), ldz_, z_.data(),
+             ldz_, false);
+  if (!ops().quant_latents(z_.data(), ldz_, t.n_coord, t.octet_bits.data(), scales_.data(), codes_.data(),
+                           ldz_))
     return false;
-  std::memcpy(bytes + layout_.scale_offset() + layout_.n_key, scales.data(),
-              static_cast<size_t>(layout_.n_value));
-  write_rows(codes.data(), ldz, value_.octet_bits.data(), layout_.value, 0, bytes + layout_.value_offset());
+  std::memcpy(scales, scales_.data(), static_cast<size_t>(t.n_coord));
   return true;
 }
 
-void KltPart::write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits,
-                         const kernels::PlaneRow& shape, int64_t first_octet, uint8_t* rows) const {
+bool KltEncoder::encode(const float* k, const float* v, int64_t ld, AnchorBits anchors, std::byte* page) {
+  auto* const bytes = reinterpret_cast<uint8_t*>(page);
+  const KltLayout& layout = part_.layout_;
+  const int64_t channel = part_.first_channel_;
+  if (!quantise(key_, k + channel, ld, anchors, bytes + layout.scale_offset())) return false;
+  write_index(bytes + layout.index_offset());
+  write_rows(part_.key_.octet_bits.data(), layout.rest, layout.n_index / kOctet,
+             bytes + layout.rest_offset());
+  if (!quantise(value_, v + channel, ld, anchors, bytes + layout.scale_offset() + layout.n_key)) return false;
+  write_rows(part_.value_.octet_bits.data(), layout.value, 0, bytes + layout.value_offset());
+  return true;
+}
+
+void KltEncoder::write_rows(const uint8_t* octet_bits, const kernels::PlaneRow& shape, int64_t first_octet,
+                            uint8_t* rows) const {
   for (int64_t t = 0; t < kPageTokens; ++t) {
     uint8_t* row = rows + t * shape.bytes;
     for (int64_t o = 0; o < shape.n_octet; ++o) {
-      const uint64_t eight = eight_bytes(codes + t * ldc + (first_octet + o) * kOctet);
+      const uint64_t eight = eight_bytes(codes_.data() + t * ldz_ + (first_octet + o) * kOctet);
       const int bits = octet_bits[first_octet + o];
       for (int j = 0; j < bits; ++j)
         row[shape.offset[static_cast<size_t>(j)] + o] = gather_bit(eight, bits - 1 - j);
@@ -147,17 +159,20 @@ void KltPart::write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet
   }
 }
 
-void KltPart::write_index(const uint8_t* codes, int64_t ldc, uint8_t* planes) const {
-  for (int64_t c = 0; c < layout_.n_index; ++c) {
+void KltEncoder::write_index(uint8_t* planes) const {
+  for (int64_t c = 0; c < part_.layout_.n_index; ++c) {
     uint8_t column[kPageTokens];
-    for (int64_t t = 0; t < kPageTokens; ++t) column[kernels::index_slot(t)] = codes[t * ldc + c];
-    const int bits = key_.octet_bits[static_cast<size_t>(c / kOctet)];
+    for (int64_t t = 0; t < kPageTokens; ++t)
+      column[kernels::index_slot(t)] = codes_[static_cast<size_t>(t * ldz_ + c)];
+    const int bits = part_.key_.octet_bits[static_cast<size_t>(c / kOctet)];
     for (int j = 0; j < bits; ++j) {
       for (int64_t i = 0; i < kPageTokens / 8; ++i)
         *planes++ = gather_bit(eight_bytes(column + 8 * i), bits - 1 - j);
     }
   }
 }
+
+// --- reading
 
 void KltPart::value_amplitudes(const std::byte* page, float* amplitude) const {
   ops().amplitudes(value_scales(page), layout_.n_value, amplitude);

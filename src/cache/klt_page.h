@@ -21,6 +21,11 @@ inline constexpr int64_t kMaxTransform = 256;
 /// KV heads of a part: the largest divisor of n_head_kv that keeps within kMaxTransform, at least 1.
 int64_t heads_of_part(int64_t n_head_kv, int64_t head_dim);
 
+/// A page begins with the set of its anchors (klt_anchor.h), bit t for token t: exact elsewhere, skipped
+/// here.
+using AnchorBits = uint64_t;
+inline constexpr int64_t kPageHeader = sizeof(AnchorBits);
+
 /// Where the sections of a part lie, in bytes from the page's start:
 ///   key scales [n_key], value scales [n_value]           a byte a coordinate
 ///   index: key coordinates [0, n_index), each bits x 8   planes of 64 tokens, token t at bit index_slot(t)
@@ -58,6 +63,8 @@ struct KltScratch {
 };
 
 class KltPart {
+  friend class KltEncoder;
+
  public:
   /// Channels [first_channel, first_channel + key.width). n_index is cut to the coordinates that have bits.
   KltPart(int64_t first_channel, KltTransform key, KltTransform value, int64_t n_index, int64_t page_offset);
@@ -68,10 +75,6 @@ class KltPart {
   const KltTransform& key() const { return key_; }
   const KltTransform& value() const { return value_; }
   int64_t bytes() const;
-
-  /// Writes kPageTokens tokens: k before RoPE and v, whole rows with `ld` between them. False if a number
-  /// cannot be stored (not finite, or 8,000 standard deviations away).
-  bool encode(const float* k, const float* v, int64_t ld, std::byte* page) const;
 
   /// Latents of tokens slots [n] of a page into rows [row, row + n) of scratch.key and scratch.value.
   void read_rows(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
@@ -112,10 +115,6 @@ class KltPart {
 
  private:
   const uint8_t* value_scales(const std::byte* page) const { return key_scales(page) + layout_.n_key; }
-  void write_rows(const uint8_t* codes, int64_t ldc, const uint8_t* octet_bits,
-                  const kernels::PlaneRow& shape, int64_t first_octet, uint8_t* rows) const;
-  void write_index(const uint8_t* codes, int64_t ldc, uint8_t* planes) const;
-
   int64_t first_channel_;
   KltTransform key_;
   KltTransform value_;
@@ -123,6 +122,39 @@ class KltPart {
   std::vector<float> score_step_, score_centre_;  ///< [n_index]
   std::vector<float> score_basis_;
   std::vector<float> full_step_, full_centre_;  ///< [n_index] of all bits
+};
+
+/// Writes pages of a part. Holds what only writing needs, some times the size of the transforms: made for a
+/// run of pages, not kept.
+class KltEncoder {
+ public:
+  explicit KltEncoder(const KltPart& part);
+
+  /// Writes kPageTokens tokens: k before RoPE and v, whole rows with `ld` between them. What is stored of
+  /// anchors is their mean, so that scales fit the others. False if a number cannot be stored (not finite, or
+  /// 8,000 standard deviations away).
+  bool encode(const float* k, const float* v, int64_t ld, AnchorBits anchors, std::byte* page);
+
+ private:
+  /// z = (x - mean) project, a column a coordinate.
+  struct Forward {
+    Forward(const KltTransform& t, int64_t ldz);
+    const KltTransform& transform;
+    std::vector<float> project;  ///< [width, ldz]
+  };
+
+  bool quantise(const Forward& forward, const float* x, int64_t ld, AnchorBits anchors, uint8_t* scales);
+  void write_rows(const uint8_t* octet_bits, const kernels::PlaneRow& shape, int64_t first_octet,
+                  uint8_t* rows) const;
+  void write_index(uint8_t* planes) const;
+
+  const KltPart& part_;
+  int64_t ldz_;
+  Forward key_, value_;
+  std::vector<float> centred_;   ///< [kPageTokens, width]
+  std::vector<float> z_;         ///< [kPageTokens, ldz]
+  std::vector<uint8_t> codes_;   ///< [kPageTokens, ldz]
+  std::vector<uint8_t> scales_;  ///< [ldz]
 };
 
 }  // namespace narrows

@@ -36,7 +36,7 @@ WindowPlan window_plan(const KvProfile& profile) {
 KltOptions klt_options(const KvProfile& profile, int64_t width) {
   // D / 8 coordinates find the same tokens as D / 4, but not fewer than 24 (docs/experiments.md).
   const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(24, width / 8);
-  return {profile.key_rate, profile.value_rate, rank};
+  return {profile.key_rate, profile.value_rate, rank, profile.anchors};
 }
 
 /// Bytes of the klt pages and transforms of a layer, if every coordinate has bits: an upper bound, because
@@ -55,6 +55,7 @@ KltBytes klt_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_dim
   };
   KltBytes bytes;
   bytes.page =
+      kPageHeader +
       width / part * (2 * padded + kPageTokens * (bits(profile.key_rate) + bits(profile.value_rate)) / 8);
   bytes.basis =
       width / part * 2 *
@@ -94,7 +95,8 @@ int64_t exact_bytes(int64_t n, int64_t width, int64_t block) {
 }
 
 /// Bytes of a layer of kind `profile.kind` after append() of n tokens.
-int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_dim, int64_t n) {
+int64_t layer_bytes(const KvProfile& profile, const ModelInfo& model, int64_t n) {
+  const int64_t n_head_kv = model.n_head_kv, head_dim = model.head_dim;
   const int64_t width = n_head_kv * head_dim;
   if (profile.kind == KvKind::f16) return exact_bytes(n, width, kDenseBlock);
   const WindowPlan plan = window_plan(profile);
@@ -106,19 +108,25 @@ int64_t layer_bytes(const KvProfile& profile, int64_t n_head_kv, int64_t head_di
   int64_t page_bytes = 0;
   int64_t basis = 0;
   int64_t hot = 0;
+  int64_t n_anchor = 0;
   if (klt) {
     const KltBytes bytes = klt_bytes(profile, n_head_kv, head_dim);
     page_bytes = bytes.page;
     basis = encodes ? bytes.basis : 0;
     // Rows and lists of seven words a token.
     hot = klt_hot_tokens(profile, in_pages, n) * n_head_kv * (head_dim * kF16 + 7 * int64_t{sizeof(int32_t)});
+    n_anchor = profile.anchors * ceil_div(in_pages, kPageTokens);
+    if (profile.anchors > 0)
+      basis += ceil_div(std::max<int64_t>(0, n - n_sink - in_pages), kQueryStride) * model.n_head * head_dim *
+               kF16;
   } else if (sals) {
     page_bytes = sals_layout(profile, width).bytes();
     basis = encodes ? width * sals_layout(profile, width).rank * int64_t{sizeof(float)} : 0;
   } else {
     page_bytes = kivi_layout(profile, width).bytes();
   }
-  return exact_bytes(n_sink, width, kWindowBlock) + exact_bytes(n - n_sink - in_pages, width, kWindowBlock) +
+  return exact_bytes(n_sink + n_anchor, width, kWindowBlock) +
+         exact_bytes(n - n_sink - in_pages, width, kWindowBlock) +
          ceil_div(in_pages, kPageTokens) * page_bytes + basis + hot;
 }
 
@@ -203,8 +211,7 @@ int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, i
   dense.kind = KvKind::f16;
   int64_t total = 0;
   for (int64_t i = 0; i < model.n_layer; ++i) {
-    total += layer_bytes(profile.layer_is_dense(i, model.n_layer) ? dense : profile, model.n_head_kv,
-                         model.head_dim, n_tokens);
+    total += layer_bytes(profile.layer_is_dense(i, model.n_layer) ? dense : profile, model, n_tokens);
   }
   return total;
 }

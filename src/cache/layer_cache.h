@@ -25,7 +25,7 @@ struct AttentionShape {
 
 /// Bytes as allocated (capacity, not use).
 struct LayerBytes {
-  int64_t pages = 0;  ///< encoded pages
+  int64_t pages = 0;  ///< encoded pages, and blocks of their tokens that stay exact
   int64_t exact = 0;  ///< sinks and recent window, or all tokens of an f16 layer
   int64_t basis = 0;  ///< transforms that belong to this cache alone
   int64_t hot = 0;    ///< rebuilt keys kept from step to step; none before the first step

@@ -8,7 +8,10 @@ namespace narrows {
 
 Status WindowedLayer::append(const float* k, const float* v, int64_t n) {
   if (n <= 0) return {};
-  if (Status s = check_tokens(shape(), rope(), n_tokens(), k, v, n); !s.ok()) return s;
+  if (Status s = check_tokens(shape(), rope(), n_tokens(), k, v, n); !s.ok()) {
+    retract(n_tokens());
+    return s;
+  }
   const bool had_codec = has_codec();
   const int64_t n_sink_before = sinks_.size();
   const int64_t n_window_before = window_.size();
@@ -24,6 +27,7 @@ Status WindowedLayer::append(const float* k, const float* v, int64_t n) {
     sinks_.truncate(n_sink_before);  // gives reserved blocks back
     window_.truncate(n_window_before);
     pages_.shrink_to(n_page());
+    retract(n_tokens());
     if (!had_codec) drop_codec();
   }
   return status;
@@ -40,28 +44,50 @@ Status WindowedLayer::append_unguarded(const Incoming& incoming) {
   const int64_t n_to_sinks = std::clamp<int64_t>(plan_.n_sink - n_held, 0, incoming.n);
   const int64_t window_begin = std::min(n_after, std::max(n_held + n_to_sinks, plan_.n_sink + target));
   const int64_t n_to_window = n_after - window_begin;
-  if (Status s = encode_up_to(target, incoming); !s.ok()) return s;
+  Kept kept;
+  if (Status s = encode_up_to(target, incoming, kept); !s.ok()) return s;
   // Old blocks leave only when nothing can fail any more, so the new ones are made beside them.
   const int64_t n_leaving = std::min(window_.size(), target - n_in_pages_);
   const int64_t n_block_leaving = ceil_div(n_leaving, kWindowBlock);
   const int64_t n_window_after = window_.size() - n_leaving + n_to_window;
-  if (!sinks_.reserve(n_to_sinks) ||
+  if (!sinks_.reserve(n_to_sinks + static_cast<int64_t>(to_keep_.size())) ||
       !window_.reserve_blocks(n_block_leaving + ceil_div(n_window_after, kWindowBlock))) {
     return no_memory_for_tokens(n_after);
   }
   window_.pop_blocks(n_block_leaving);
-  n_in_pages_ = target;
   const int64_t width = shape().width();
   sinks_.push(n_held, incoming.k, incoming.v, n_to_sinks);
+  commit_pages(target, kept);
   const int64_t skip = (window_begin - n_held) * width;
   window_.push(window_begin, incoming.k + skip, incoming.v + skip, n_to_window);
   return {};
 }
 
-Status WindowedLayer::encode_up_to(int64_t target, const Incoming& incoming) {
+Status WindowedLayer::encode_up_to(int64_t target, const Incoming& incoming, Kept& kept) {
+  to_keep_.clear();
   if (target == n_in_pages_) return {};
   if (!pages_.grow_to(ceil_div(target, kPageTokens))) return no_memory_for_tokens(n_tokens() + incoming.n);
-  return encode(n_in_pages_, target, incoming);
+  if (Status s = encode(n_in_pages_, target, incoming); !s.ok()) return s;
+  const int64_t width = shape().width();
+  kept.k.resize(to_keep_.size() * static_cast<size_t>(width));
+  kept.v.resize(kept.k.size());
+  for (size_t i = 0; i < to_keep_.size(); ++i) {
+    const size_t row = i * static_cast<size_t>(width);
+    gather(to_keep_[i], 1, incoming, KeyForm::plain, kept.k.data() + row, kept.v.data() + row);
+  }
+  return {};
+}
+
+void WindowedLayer::commit_pages(int64_t target, const Kept& kept) {
+  const int64_t width = shape().width();
+  for (size_t i = 0; i < to_keep_.size(); ++i) {
+    const size_t row = i * static_cast<size_t>(width);
+    sinks_.push(plan_.n_sink + to_keep_[i], kept.k.data() + row, kept.v.data() + row, 1);
+  }
+  n_kept_ += static_cast<int64_t>(to_keep_.size());
+  n_in_pages_ = target;
+  to_keep_.clear();
+  settle(plan_.n_sink + n_in_pages_);
 }
 
 Status WindowedLayer::prepare_step() {
@@ -72,11 +98,14 @@ Status WindowedLayer::prepare_step() {
     status = make_codec({});
     if (status.ok() && has_codec()) {
       const int64_t target = std::max(n_in_pages_, plan_.in_pages(n_tokens() + 1));
-      status = encode_up_to(target, {});
+      Kept kept;
+      status = encode_up_to(target, {}, kept);
+      if (status.ok() && !sinks_.reserve(static_cast<int64_t>(to_keep_.size())))
+        status = no_memory_for_tokens(n_tokens() + 1);
       if (status.ok()) {
-        window_.pop_blocks((target - n_in_pages_) /
-                           kWindowBlock);  // only whole units of held tokens leave in a step
-        n_in_pages_ = target;
+        // Only whole units of held tokens leave in a step.
+        window_.pop_blocks((target - n_in_pages_) / kWindowBlock);
+        commit_pages(target, kept);
       }
     }
   } catch (const std::bad_alloc&) {
@@ -88,6 +117,7 @@ Status WindowedLayer::prepare_step() {
     if (goes_to.expect_step()) return {};
     status = no_memory_for_tokens(n_tokens() + 1);
   }
+  sinks_.truncate(sinks_.size());
   pages_.shrink_to(n_page());
   if (!had_codec && n_in_pages_ == 0) drop_codec();
   return status;
@@ -126,7 +156,8 @@ void WindowedLayer::gather(int64_t first, int64_t n, const Incoming& incoming, K
 
 void WindowedLayer::read(int64_t first, int64_t n, float* k, float* v) const {
   const int64_t width = shape().width();
-  const int64_t ends[] = {sinks_.size(), sinks_.size() + n_in_pages_, n_tokens()};
+  const int64_t n_sink_held = sinks_.size() - n_kept_;
+  const int64_t ends[] = {n_sink_held, n_sink_held + n_in_pages_, n_tokens()};
   int64_t begin = 0;
   for (int part = 0; part < 3; ++part) {
     const int64_t from = std::max(first, begin);
@@ -143,8 +174,11 @@ void WindowedLayer::read(int64_t first, int64_t n, float* k, float* v) const {
 }
 
 LayerBytes WindowedLayer::bytes() const {
-  return {.pages = pages_.bytes(),
-          .exact = sinks_.bytes() + window_.bytes(),
+  const int64_t kept =
+      sinks_.bytes() - ceil_div(sinks_.size() - n_kept_, kWindowBlock) * sinks_.layout().bytes();
+  const int64_t in_pages = n_kept_ > 0 ? kept : 0;
+  return {.pages = pages_.bytes() + in_pages,
+          .exact = sinks_.bytes() - in_pages + window_.bytes(),
           .basis = codec_bytes(),
           .hot = hot_bytes(),
           .n_tokens_in_pages = n_in_pages_};
@@ -155,7 +189,9 @@ void WindowedLayer::clear() {
   window_.clear();
   pages_.clear();
   n_in_pages_ = 0;
+  n_kept_ = 0;
   step_is_finite_ = true;
+  retract(0);
   drop_codec();
 }
 

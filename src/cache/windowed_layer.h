@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "cache/exact_store.h"
 #include "cache/layer_cache.h"
@@ -19,15 +20,17 @@ class WindowedLayer : public LayerCache {
   void store_step(const float* k, const float* v) final;
   void finish_step() final;
   void read(int64_t first, int64_t n, float* k, float* v) const final;
-  int64_t n_tokens() const final { return sinks_.size() + n_in_pages_ + window_.size(); }
+  int64_t n_tokens() const final { return sinks_.size() - n_kept_ + n_in_pages_ + window_.size(); }
   LayerBytes bytes() const final;
   void clear() final;
 
   // For the decode step. Token i of the pages is position n_sink() + i.
+  /// Tokens that stay exact for good: the first n_sink, then those of the pages that encode() kept.
   const ExactStore& sinks() const { return sinks_; }
   const ExactStore& window() const { return window_; }
   int64_t n_sink() const { return plan_.n_sink; }
-  int64_t n_in_pages() const { return n_in_pages_; }
+  int64_t n_in_pages() const { return n_in_pages_; }  ///< those kept exact included
+  int64_t n_kept() const { return n_kept_; }          ///< tokens of the pages that sinks() holds too
   int64_t n_page() const { return ceil_div(n_in_pages_, kPageTokens); }
   int64_t page_tokens(int64_t p) const { return std::min(kPageTokens, n_in_pages_ - p * kPageTokens); }
   const std::byte* page(int64_t p) const { return pages_.page(p); }
@@ -57,8 +60,13 @@ class WindowedLayer : public LayerCache {
   virtual void drop_codec() {}
 
   /// Writes tokens [first, last) of the pages, which have room for them. Tokens before `first` must not
-  /// change.
+  /// change. May ask for tokens to be kept exact, ascending: they join sinks() when all has gone well.
   virtual Status encode(int64_t first, int64_t last, const Incoming& incoming) = 0;
+  void keep_exact(int64_t token) { to_keep_.push_back(token); }
+  /// Tokens before this position are in pages for good: what only their encoding needed can go. May not fail.
+  virtual void settle(int64_t /*pos*/) {}
+  /// Tokens from this position on have not come after all. May not fail.
+  virtual void retract(int64_t /*pos*/) {}
   /// As read(), first counted from the pages' begin.
   virtual void decode(int64_t first, int64_t n, float* k, float* v) const = 0;
 
@@ -73,14 +81,23 @@ class WindowedLayer : public LayerCache {
   std::byte* mutable_page(int64_t p) { return pages_.page(p); }
 
  private:
+  /// Keys before RoPE and values of tokens that are to be kept, [n, D] each.
+  struct Kept {
+    std::vector<float> k, v;
+  };
+
   Status append_unguarded(const Incoming& incoming);
-  Status encode_up_to(int64_t target, const Incoming& incoming);
+  Status encode_up_to(int64_t target, const Incoming& incoming, Kept& kept);
+  /// Makes pages up to `target` and the kept tokens count. Cannot fail: their room is reserved.
+  void commit_pages(int64_t target, const Kept& kept);
 
   WindowPlan plan_;
-  ExactStore sinks_;   ///< positions [0, n_sink)
+  ExactStore sinks_;   ///< positions [0, n_sink), then n_kept_ of the pages, ascending
   ExactStore window_;  ///< positions from n_sink + n_in_pages_ on
   PageStore pages_;    ///< positions [n_sink, n_sink + n_in_pages_)
   int64_t n_in_pages_ = 0;
+  int64_t n_kept_ = 0;
+  std::vector<int64_t> to_keep_;  ///< of the encode() that runs
   bool step_is_finite_ = true;
 };
 

@@ -94,6 +94,14 @@ void prefetch(KltLayer& layer, int64_t head_kv, Part run, const KltWork& work) {
 
 }  // namespace
 
+int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free) {
+  int64_t n = 0;
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    if ((layer.anchors(t / kPageTokens) >> t % kPageTokens & 1) == 0) free[n++] = static_cast<int32_t>(t);
+  }
+  return n;
+}
+
 int64_t klt_n_run(int64_t n_selected) { return std::min<int64_t>(ceil_div(n_selected, kRunTokens), kSlices); }
 
 void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
@@ -179,8 +187,8 @@ void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork&
                     KltWork::Thread& thread, KltWork::Slice& slice) {
   int32_t tile[kTile];
   for (int64_t first = tokens.begin; first < tokens.end; first += kTile) {
-    const int64_t n = std::min(kTile, tokens.end - first);
-    for (int64_t t = 0; t < n; ++t) tile[t] = static_cast<int32_t>(first + t);
+    const int64_t n = klt_free_tokens(layer, {first, std::min(first + kTile, tokens.end)}, tile);
+    if (n == 0) continue;
     const std::span<const int32_t> span(tile, static_cast<size_t>(n));
     const KltPart* held = nullptr;
     for (int64_t h = 0; h < layer.shape().n_head_kv; ++h) {

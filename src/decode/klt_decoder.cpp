@@ -1,7 +1,6 @@
 // A klt step in the stages' order.
 #include <algorithm>
 #include <new>
-#include <numeric>
 
 #include "decode/decoders.h"
 #include "decode/klt_work.h"
@@ -19,9 +18,11 @@ Status KltDecoder::prepare(StepScratch& scratch) {
   if (!scratch.ok()) return no_memory_for_tokens(layer_.n_tokens() + 1);
   if (Status s = layer_.prepare_step(); !s.ok()) return s;
   const int64_t n = layer_.n_in_pages();
-  budget_ = count_selected(profile_, n, layer_.n_tokens() + 1);
+  // Anchors are read among the exact tokens, whatever the budget.
+  const int64_t n_free = n - layer_.n_kept();
+  budget_ = std::min(n_free, count_selected(profile_, n, layer_.n_tokens() + 1));
   const int64_t n_hot = klt_hot_tokens(profile_, n, layer_.n_tokens() + 1);
-  way_ = budget_ < n ? Way::sparse : n <= n_hot ? Way::hot : Way::streamed;
+  way_ = budget_ < n_free ? Way::sparse : n_free <= n_hot ? Way::hot : Way::streamed;
   try {
     if (!scratch.klt) {
       scratch.klt = std::make_unique<KltWork>(layer_, profile_, scratch.n_threads());
@@ -88,13 +89,12 @@ void KltDecoder::select(KltWork& work, KltWork::Thread& thread, int64_t head_kv)
   if (way_ == Way::streamed) return;
   int32_t* selected = work.selected.data() + head_kv * work.ld;
   const auto at = static_cast<size_t>(head_kv);
+  int64_t& n = work.n_selected[at];
   if (way_ == Way::sparse) {
     klt_select(layer_, profile_, budget_, head_kv, work, thread);
   } else {
-    work.n_selected[at] = layer_.n_in_pages();
-    std::iota(selected, selected + layer_.n_in_pages(), 0);
+    n = klt_free_tokens(layer_, {0, layer_.n_in_pages()}, selected);
   }
-  const int64_t n = work.n_selected[at];
   work.n_missing[at] =
       layer_.hot_keys(head_kv).hold({selected, static_cast<size_t>(n)}, work.slot.data() + head_kv * work.ld,
                                     work.missing.data() + head_kv * work.ld);

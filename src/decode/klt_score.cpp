@@ -5,6 +5,7 @@
 // depend on c: so a step folds its queries with B once (fold_query), and all blocks of all heads are one
 // product with a table of cosines and sines that is the same for all layers and steps.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -15,6 +16,19 @@ namespace narrows {
 using kernels::ops;
 
 namespace {
+
+/// Far below any score: its exponential is 0.
+constexpr float kNever = -1e30F;
+
+/// Writes `value` where the scores of a slice's anchors are: they are read among the exact tokens.
+void set_anchors(const KltLayer& layer, Part pages, float value, KltWork& work) {
+  for (int64_t p = pages.begin; p < pages.end; ++p) {
+    for (AnchorBits bits = layer.anchors(p); bits != 0; bits &= bits - 1) {
+      float* score = work.scores.data() + p * kPageTokens + std::countr_zero(bits);
+      for (int64_t h = 0; h < layer.shape().n_head; ++h) score[h * work.ld] = value;
+    }
+  }
+}
 
 /// Folds the queries of a part's heads into thread.folded, a group of ld columns a query head.
 void fold_queries(const KltLayer& layer, int64_t first_kv, const KltPart& part, const float* q,
@@ -81,10 +95,15 @@ void klt_score(const KltLayer& layer, const KvProfile& profile, const float* q, 
                    thread.projected.data() + (p - begin) * blocks * columns, n_query, thread,
                    work.scores.data() + h * shape.group() * work.ld + p * kPageTokens, work.ld);
       }
+      for (AnchorBits bits = layer.anchors(p); bits != 0; bits &= bits - 1) {  // read among the exact tokens
+        for (int64_t h = 0; h < shape.n_head; ++h)
+          work.scores[static_cast<size_t>(h * work.ld + p * kPageTokens + std::countr_zero(bits))] = kNever;
+      }
     }
   }
   for (int64_t i = slices.begin; i < slices.end; ++i) {
     const Part own = part_of(n_page, static_cast<int>(i), kSlices);
+    set_anchors(layer, own, kNever, work);
     for (int64_t h = 0; h < shape.n_head; ++h) {
       const auto at = static_cast<size_t>(h * 2 * kSlices + i);
       work.part_sum[at] = 0;
@@ -93,6 +112,8 @@ void klt_score(const KltLayer& layer, const KvProfile& profile, const float* q, 
       ops().softmax_scores(work.scores.data() + h * work.ld + own.begin * kPageTokens,
                            (own.end - own.begin) * kPageTokens, &work.part_max[at], &work.part_sum[at]);
     }
+    // Never a candidate, even where every probability counts.
+    set_anchors(layer, own, std::numeric_limits<float>::quiet_NaN(), work);
   }
 }
 
@@ -105,6 +126,10 @@ void klt_note_exact(const AttentionShape& shape, Part slices, StepScratch& scrat
       // An empty slice was not cleared.
       work.part_max[at] = exact.sum[h] > 0 ? exact.max[h] : std::numeric_limits<float>::lowest();
     }
+  }
+  for (int64_t p = 0; p < n_page; ++p) {
+    for (AnchorBits bits = layer.anchors(p); bits != 0; bits &= bits - 1)
+      pooled[p * kPageTokens + std::countr_zero(bits)] = -1;
   }
 }
 

@@ -92,7 +92,7 @@ void klt_pool(const KltLayer& layer, const KvProfile& profile, Part slices, KltW
 void klt_select(const KltLayer& layer, const KvProfile& profile, int64_t budget, int64_t head_kv,
                 KltWork& work, const KltWork::Thread& thread) {
   const int64_t group = layer.shape().group();
-  double in_pages = 0;  // probability of all tokens in pages
+  double in_pages = 0;  // probability of all free tokens in pages
   for (int64_t h = head_kv * group; h < (head_kv + 1) * group; ++h) {
     for (int64_t i = h * 2 * kSlices; i < (h * 2 + 1) * kSlices; ++i)
       in_pages += static_cast<double>(thread.slice_weight[i] * work.part_sum[static_cast<size_t>(i)]);

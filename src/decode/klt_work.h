@@ -109,13 +109,18 @@ void klt_select(const KltLayer& layer, const KvProfile& profile, int64_t budget,
 
 // --- klt_attend.cpp ---
 
+/// Those of tokens [tokens.begin, tokens.end) of the pages that are no anchors, ascending; returns how many.
+/// Anchors are read among the exact tokens.
+int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free);
+
 /// Runs of the selected tokens of a KV head, each a task with a slice of its own; at most kSlices.
 int64_t klt_n_run(int64_t n_selected);
 /// Attends to run `run` of a KV head: rebuilds what is missing of its keys, sums its values as latents.
 void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
                     KltWork::Thread& thread);
 
-/// Attends to tokens [tokens.begin, tokens.end) of the pages for all KV heads, into a slice; nothing is kept.
+/// Attends to the free ones of tokens [tokens.begin, tokens.end) for all KV heads, into a slice; nothing is
+/// kept.
 void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork& work,
                     KltWork::Thread& thread, KltWork::Slice& slice);
 

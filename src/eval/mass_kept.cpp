@@ -2,9 +2,11 @@
 #include "eval/mass_kept.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
+#include "cache/klt_layer.h"
 #include "kernels/ops.h"
 
 namespace narrows {
@@ -58,8 +60,17 @@ void MassKept::observe_layer(int64_t layer) {
                            angle.data() + half, 0, false, q.data());
 
   const KvProfile& profile = session_.options.kv;
-  const int64_t in_pages = session_.cache->layer(layer).bytes().n_tokens_in_pages;
+  const LayerCache& cache = session_.cache->layer(layer);
+  const int64_t in_pages = cache.bytes().n_tokens_in_pages;
   const int64_t end = profile.n_sink + in_pages;
+  // Tokens of the pages that are read in any case, [in_pages].
+  std::vector<char> anchor(static_cast<size_t>(in_pages), 0);
+  if (const auto* klt = dynamic_cast<const KltLayer*>(&cache)) {
+    for (int64_t p = 0; p < klt->n_page(); ++p) {
+      for (AnchorBits bits = klt->anchors(p); bits != 0; bits &= bits - 1)
+        anchor[static_cast<size_t>(p * kPageTokens + std::countr_zero(bits))] = 1;
+    }
+  }
 
   std::vector<float> score(static_cast<size_t>(group * n));
   const std::vector<float>& own = decoded_keys_[static_cast<size_t>(layer)];
@@ -90,9 +101,13 @@ void MassKept::observe_layer(int64_t layer) {
     for (int64_t g = 0; g < group; ++g) {
       const float* p = score.data() + g * n;
       for (int64_t i = 0; i < n; ++i) {
-        if (i < profile.n_sink || i >= end) kept += static_cast<double>(p[i]);
+        const bool exact = i < profile.n_sink || i >= end || anchor[static_cast<size_t>(i - profile.n_sink)];
+        if (exact) {
+          kept += static_cast<double>(p[i]);
+        } else {
+          pooled[static_cast<size_t>(i - profile.n_sink)] += p[i];
+        }
       }
-      for (int64_t i = 0; i < in_pages; ++i) pooled[static_cast<size_t>(i)] += p[profile.n_sink + i];
     }
     double best = kept;
     for (const int32_t i : selected)

@@ -323,7 +323,7 @@ struct Page {
   Page(const Heads& s, const Tokens& tokens, double key_rate, double value_rate, int64_t n_index)
       : part(make(s, tokens, key_rate, value_rate, n_index)),
         bytes(static_cast<size_t>(part.layout().end()), std::byte{0xFF}) {
-    EXPECT_TRUE(part.encode(tokens.k.data(), tokens.v.data(), tokens.width, bytes.data()));
+    EXPECT_TRUE(KltEncoder(part).encode(tokens.k.data(), tokens.v.data(), tokens.width, 0, bytes.data()));
   }
 };
 
@@ -418,7 +418,7 @@ TEST(KltPage, RefusesWhatHasNoCode) {
   for (const bool in_key : {true, false}) {
     Tokens broken = tokens;
     (in_key ? broken.k : broken.v)[70] = kNan;
-    EXPECT_FALSE(page.part.encode(broken.k.data(), broken.v.data(), 60, page.bytes.data()));
+    EXPECT_FALSE(KltEncoder(page.part).encode(broken.k.data(), broken.v.data(), 60, 0, page.bytes.data()));
   }
 }
 
@@ -462,7 +462,7 @@ TEST(KltLayer, WaitsForTokensAndConverts) {
     EXPECT_TRUE(layer.parts().empty());
     EXPECT_TRUE(layer.wants_queries());
     EXPECT_EQ(layer.bytes().n_tokens_in_pages, 0);
-    EXPECT_EQ(layer.bytes().basis, 0);
+    EXPECT_EQ(layer.bytes().basis, 0);  // a query at position 0 is no sample
     const Decoded before(layer);
     if (by_steps) {
       step_tokens(layer, tokens, 511, 513);
@@ -470,7 +470,9 @@ TEST(KltLayer, WaitsForTokensAndConverts) {
       ASSERT_TRUE(layer.append(tokens.key(511), tokens.value(511), 1).ok());
     }
     ASSERT_EQ(layer.parts().size(), 1U);
-    EXPECT_FALSE(layer.wants_queries());
+    EXPECT_TRUE(layer.wants_queries());                                       // to find anchors
+    EXPECT_TRUE(klt_layer(*make_cache(s, "klt:anchors=0")).wants_queries());  // for the keys' weight
+    EXPECT_FALSE(klt_layer(*with_basis(s, tokens, "klt:anchors=0")).wants_queries());
     EXPECT_EQ(layer.bytes().n_tokens_in_pages, 384);  // 512 - 16 - 64, in units of 64
     EXPECT_GT(layer.bytes().basis, 0);
     layer.observe_queries(q.data(), 1);  // too late, and harmless
@@ -589,7 +591,6 @@ TEST(KltLayer, ClearForgetsOwnTransformsOnly) {
     EXPECT_TRUE(klt_layer(*own).parts().empty());
     EXPECT_TRUE(klt_layer(*own).wants_queries());
     EXPECT_EQ(klt_layer(*file).parts().size(), 1U);
-    EXPECT_FALSE(klt_layer(*file).wants_queries());
   }
 }
 
@@ -601,7 +602,7 @@ TEST(KltLayer, BytesAreWhatIsAllocated) {
       const auto cache = from_file ? with_basis(s, tokens, "klt") : make_cache(s, "klt");
       KltLayer& layer = klt_layer(*cache);
       ASSERT_TRUE(layer.append(tokens.key(0), tokens.value(0), 700).ok());
-      int64_t page = 0, basis = 0;
+      int64_t page = 8, basis = 0;  // a page begins with the bits of its anchors
       for (const KltPart& part : layer.parts()) {
         int64_t octets = 0;  // bits of octets: 8 coordinates of 64 tokens are 64 bytes
         for (const auto* t : {&part.key(), &part.value()}) {

@@ -239,12 +239,14 @@ TEST(Cache, EstimateIsWhatStatsShow) {
   for (const int64_t head_dim : {20, 64}) {
     const Heads s(6, 3, head_dim);
     const Tokens tokens(s, 3000);
+    const std::vector<float> queries(static_cast<size_t>(3000 * s.shape.n_head * head_dim), 0.5F);
     for (const char* profile : {"f16", "sals-25", "sals-12.5", "kivi-4", "kivi-2", "klt", "klt-10x"}) {
       const bool klt = profile_of(profile).kind == KvKind::klt;
       const auto cache = make_cache(s, profile);
       for (int64_t n = 1; n <= 3000; n += n < 200 ? 1 : n < 700 ? 17 : 331) {
         for (int64_t i = 0; i < kLayers; ++i) {
           cache->layer(i).clear();
+          if (klt) cache->layer(i).observe_queries(queries.data(), n);
           ASSERT_TRUE(cache->layer(i).append(tokens.key(0), tokens.value(0), n).ok());
           auto* layer = dynamic_cast<KltLayer*>(&cache->layer(i));
           for (int64_t h = 0; layer != nullptr && h < 3; ++h) {  // as the first step does

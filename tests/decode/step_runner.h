@@ -42,15 +42,21 @@ inline std::vector<float> run_step(LayerDecoder& decoder, StepScratch& scratch, 
   return out;
 }
 
-/// Positions that a KV head read in the last step: all but those in pages that were not selected.
+/// Positions that a KV head read in the last step: all but those in pages that were neither selected nor are
+/// anchors.
 inline std::vector<int64_t> positions_read(const LayerCache& layer, const LayerDecoder& decoder,
                                            int64_t n_sink, int64_t head_kv) {
   std::vector<int64_t> read;
   const auto chosen = decoder.last_selection(head_kv);
   const int64_t pages_end = n_sink + layer.bytes().n_tokens_in_pages;
+  const auto* klt = dynamic_cast<const KltLayer*>(&layer);
+  const auto is_anchor = [&](int64_t t) {
+    return klt != nullptr &&
+           (klt->anchors((t - n_sink) / kPageTokens) >> (t - n_sink) % kPageTokens & 1) != 0;
+  };
   for (int64_t t = 0; t < layer.n_tokens(); ++t) {
     const bool in_pages = t >= n_sink && t < pages_end;
-    if (!in_pages || !chosen || std::find(chosen->begin(), chosen->end(), t) != chosen->end())
+    if (!in_pages || !chosen || is_anchor(t) || std::find(chosen->begin(), chosen->end(), t) != chosen->end())
       read.push_back(t);
   }
   return read;
