@@ -11,10 +11,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
-#include "cache/klt_page.h"
+#include "cache/klt_layer.h"
 
 namespace narrows {
 namespace {
@@ -101,7 +102,8 @@ void run(int64_t heads, const Rows& key, const Rows& value) {
   }
   const float* first_key = key.row(kTokens).data();
   const float* first_value = value.row(kTokens).data();
-  const double encode = seconds_of([&] { (void)encoder.encode(first_key, first_value, kWidth, 0, page.data()); });
+  const double encode =
+      seconds_of([&] { (void)encoder.encode(first_key, first_value, kWidth, 0, page.data()); });
   const double rebuild = seconds_of([&] {
     part.read_rows(page.data(), slots.data(), kPageTokens, 0, scratch);
     part.rebuild_keys(scratch.key.data(), scratch.ld, kPageTokens, 0, kHeadDim, k.data(), kHeadDim);
@@ -112,10 +114,61 @@ void run(int64_t heads, const Rows& key, const Rows& value) {
               error[0] / size[0], error[1] / size[1]);
 }
 
+/// One layer of a model over a prompt of kTokens random tokens.
+void prompt(const char* name, int64_t n_head, int64_t n_head_kv, int64_t head_dim) {
+  const AttentionShape shape{n_head, n_head_kv, head_dim, 1.0F / std::sqrt(static_cast<float>(head_dim))};
+  kernels::RopeParams params;
+  params.n_rot = head_dim;
+  params.freq_base = 10000;
+  const kernels::RopeTable rope(params, 8192);
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto fill = [&](int64_t n) {
+    std::vector<float> x(static_cast<size_t>(n));
+    for (float& y : x) y = normal(random);
+    return x;
+  };
+  const auto k = fill(kTokens * shape.width()), v = fill(kTokens * shape.width());
+  const auto q = fill(kTokens * n_head * head_dim);
+  std::vector<double> weight(static_cast<size_t>(n_head_kv * head_dim * head_dim), 0);
+  for (int64_t i = 0; i < n_head_kv * head_dim; ++i)
+    weight[static_cast<size_t>(i * head_dim + i % head_dim)] = 1;
+  const auto distances = std::make_shared<DistanceAverage>(rope, head_dim);
+  KltLayerBasis basis;
+  const double gather = seconds_of([&] {
+    KltStatistics statistics(shape);
+    statistics.add(k.data(), v.data(), kTokens);
+    statistics.add_queries(q.data(), kTokens);
+  });
+  KltStatistics statistics(shape);
+  statistics.add(k.data(), v.data(), kTokens);
+  statistics.add_queries(q.data(), kTokens);
+  const double make = seconds_of([&] { basis = *statistics.basis(*distances, weight); });
+  double append[2];
+  for (const int64_t anchors : {0, 1}) {
+    append[anchors] = seconds_of([&] {
+      KltLayer layer(0, shape, &rope, {16, 64, kPageTokens}, {2, 3, 32, anchors}, distances, {});
+      if (!layer.use_basis(basis).ok()) std::exit(1);
+      if (anchors > 0) layer.observe_queries(q.data(), kTokens);
+      if (!layer.append(k.data(), v.data(), kTokens).ok()) std::exit(1);
+    });
+  }
+  const double pages = (kTokens - 80) / kPageTokens;
+  std::printf(
+      "%s: a layer of %ld tokens: statistics %.1f ms, transforms %.1f ms, pages %.1f ms "
+      "(%.0f us a page), finding anchors %.1f ms\n",
+      name, static_cast<long>(kTokens), gather * 1e3, make * 1e3, append[0] * 1e3, append[0] * 1e6 / pages,
+      (append[1] - append[0]) * 1e3);
+}
+
 }  // namespace
 }  // namespace narrows
 
-int main() {
+int main(int argc, char** /*argv*/) {
+  narrows::prompt("SmolLM2 135M", 9, 3, 64);
+  narrows::prompt("Qwen2.5 0.5B", 14, 2, 64);
+  narrows::prompt("Llama 3.1 8B", 32, 8, 128);
+  if (argc > 1) return 0;
   std::printf("D = 4096 (32 KV heads of 128), k=2, v=3, one thread; errors relative to the variance\n");
   for (const double decay : {0.5, 1.0}) {
     std::printf("\nvariance of the hidden state falls as 1 / i^%.1f\n", decay);
