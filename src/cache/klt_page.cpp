@@ -27,8 +27,6 @@ uint64_t eight_bytes(const uint8_t* p) {
   return x;
 }
 
-}
-
 }  // namespace
 
 int64_t heads_of_part(int64_t n_head_kv, int64_t head_dim) {
