@@ -95,10 +95,6 @@ void klt_score(const KltLayer& layer, const KvProfile& profile, const float* q, 
                    thread.projected.data() + (p - begin) * blocks * columns, n_query, thread,
                    work.scores.data() + h * shape.group() * work.ld + p * kPageTokens, work.ld);
       }
-      for (AnchorBits bits = layer.anchors(p); bits != 0; bits &= bits - 1) {  // read among the exact tokens
-        for (int64_t h = 0; h < shape.n_head; ++h)
-          work.scores[static_cast<size_t>(h * work.ld + p * kPageTokens + std::countr_zero(bits))] = kNever;
-      }
     }
   }
   for (int64_t i = slices.begin; i < slices.end; ++i) {
@@ -126,10 +122,6 @@ void klt_note_exact(const AttentionShape& shape, Part slices, StepScratch& scrat
       // An empty slice was not cleared.
       work.part_max[at] = exact.sum[h] > 0 ? exact.max[h] : std::numeric_limits<float>::lowest();
     }
-  }
-  for (int64_t p = 0; p < n_page; ++p) {
-    for (AnchorBits bits = layer.anchors(p); bits != 0; bits &= bits - 1)
-      pooled[p * kPageTokens + std::countr_zero(bits)] = -1;
   }
 }
 

@@ -68,5 +68,54 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"klt:sinks=0,recent=1,budget=40,block=32", 4, 2, 32, 0},
                     Case{"klt:k=8,v=8,budget=60", 4, 2, 128, 0}));
 
+class Anchored : public testing::TestWithParam<const char*> {};
+
+// A few tokens that every query likes: they become anchors, are read once a step, exactly, and never as part
+// of a page. Both the error that reading one twice makes and the one of leaving it out are far above the
+// tolerance.
+TEST_P(Anchored, TokensAreReadOnce) {
+  const Heads s(6, 3, 32, 20);  // channels 20.. of a head are not rotated
+  const KvProfile profile = profile_of(GetParam());
+  constexpr int64_t n = 900;
+  Tokens tokens(s, n);
+  const std::vector<int64_t> liked = {30, 100, 101, 300, 511, 640};
+  for (const int64_t t : liked) {
+    for (int64_t c = 0; c < s.width(); ++c)
+      tokens.k[static_cast<size_t>(t * s.width() + c)] = c % 32 >= 20 ? 4.0F : 0.0F;
+  }
+  const auto cache = make_cache(s, GetParam());
+  auto& layer = dynamic_cast<KltLayer&>(cache->layer(kCompressed));
+  const auto decoder = make_layer_decoder(layer, profile);
+  StepScratch scratch(s.shape, 2);
+  for (int64_t t = 0; t < n; ++t) {
+    auto q = random_query(s, static_cast<uint32_t>(t));
+    for (size_t c = 0; c < q.size(); ++c) q[c] = c % 32 >= 20 ? 0.6F : 0.3F * q[c];
+    const auto out = run_step(*decoder, scratch, tokens, t, q);
+    if (t < 600 || t % 16 > 1) continue;
+    for (int64_t g = 0; g < s.shape.n_head_kv; ++g) {
+      const auto chosen = decoder->last_selection(g);
+      if (!chosen) continue;
+      for (const int64_t anchor : liked) {
+        EXPECT_FALSE(std::binary_search(chosen->begin(), chosen->end(), static_cast<int32_t>(anchor)))
+            << anchor << " at token " << t;
+      }
+    }
+    ASSERT_LT(error_of(out, attention_of_step(s, q, t, layer, *decoder, profile.n_sink)), kTolerance)
+        << "token " << t;
+  }
+  ASSERT_EQ(layer.n_kept(), static_cast<int64_t>(liked.size()));
+  for (const int64_t t : liked) {
+    const int64_t i = t - profile.n_sink;
+    EXPECT_NE(layer.anchors(i / kPageTokens) >> i % kPageTokens & 1, 0U) << t;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Ways, Anchored,
+                         testing::Values("klt:anchors=2",                    // by mass
+                                         "klt:anchors=2,budget=50,mass=1",   // sparse
+                                         "klt:anchors=2,budget=760,mass=1",  // nearly all, then sparse
+                                         "klt:anchors=2,budget=830,mass=1",  // all, out of hot keys
+                                         "klt:anchors=2,budget=all"));       // streamed
+
 }  // namespace
 }  // namespace narrows::test
