@@ -23,7 +23,7 @@ struct NamedProfile {
   double value_rate = 0;
 };
 
-/// By stored bits of a compressed layer, scales included: 16+16, 5+5, 4+5, 3+3, 2+3.1, 2+3, 1.1+2.1
+/// By stored bits of a compressed layer, scales included: 16+16, 5+5, 4+5, 3+3, 2+3.1, 2+3, 1.1+1.6
 /// (DESIGN.md).
 constexpr std::array<NamedProfile, 7> kProfiles = {{
     {"f16", KvKind::f16, 16, 16, 1},
@@ -32,7 +32,7 @@ constexpr std::array<NamedProfile, 7> kProfiles = {{
     {"kivi-2", KvKind::kivi, 2, 2, 1},
     {"klt", KvKind::klt, 16, 16, 1, 2, 3},
     {"sals-12.5", KvKind::sals, 16, 2, 8},
-    {"klt-10x", KvKind::klt, 16, 16, 1, 1, 2},
+    {"klt-10x", KvKind::klt, 16, 16, 1, 1, 1.5},
 }};
 
 struct Key {

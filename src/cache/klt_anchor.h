@@ -17,7 +17,7 @@ inline constexpr int64_t kQueryStride = 16;
 
 /// A token that gets this share of a layer's attention, averaged over its query heads and the sampled
 /// queries, is an anchor.
-inline constexpr float kAnchorShare = 0.05F;
+inline constexpr float kAnchorShare = 0.15F;
 
 /// Every kQueryStride-th query of a layer, before RoPE, from a moving first position on.
 class QuerySamples {

@@ -126,10 +126,11 @@ TEST(Anchors, AreTheTokensOfTheLargestShares) {
   for (const auto& q : scene.q) scene.samples.add(q.data(), 1);
   for (const int64_t n_after : {1, 17, 63}) {
     const auto shares = scene.shares(n_after);
+    constexpr auto kShare = static_cast<double>(kAnchorShare);
     uint64_t want = 0;
     for (size_t t = 0; t < shares.size(); ++t) {
-      ASSERT_GT(std::fabs(shares[t] - 0.05), 1e-3) << "too near the threshold to tell";
-      if (shares[t] >= 0.05) want |= uint64_t{1} << t;
+      ASSERT_GT(std::fabs(shares[t] - kShare), 1e-3) << "too near the threshold to tell";
+      if (shares[t] >= kShare) want |= uint64_t{1} << t;
     }
     EXPECT_NE(want >> 20 & 1, 0U);
     EXPECT_EQ(scene.find(n_after, 64), want) << n_after;
