@@ -47,6 +47,10 @@ constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const Pref
       .score_rows_f16 = score_rows_f16,
       .softmax_scores = softmax_scores,
       .softmax_part = softmax_part,
+      .round_rows = round_rows,
+      .packed_product = packed_product,
+      .rms_norm = rms_norm,
+      .swiglu = swiglu,
   };
 }
 

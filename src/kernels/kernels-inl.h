@@ -53,6 +53,10 @@ std::remove_pointer_t<decltype(Ops::amplitudes)> amplitudes;
 std::remove_pointer_t<decltype(Ops::read_index)> read_index;
 std::remove_pointer_t<decltype(Ops::sum_planes)> sum_planes;
 std::remove_pointer_t<decltype(Ops::score_rows_f16)> score_rows_f16;
+std::remove_pointer_t<decltype(Ops::round_rows)> round_rows;
+std::remove_pointer_t<decltype(Ops::packed_product)> packed_product;
+std::remove_pointer_t<decltype(Ops::rms_norm)> rms_norm;
+std::remove_pointer_t<decltype(Ops::swiglu)> swiglu;
 
 extern const PrefillKernel kPrefillF32;
 extern const PrefillKernel kPrefillBf16;

@@ -8,27 +8,15 @@
 #define HWY_TARGET_INCLUDE "kernels/latent_score.cpp"
 #include <hwy/foreach_target.h>
 
+#include "kernels/byte_products-inl.h"
 #include "kernels/exp2-inl.h"
-#include "kernels/simd-inl.h"
-
-/// x86 has products of unsigned and signed bytes in all our targets.
-#undef NARROWS_BYTE_PRODUCTS
-#if HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
-#define NARROWS_BYTE_PRODUCTS 1
-#else
-#define NARROWS_BYTE_PRODUCTS 0
-#endif
 
 #if NARROWS_SIMD
 HWY_BEFORE_NAMESPACE();
 namespace narrows::kernels::HWY_NAMESPACE {
 namespace {
 
-using DB = hn::Repartition<uint8_t, DF>;
 using DW = hn::Repartition<uint16_t, DF>;
-using VB = hn::Vec<DB>;
-using VI = hn::Vec<DI>;
-constexpr int64_t kByteLanes = 4 * kLanes;
 static_assert(kTile % kByteLanes == 0);
 
 #if HWY_TARGET == HWY_AVX3_DL
@@ -85,23 +73,6 @@ HWY_INLINE VB expand(const uint8_t* planes, int n_plane) {
 #endif
 
 #if NARROWS_BYTE_PRODUCTS
-/// sum += products of unsigned bytes a (at most 63) and signed bytes b, four to a lane.
-HWY_INLINE VI add_products(VI sum, VB a, VB b) {
-#if HWY_TARGET == HWY_AVX3_DL
-  // Highway's target has VNNI (it checks the CPU for it) but 1.0.3 does not tell the compiler so.
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
-  return sum;
-#elif HWY_TARGET == HWY_AVX3
-  return VI{
-      _mm512_add_epi32(sum.raw, _mm512_madd_epi16(_mm512_maddubs_epi16(a.raw, b.raw), _mm512_set1_epi16(1)))};
-#elif HWY_TARGET == HWY_AVX2
-  return VI{
-      _mm256_add_epi32(sum.raw, _mm256_madd_epi16(_mm256_maddubs_epi16(a.raw, b.raw), _mm256_set1_epi16(1)))};
-#else
-  return VI{_mm_add_epi32(sum.raw, _mm_madd_epi16(_mm_maddubs_epi16(a.raw, b.raw), _mm_set1_epi16(1)))};
-#endif
-}
-
 /// Up to this many coordinates have their query in a buffer on the stack.
 constexpr int64_t kMaxIndex = 512;
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/latent_page.h"
+#include "kernels/packed_weights.h"
 #include "kernels/prefill_kernel.h"
 #include "narrows/status.h"
 
@@ -166,6 +167,24 @@ struct Ops {
 
   /// s [n], n > 0, finite: replaced by exp(s - max); max and the sum of the results. Exactly 0 below e^-87.3.
   void (*softmax_part)(float* s, int64_t n, float* max, float* sum);
+
+  // --- products of a step with the weights; packed_weights.h says what tiles and byte rows are.
+
+  /// x [n_row, ldx], finite, n_in a multiple of 32, to bytes: per group scale = largest / 127 (a float; 0 if
+  /// that is below 2^-126), code = x / scale to nearest even. Every target writes the same bytes.
+  void (*round_rows)(const float* x, int64_t ldx, int64_t n_row, int64_t n_in, const ByteRows& out);
+
+  /// y [n_row, ldy] (+)= w x for rows [16 first, 16 (first + n_tile)) of w, as far as there are such: y[r *
+  /// ldy + o] is output o of input row r. A result depends neither on n_row nor on how the tiles are shared
+  /// out. Sums of 32 products are exact integers (of 16 in q6_k), added up in float.
+  void (*packed_product)(const PackedMatrix& w, int64_t first, int64_t n_tile, const ByteRows& x,
+                         int64_t n_row, float* y, int64_t ldy, bool accumulate);
+
+  /// y [n] = x / sqrt(mean of squares + eps) * weight; y may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+
+  /// y [n] = gate / (1 + exp(-gate)) * up; y may be either.
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
 };
 
 int64_t select_scratch_bytes(int64_t n);

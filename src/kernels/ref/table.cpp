@@ -33,6 +33,10 @@ const Ops kTable = {
     .score_rows_f16 = score_rows_f16,
     .softmax_scores = softmax_scores,
     .softmax_part = softmax_part,
+    .round_rows = round_rows,
+    .packed_product = packed_product,
+    .rms_norm = rms_norm,
+    .swiglu = swiglu,
 };
 
 }  // namespace narrows::kernels::ref
