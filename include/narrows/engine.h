@@ -32,7 +32,8 @@ struct ModelInfo {
 };
 
 struct LoadOptions {
-  bool repack = true;  ///< let ggml interleave weights for this CPU where it can
+  /// Hold quantised weights in tiles that our products read; false: in the file's rows, for ggml's products.
+  bool repack = true;
   /// Unpack all weights to float32 at load (4 bytes each). Slower; but products with quantised weights round
   /// the activations to 8 bits, whose noise hides small differences between caches: for measuring them.
   bool float_weights = false;
@@ -66,9 +67,9 @@ class Model {
 
 /// How a prompt is multiplied by the weights: the values behind `--products NAME`.
 enum class PrefillProducts {
-  automatic,  ///< bf16 where the CPU has it and the prompt is long enough, else ggml
-  ggml,       ///< ggml's products, as in decoding: activations rounded to 8 bits for quantised weights
-  bf16,       ///< oneDNN's, both factors in bfloat16 (where the CPU has no such product: ggml)
+  automatic,  ///< bf16 where the CPU has it and the prompt is long enough, else int8
+  int8,       ///< as in decoding: activations rounded to 8 bits in groups of 32 for quantised weights
+  bf16,       ///< oneDNN's, both factors in bfloat16 (where the CPU has no such product: int8)
 };
 
 struct SessionOptions {
@@ -143,7 +144,7 @@ class DecodeBatch {
  public:
   static constexpr int kMaxSessions = 64;
 
-  /// n_threads as in SessionOptions. invalid_argument: a number out of range.
+  /// n_threads as in SessionOptions. invalid_argument: a number out of range; out_of_memory.
   static Result<std::unique_ptr<DecodeBatch>> create(std::shared_ptr<const Model> model, int max_sessions,
                                                      int n_threads = 0);
   ~DecodeBatch();
@@ -153,8 +154,7 @@ class DecodeBatch {
   /// Session::decode(tokens[i]) for every sessions[i]; each[i] is how it went. A session that cannot (full,
   /// broken, no memory for its token, of another model or number of threads, twice in the list) is left out
   /// and as it was. The logits of a session have the bits that its own decode() gives, whoever else takes
-  /// part. The result itself: invalid_argument if the spans do not fit each other or max_sessions; internal
-  /// or out_of_memory if no step was computed, which each[i] of those that took part says too.
+  /// part. The result itself: invalid_argument if the spans do not fit each other or max_sessions.
   Status decode(std::span<Session* const> sessions, std::span<const Token> tokens, std::span<Status> each);
 
   int max_sessions() const;

@@ -55,10 +55,10 @@ void add_threads_option(CLI::App& app, std::optional<int>& threads) {
 
 void add_products_option(CLI::App& app, PrefillProducts& products) {
   static const std::map<std::string, PrefillProducts> names = {
-      {"auto", PrefillProducts::automatic}, {"ggml", PrefillProducts::ggml}, {"bf16", PrefillProducts::bf16}};
+      {"auto", PrefillProducts::automatic}, {"int8", PrefillProducts::int8}, {"bf16", PrefillProducts::bf16}};
   app.add_option(
          "--products", products,
-         "how a prompt is multiplied by the weights: auto, ggml or bf16 (default: auto, which is bf16 "
+         "how a prompt is multiplied by the weights: auto, int8 or bf16 (default: auto, which is bf16 "
          "where the CPU has it)")
       ->type_name("NAME")
       ->transform(CLI::CheckedTransformer(names).description(""));

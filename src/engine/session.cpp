@@ -162,7 +162,7 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
                   lead.options.attention);
   const Status status = prefill.run(tokens, n_past, hooks, progress, lead.own_logits.data());
   for (Session* s : sessions) {
-    s->impl_->logits_from_graph = false;
+    s->impl_->logits_from_program = false;
     if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
     if (!status.ok()) s->impl_->broken = true;
   }
@@ -187,27 +187,30 @@ void Session::Impl::finish_step() {
   for (auto& d : decoders) d->finish();
 }
 
+Status Session::Impl::make_program() {
+  if (program != nullptr) return {};
+  Result<std::unique_ptr<ThreadPool>> threads = ThreadPool::create(runner.n_threads());
+  if (!threads.ok()) return threads.status();
+  pool = std::move(*threads);
+  Result<std::unique_ptr<StepProgram>> made = StepProgram::create(model->weights(), 1, *pool);
+  if (!made.ok()) return made.status();
+  program = std::move(*made);
+  return {};
+}
+
 Status Session::decode(Token token) {
   Impl& m = *impl_;
+  if (Status s = m.make_program(); !s.ok()) return s;
+  if (Status s = m.begin_step(token, m.program->input(0)); !s.ok()) return s;
   const DecodeLane lane = m.lane();
-  if (m.graph == nullptr) {
-    Result<std::unique_ptr<DecodeGraph>> made =
-        DecodeGraph::create(m.model->weights(), 1, phases_of({&lane, 1}));
-    if (!made.ok()) return made.status();
-    m.graph = std::move(*made);
-  }
-  if (Status s = m.begin_step(token, m.graph->input(0)); !s.ok()) return s;
-  if (Status s = m.graph->run({&lane, 1}, m.runner); !s.ok()) {
-    m.broken = true;
-    return s;
-  }
+  m.program->run({&lane, 1});
   m.finish_step();
-  m.logits_from_graph = true;
+  m.logits_from_program = true;
   return {};
 }
 
 std::span<const float> Session::logits() const {
-  return impl_->logits_from_graph ? impl_->graph->logits(0) : std::span<const float>(impl_->own_logits);
+  return impl_->logits_from_program ? impl_->program->logits(0) : std::span<const float>(impl_->own_logits);
 }
 
 int64_t Session::n_past() const { return impl_->cache->n_tokens(); }
@@ -219,7 +222,7 @@ CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
 
 void Session::reset() {
   impl_->cache->clear();
-  impl_->logits_from_graph = false;
+  impl_->logits_from_program = false;
   impl_->broken = false;
 }
 

@@ -1,13 +1,14 @@
-// The inside of a Session: cache, decoders, graph. Seen by engine/, eval/ and bench/ only.
+// The inside of a Session: cache, decoders, the program of a step. Seen by engine/, eval/ and bench/ only.
 #pragma once
 
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "base/thread_pool.h"
 #include "cache/kv_cache.h"
 #include "decode/layer_decoder.h"
-#include "engine/decode_graph.h"
+#include "engine/step_program.h"
 #include "kernels/rope_table.h"
 #include "model/graph.h"
 #include "model/weights.h"
@@ -27,8 +28,9 @@ class Session::Impl {
   /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
   /// that fails here is as it was.
   Status begin_step(Token token, float* embedding);
+  Status make_program();
   DecodeLane lane() const { return {decoders, scratch.get()}; }
-  /// Serial, after the step's graph.
+  /// Serial, after the step.
   void finish_step();
 
   std::shared_ptr<const Model> model;
@@ -39,9 +41,10 @@ class Session::Impl {
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<StepScratch> scratch;
   std::vector<std::unique_ptr<LayerDecoder>> decoders;
-  std::unique_ptr<DecodeGraph> graph;  ///< built at the first decode()
-  std::vector<float> own_logits;       ///< [n_vocab], of a prompt or a batch
-  bool logits_from_graph = false;
+  std::unique_ptr<ThreadPool> pool;      ///< these two are made at the first decode()
+  std::unique_ptr<StepProgram> program;  ///< of this session alone
+  std::vector<float> own_logits;         ///< [n_vocab], of a prompt or a batch
+  bool logits_from_program = false;
   bool broken = false;  ///< a step failed half way: layers hold different numbers of tokens
 };
 

@@ -44,7 +44,7 @@ void MassKept::observe() {
   for (size_t l = 0; l < decoded_keys_.size(); ++l) {
     std::vector<float>& keys = decoded_keys_[l];
     keys.resize(static_cast<size_t>(n_decoded_ * width));
-    kernels::ops().rope_rows(session_.graph->step(static_cast<int64_t>(l)).k, shape_.n_head_kv,
+    kernels::ops().rope_rows(session_.program->step(static_cast<int64_t>(l)).k, shape_.n_head_kv,
                              shape_.head_dim, 2 * half, angle.data(), angle.data() + half, 0, false,
                              keys.data() + (n_decoded_ - 1) * width);
     if (session_.decoders[l]->last_selection(0)) observe_layer(static_cast<int64_t>(l));
@@ -56,7 +56,7 @@ void MassKept::observe_layer(int64_t layer) {
   const int64_t n = n_context + n_decoded_, half = session_.rope.n_rot() / 2, pos = n - 1;
   std::vector<float> angle(static_cast<size_t>(2 * half)), q(static_cast<size_t>(shape_.n_head * d));
   session_.rope.at(pos, angle.data(), angle.data() + half);
-  kernels::ops().rope_rows(session_.graph->step(layer).q, shape_.n_head, d, 2 * half, angle.data(),
+  kernels::ops().rope_rows(session_.program->step(layer).q, shape_.n_head, d, 2 * half, angle.data(),
                            angle.data() + half, 0, false, q.data());
 
   const KvProfile& profile = session_.options.kv;

@@ -170,8 +170,9 @@ struct Ops {
 
   // --- products of a step with the weights; packed_weights.h says what tiles and byte rows are.
 
-  /// x [n_row, ldx], finite, n_in a multiple of 32, to bytes: per group scale = largest / 127 (a float; 0 if
-  /// that is below 2^-126), code = x / scale to nearest even. Every target writes the same bytes.
+  /// x [n_row, ldx], n_in a multiple of 32, to bytes: per group scale = largest / 127 (a float; codes are 0
+  /// if that is below 2^-126), code = x / scale to nearest even. A group with a number that is not finite has
+  /// the scale NaN. Every target writes the same bytes.
   void (*round_rows)(const float* x, int64_t ldx, int64_t n_row, int64_t n_in, const ByteRows& out);
 
   /// y [n_row, ldy] (+)= w x for rows [16 first, 16 (first + n_tile)) of w, as far as there are such: y[r *

@@ -24,6 +24,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 namespace narrows::kernels {
 
@@ -110,7 +112,8 @@ struct PackedMatrix {
   const uint8_t* tiles;  ///< [pack_tiles(n_out)][tile_bytes(packing, n_in)]
 };
 
-/// Rows of inputs rounded to 8 bits in groups of 32: x = scale * code, code in [-127, 127].
+/// Rows of inputs rounded to 8 bits in groups of 32: x = scale * code, code in [-127, 127];
+/// a scale of NaN stands for a group with numbers that are not finite.
 struct ByteRows {
   int8_t* code;         ///< [n_row, n_in], 4-byte aligned
   float* scale;         ///< [n_row, n_in / 32]
@@ -118,5 +121,12 @@ struct ByteRows {
   int32_t* minus;       ///< [n_row, n_in / 32] minus the sum of a group's codes
   int32_t* minus_half;  ///< [n_row, n_in / 16] minus the sum of half a group's codes
 };
+
+/// Group `at` of rows whose numbers are not all finite: products with it are NaN.
+inline void put_no_number(const ByteRows& rows, int64_t at) {
+  std::memset(rows.code + at * kPackGroup, 0, kPackGroup);
+  rows.scale[at] = rows.total[at] = std::numeric_limits<float>::quiet_NaN();
+  rows.minus[at] = rows.minus_half[2 * at] = rows.minus_half[2 * at + 1] = 0;
+}
 
 }  // namespace narrows::kernels

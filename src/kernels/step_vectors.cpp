@@ -1,5 +1,7 @@
 // What lies between the products of a decode step: norm, activation, rounding of inputs to bytes. One row is
 // a few thousand numbers, so every thread may do all of it for itself instead of waiting for the others.
+#include <cmath>
+
 #include "kernels/packed_weights.h"
 #include "kernels/targets.h"
 
@@ -54,13 +56,17 @@ void swiglu(const float* gate, const float* up, int64_t n, float* y) {
 
 namespace {
 
-/// The largest magnitude of a group.
+/// The largest magnitude of a group; NaN if a number is not finite (a maximum alone may lose a NaN).
 HWY_INLINE float group_top(const float* x) {
   const DF d;
-  VF top = hn::Zero(d);
+  VF top = hn::Zero(d), nothing = hn::Zero(d);
   NARROWS_UNROLL
-  for (int64_t i = 0; i < kPackGroup; i += kLanes) top = hn::Max(top, hn::Abs(hn::LoadU(d, x + i)));
-  return hn::GetLane(hn::MaxOfLanes(d, top));
+  for (int64_t i = 0; i < kPackGroup; i += kLanes) {
+    const VF v = hn::LoadU(d, x + i);
+    top = hn::Max(top, hn::Abs(v));
+    nothing = hn::MulAdd(v, hn::Zero(d), nothing);
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, top)) + hn::GetLane(hn::SumOfLanes(d, nothing));
 }
 
 /// Codes of half a group; minus their sum.
@@ -91,6 +97,10 @@ void round_rows(const float* x, int64_t ldx, int64_t n_row, int64_t n_in, const 
       // A scale that is 0 or subnormal has no inverse in float.
       const float inverse = scale >= 0x1p-126F ? 1 / scale : 0.0F;
       int8_t* code = out.code + at * kPackGroup;
+      if (std::isnan(scale)) {
+        put_no_number(out, at);
+        continue;
+      }
       const int32_t first = round_half(from, inverse, code);
       const int32_t second = round_half(from + kPackGroup / 2, inverse, code + kPackGroup / 2);
       out.scale[at] = scale;

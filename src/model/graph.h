@@ -1,8 +1,7 @@
 // ggml graphs of one transformer layer, for any number of tokens, with attention left open: build_qkv() gives
-// what attention needs, build_rest() takes what it gave. Decode builds all layers into one graph with
-// attention as custom ops (engine/decode_graph.h); prefill builds one layer at a time (prefill/prefill.h).
-// The architectures differ only in which weights exist: llama (no bias), qwen2 (q, k, v bias), qwen3 (q/k
-// norms).
+// what attention needs, build_rest() takes what it gave. Prefill builds one layer at a time
+// (prefill/prefill.h); a decode step is a program of its own (engine/step_program.h). The architectures
+// differ only in which weights exist: llama (no bias), qwen2 (q, k, v bias), qwen3 (q/k norms).
 #pragma once
 
 #include <cstdint>

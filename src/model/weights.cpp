@@ -12,6 +12,8 @@
 #include "base/memory.h"
 #include "base/utf8.h"
 #include "ggml-cpu.h"
+#include "kernels/pack_weights.h"
+#include "model/packing.h"
 
 namespace narrows {
 
@@ -26,6 +28,7 @@ struct Plan {
   std::vector<const TensorEntry*> parts;  ///< rows one after another
   std::vector<bool> reorder;              ///< a part whose rows go from neighbour to halves order
   bool flat = false;                      ///< one dimension: norms and biases, always float32
+  int64_t packed_at = -1;                 ///< offset among the tiles; -1: not packed
 };
 
 /// Row `r` in halves order comes from row rope_source(r) of the file (neighbour order).
@@ -36,35 +39,10 @@ int64_t rope_source(int64_t r, int64_t head_dim, int64_t n_rot) {
   return r - i + (i < half ? 2 * i : 2 * (i - half) + 1);
 }
 
-/// ggml's buffer types that interleave weights for this CPU, best first.
-std::vector<ggml_backend_buffer_type_t> repack_buffer_types() {
-  std::vector<ggml_backend_buffer_type_t> types;
-  ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-  if (device == nullptr) return types;
-  ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(device);
-  auto get = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-      ggml_backend_reg_get_proc_address(registry, "ggml_backend_dev_get_extra_bufts"));
-  if (get == nullptr) return types;
-  for (ggml_backend_buffer_type_t* t = get(device); t != nullptr && *t != nullptr; ++t) types.push_back(*t);
-  return types;
-}
-
-/// True if the CPU backend multiplies a weight of this type and shape out of a buffer of this type.
-bool can_multiply_from(ggml_backend_buffer_type_t type, ggml_type weight_type, int64_t n_in, int64_t n_out) {
-  const ggml_init_params params = {ggml_tensor_overhead() * 4, nullptr, true};
-  ggml_context* ctx = ggml_init(params);
-  ggml_tensor* w = ggml_new_tensor_2d(ctx, weight_type, n_in, n_out);
-  ggml_tensor* x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_in, 512);
-  ggml_tensor* op = ggml_mul_mat(ctx, w, x);
-  w->buffer = ggml_backend_buft_alloc_buffer(type, 0);
-  const bool ok = ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
-  ggml_backend_buffer_free(w->buffer);
-  ggml_free(ctx);
-  return ok;
-}
-
-bool can_convert(ggml_type type) {
-  return type == GGML_TYPE_F32 || (type < GGML_TYPE_COUNT && ggml_get_type_traits(type)->to_float != nullptr);
+bool can_compute(ggml_type type) {
+  if (type == GGML_TYPE_F32) return true;
+  return type < GGML_TYPE_COUNT && ggml_get_type_traits(type)->to_float != nullptr &&
+         ggml_get_type_traits_cpu(type)->vec_dot != nullptr;
 }
 
 void to_float(ggml_type type, const void* from, float* to, int64_t n) {
@@ -111,7 +89,7 @@ class WeightLoader {
       fail(bad(fmt::format("tensor {} is {} but should be [{}, {}]", name, describe_shape(*t), n_in, n_out)));
       return nullptr;
     }
-    if (!can_convert(t->type)) {
+    if (!can_compute(t->type)) {
       fail({StatusCode::unsupported,
             fmt::format("{}: tensor {} is of type {}, which this build cannot compute with", m_.file_.path(),
                         name, ggml_type_name(t->type))});
@@ -172,7 +150,8 @@ class WeightLoader {
     vector(&l.b_up, p + "ffn_up.bias", hp_.n_ff, true);
     const bool biases =
         m_.file_.find(p + "ffn_gate.bias") != nullptr || m_.file_.find(p + "ffn_up.bias") != nullptr;
-    if (gate->type == up->type && !biases) {
+    // Of a joined matrix in tiles, both halves must begin with one.
+    if (gate->type == up->type && !biases && (!packing(*gate) || hp_.n_ff % kernels::kPackRows == 0)) {
       plans_.push_back({&l.gate_up, {gate, up}, {false, false}, false});
     } else {
       matrix(&l.gate, gate);
@@ -222,7 +201,24 @@ class WeightLoader {
   /// Norms and biases are always float32, matrices only when that is asked for.
   bool to_f32(const Plan& p) const { return p.flat || options_.float_weights; }
 
+  std::optional<kernels::Packing> packing(const TensorEntry& t) const {
+    if (!options_.repack || options_.float_weights) return std::nullopt;
+    return packing_of(t.type, t.ne[0]);
+  }
+  std::optional<kernels::Packing> packing(const Plan& p) const {
+    return p.flat ? std::nullopt : packing(*p.parts.front());
+  }
+
+  static int64_t n_out(const Plan& p) {
+    int64_t n = 0;
+    for (const TensorEntry* t : p.parts) n += p.flat ? t->ne[0] : t->ne[1];
+    return n;
+  }
+
   int64_t plan_bytes(const Plan& p) const {
+    if (const auto kind = packing(p)) {
+      return kernels::pack_tiles(n_out(p)) * kernels::tile_bytes(*kind, p.parts.front()->ne[0]);
+    }
     int64_t bytes = 0;
     for (const TensorEntry* t : p.parts) bytes += to_f32(p) ? t->ne[0] * t->n_row() * 4 : t->bytes;
     return bytes;
@@ -250,47 +246,47 @@ class WeightLoader {
   }
 
   Status allocate() {
-    std::vector<ggml_backend_buffer_type_t> types;
-    if (options_.repack) types = repack_buffer_types();
-    types.push_back(ggml_backend_cpu_buffer_type());
-    for (size_t i = 0; i < types.size(); ++i) {
+    // Two tables: of tensors with data, and of those that only give a packed matrix its name and shape.
+    for (int i = 0; i < 2; ++i) {
       const ggml_init_params params = {ggml_tensor_overhead() * (plans_.size() + 1), nullptr, true};
       m_.contexts_.push_back(ggml_init(params));
       if (m_.contexts_.back() == nullptr)
         return {StatusCode::out_of_memory, "no memory for the tensor table"};
     }
-    for (const Plan& p : plans_) {
+    int64_t tiles = 0;
+    for (Plan& p : plans_) {
       const TensorEntry& first = *p.parts.front();
-      int64_t n_out = 0;
-      for (const TensorEntry* t : p.parts) n_out += p.flat ? t->ne[0] : t->ne[1];
-      const ggml_type type = to_f32(p) ? GGML_TYPE_F32 : first.type;
-      size_t where = types.size() - 1;
-      if (!p.flat) {
-        for (size_t i = 0; i + 1 < types.size() && where == types.size() - 1; ++i) {
-          if (can_multiply_from(types[i], type, first.ne[0], n_out)) where = i;
-        }
+      const bool packs = packing(p).has_value();
+      if (packs) {
+        p.packed_at = tiles;
+        tiles += (plan_bytes(p) + 63) / 64 * 64;
       }
-      *p.target = p.flat ? ggml_new_tensor_1d(m_.contexts_[where], type, n_out)
-                         : ggml_new_tensor_2d(m_.contexts_[where], type, first.ne[0], n_out);
+      ggml_context* ctx = m_.contexts_[packs ? 1 : 0];
+      const ggml_type type = to_f32(p) ? GGML_TYPE_F32 : first.type;
+      *p.target = p.flat ? ggml_new_tensor_1d(ctx, type, n_out(p))
+                         : ggml_new_tensor_2d(ctx, type, first.ne[0], n_out(p));
       ggml_set_name(*p.target, first.name.c_str());
       if (p.flat) continue;
       std::vector<ModelWeights::RowSource>& sources = m_.sources_[*p.target];
       for (size_t i = 0; i < p.parts.size(); ++i) sources.push_back({p.parts[i], p.reorder[i]});
     }
-    for (size_t i = 0; i < types.size(); ++i) {
-      if (ggml_get_first_tensor(m_.contexts_[i]) == nullptr) continue;
-      ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(m_.contexts_[i], types[i]);
-      if (buffer == nullptr) return too_large("the system does not give it");
-      ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-      m_.buffers_.push_back(buffer);
-    }
+    m_.tiles_ = PageArray(tiles);
+    if (!m_.tiles_.ok()) return too_large("the system does not give it");
+    if (ggml_get_first_tensor(m_.contexts_[0]) == nullptr) return {};
+    ggml_backend_buffer_t buffer =
+        ggml_backend_alloc_ctx_tensors_from_buft(m_.contexts_[0], ggml_backend_cpu_buffer_type());
+    if (buffer == nullptr) return too_large("the system does not give it");
+    ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    m_.buffers_.push_back(buffer);
     return {};
   }
 
   Status fill() {
     std::vector<char> raw, whole;
     for (const Plan& p : plans_) {
-      whole.resize(static_cast<size_t>(plan_bytes(p)));
+      int64_t bytes = 0;
+      for (const TensorEntry* t : p.parts) bytes += to_f32(p) ? t->ne[0] * t->n_row() * 4 : t->bytes;
+      whole.resize(static_cast<size_t>(bytes));
       char* to = whole.data();
       for (size_t i = 0; i < p.parts.size(); ++i) {
         const TensorEntry& t = *p.parts[i];
@@ -298,9 +294,28 @@ class WeightLoader {
         if (Status s = m_.file_.read(t.offset, t.bytes, raw.data()); !s.ok()) return s;
         to += put(p, t, p.reorder[i], raw.data(), to);
       }
-      ggml_backend_tensor_set(*p.target, whole.data(), 0, whole.size());
+      if (p.packed_at < 0) {
+        ggml_backend_tensor_set(*p.target, whole.data(), 0, whole.size());
+      } else {
+        pack(p, reinterpret_cast<const uint8_t*>(whole.data()));
+      }
     }
     return {};
+  }
+
+  /// Rows [n_out] in the file's blocks into the plan's tiles.
+  void pack(const Plan& p, const uint8_t* rows) {
+    const kernels::Packing kind = *packing(p);
+    const int64_t n_in = p.parts.front()->ne[0], n = n_out(p);
+    const int64_t row = kernels::file_row_bytes(kind, n_in), tile = kernels::tile_bytes(kind, n_in);
+    uint8_t* to = m_.tiles_.data() + p.packed_at;
+    for (int64_t t = 0; t < kernels::pack_tiles(n); ++t) {
+      const uint8_t* of_tile[kernels::kPackRows] = {};
+      const int64_t first = t * kernels::kPackRows, here = std::min(kernels::kPackRows, n - first);
+      for (int64_t r = 0; r < here; ++r) of_tile[r] = rows + (first + r) * row;
+      kernels::pack_tile(kind, n_in, of_tile, to + t * tile);
+    }
+    m_.packed_[*p.target] = {kind, n_in, n, to};
   }
 
   /// Copies one part, converted and reordered; returns the bytes written. What moves is a row of a matrix, or
@@ -393,8 +408,13 @@ Status ModelWeights::read_rows(const ggml_tensor* matrix, int64_t first, int64_t
   return {};
 }
 
+const kernels::PackedMatrix* ModelWeights::packed(const ggml_tensor* matrix) const {
+  const auto found = packed_.find(matrix);
+  return found == packed_.end() ? nullptr : &found->second;
+}
+
 int64_t ModelWeights::allocated_bytes() const {
-  int64_t n = 0;
+  int64_t n = tiles_.size();
   for (ggml_backend_buffer_t b : buffers_) n += static_cast<int64_t>(ggml_backend_buffer_get_size(b));
   return n;
 }

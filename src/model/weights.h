@@ -1,7 +1,7 @@
-// The model's weights in ggml's buffers, one struct a layer. Pipeline step 1. Weights that this CPU
-// multiplies faster when interleaved go to ggml's repack buffer; q, k, v (and gate, up) of one type are
-// joined into one matrix, so that a decode step passes fewer barriers. Rows of q and k are reordered where
-// the file rotates neighbours.
+// The model's weights, one struct a layer. Pipeline step 1. Matrices of the quantised types of
+// kernels/packed_weights.h are held in its tiles; other matrices, norms and biases in ggml's buffers. q, k, v
+// (and gate, up) of one type are joined into one matrix: larger products for a prompt. Rows of q and k are
+// reordered where the file rotates neighbours.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +11,18 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/page_array.h"
 #include "ggml-backend.h"
 #include "gguf/gguf_file.h"
 #include "gguf/hparams.h"
+#include "kernels/packed_weights.h"
 #include "narrows/engine.h"
 #include "narrows/status.h"
 
 namespace narrows {
 
-/// Shapes in ggml's order, fastest first. Null where the model has none.
+/// Shapes in ggml's order, fastest first. Null where the model has none. Matrices may have no data: see
+/// ModelWeights::packed().
 struct LayerWeights {
   ggml_tensor* attn_norm = nullptr;  ///< [n_embd]
   ggml_tensor* wqkv = nullptr;  ///< [n_embd, (n_head + 2 n_head_kv) * head_dim], or null and the three below
@@ -58,13 +61,17 @@ class ModelWeights {
   ggml_tensor* output() const { return output_; }
   ggml_tensor* output_bias() const { return output_bias_; }
 
+  /// The tiles of a matrix of layer(), or of output(), which then has no data of its own; null if it is not
+  /// packed.
+  const kernels::PackedMatrix* packed(const ggml_tensor* matrix) const;
+
   /// Embedding rows of tokens, out [n, n_embd]. Rows are read from the file each time: the table is the
   /// largest tensor of small models and a token needs one row of it. io_error if the file is gone;
   /// invalid_argument for a token outside the vocabulary. Thread-safe.
   Status embed(std::span<const Token> tokens, float* out) const;
 
   /// Rows [first, first + n) of a matrix of layer(), joined and ordered as it was loaded, as float, out [n,
-  /// ne[0]]; from the file: the loaded ones may be interleaved. io_error if it is gone. Thread-safe.
+  /// ne[0]]; from the file, whose rows lie in one piece. io_error if it is gone. Thread-safe.
   Status read_rows(const ggml_tensor* matrix, int64_t first, int64_t n, float* out) const;
 
   /// Bytes allocated for weights.
@@ -84,6 +91,8 @@ class ModelWeights {
   Hparams hparams_;
   TensorEntry embedding_;
   std::unordered_map<const ggml_tensor*, std::vector<RowSource>> sources_;
+  std::unordered_map<const ggml_tensor*, kernels::PackedMatrix> packed_;
+  PageArray tiles_;  ///< of all packed matrices
   std::vector<LayerWeights> layers_;
   ggml_tensor* output_norm_ = nullptr;
   ggml_tensor* output_ = nullptr;

@@ -74,7 +74,8 @@ struct Bf16Products::Impl {
     std::vector<float> unpacked;
   };
 
-  Impl(const ModelWeights& w, GraphRunner& r) : weights(w), runner(r), engine(dnnl::engine::kind::cpu, 0) {
+  Impl(const ModelWeights& w, GraphRunner& r, Products& o)
+      : weights(w), runner(r), otherwise(o), engine(dnnl::engine::kind::cpu, 0) {
     for (int i = 0; i < runner.n_threads(); ++i) threads.push_back({dnnl::stream(engine), {}, {}, {}});
   }
 
@@ -212,6 +213,7 @@ struct Bf16Products::Impl {
 
   const ModelWeights& weights;
   GraphRunner& runner;
+  Products& otherwise;
   dnnl::engine engine;
   std::vector<Thread> threads;
   std::map<std::tuple<int64_t, int64_t, int64_t>, Product> products;  ///< by rows, n_in, n_out
@@ -244,9 +246,11 @@ int64_t Bf16Products::bytes_needed(const ModelWeights& weights, int n_threads) {
 
 Bf16Products::Bf16Products(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-Result<std::unique_ptr<Bf16Products>> Bf16Products::create(const ModelWeights& weights, GraphRunner& runner) {
+Result<std::unique_ptr<Bf16Products>> Bf16Products::create(const ModelWeights& weights, GraphRunner& runner,
+                                                           Products& otherwise) {
   try {
-    return std::unique_ptr<Bf16Products>(new Bf16Products(std::make_unique<Impl>(weights, runner)));
+    return std::unique_ptr<Bf16Products>(
+        new Bf16Products(std::make_unique<Impl>(weights, runner, otherwise)));
   } catch (const dnnl::error& e) {
     return Status(StatusCode::internal, fmt::format("oneDNN does not start: {}", e.what()));
   }
@@ -272,12 +276,12 @@ ggml_tensor* Bf16Products::multiply(ggml_context* ctx, ggml_tensor* weight, ggml
     try {
       if (!impl_->prepare(x->ne[1], m)) break;
     } catch (...) {
-      break;  // ggml can do it too
+      break;  // the others can do it too
     }
     return ggml_custom_4d(ctx, GGML_TYPE_F32, m.n_out, x->ne[1], 1, 1, &x, 1, &Impl::run, GGML_N_TASKS_MAX,
                           &m);
   }
-  return ggml_mul_mat(ctx, weight, x);
+  return impl_->otherwise.multiply(ctx, weight, x);
 }
 
 Status Bf16Products::status() const {

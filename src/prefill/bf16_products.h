@@ -1,6 +1,6 @@
 // The products of a prompt in bfloat16 with float32 sums, by oneDNN: a layer's weights are unpacked from the
-// file once a prompt, into the layout that the product likes, and multiply every chunk of it. Where ggml
-// rounds activations to 8 bits in blocks for quantised weights, here both factors keep 8 significant bits.
+// file once a prompt, into the layout that the product likes, and multiply every chunk of it. Where the
+// products of a step round activations to 8 bits in groups, here both factors keep 8 significant bits.
 #pragma once
 
 #include <atomic>
@@ -24,14 +24,16 @@ class Bf16Products final : public Products {
   /// Peak bytes: one layer's weights in bfloat16, its largest one twice, activations of a block of rows.
   static int64_t bytes_needed(const ModelWeights& weights, int n_threads);
 
-  /// Both outlive it. internal: oneDNN does not start.
-  static Result<std::unique_ptr<Bf16Products>> create(const ModelWeights& weights, GraphRunner& runner);
+  /// All outlive it; otherwise: for weights that are not of the loaded layer. internal: oneDNN does not
+  /// start.
+  static Result<std::unique_ptr<Bf16Products>> create(const ModelWeights& weights, GraphRunner& runner,
+                                                      Products& otherwise);
   ~Bf16Products() override;
 
   /// Unpacks a layer's weights. io_error: the file is gone; out_of_memory.
   Status load(int64_t layer);
 
-  /// For weights of the loaded layer a custom op, for others ggml's product. Tensors are valid until the next
+  /// For weights of the loaded layer a custom op, else the other products. Tensors are valid until the next
   /// load().
   ggml_tensor* multiply(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x) override;
 

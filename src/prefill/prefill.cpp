@@ -24,7 +24,7 @@ using kernels::kPrefillTile;
 /// activations stay below some tens of MB. Whole tiles: a tile is packed when all of its keys are there.
 constexpr int64_t kChunk = 512;
 static_assert(kChunk % kPrefillTile == 0);
-/// Shorter prompts leave their products to ggml: unpacking the weights would cost more than it saves
+/// Shorter prompts are multiplied out of the packed weights: unpacking them would cost more than it saves
 /// (docs/experiments.md).
 constexpr int64_t kBf16Rows = 96;
 /// Tensors in a chunk's graph: one layer (about 25) and the logits.
@@ -35,7 +35,7 @@ AttentionSizes attention_sizes(const Hparams& hp) {
 }
 
 bool in_bf16(const ModelWeights& weights, PrefillProducts how, int64_t n) {
-  if (how == PrefillProducts::ggml || !Bf16Products::applies(weights)) return false;
+  if (how == PrefillProducts::int8 || !Bf16Products::applies(weights)) return false;
   return Bf16Products::supported() && (how == PrefillProducts::bf16 || n >= kBf16Rows);
 }
 
@@ -155,7 +155,12 @@ struct Prefill::ChunkOp {
 
 Prefill::Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner,
                  PrefillProducts products, PrefillAttention attention)
-    : weights_(weights), rope_(rope), runner_(runner), how_(products), attention_(attention) {}
+    : weights_(weights),
+      rope_(rope),
+      runner_(runner),
+      how_(products),
+      attention_(attention),
+      packed_(weights) {}
 
 Prefill::~Prefill() = default;
 
@@ -165,8 +170,9 @@ int64_t Prefill::bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_
   const int64_t width = hp.n_head_kv * hp.head_dim, chunk = std::min(n, kChunk);
   const int64_t floats = n * (hp.n_embd + 2 * width) + (2 * kPrefillTile + kChunk) * width +
                          chunk * (4 * hp.n_embd + 3 * hp.n_ff + 4 * hp.n_head * hp.head_dim) + hp.n_vocab;
-  const int64_t unpacked = in_bf16(weights, products, n) ? Bf16Products::bytes_needed(weights, n_threads) : 0;
-  return floats * static_cast<int64_t>(sizeof(float)) + unpacked +
+  const int64_t more = in_bf16(weights, products, n) ? Bf16Products::bytes_needed(weights, n_threads)
+                                                     : PackedProducts::bytes_needed(weights, chunk);
+  return floats * static_cast<int64_t>(sizeof(float)) + more +
          PromptAttention::bytes_needed(attention_kind(attention), attention_sizes(hp), n_past + n, n_threads);
 }
 
@@ -229,9 +235,11 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   op.n = n;
   op.attend_from = last_row_only ? n - 1 : 0;
 
+  packed_.begin();
+  Products* products = bf16_ ? static_cast<Products*>(bf16_.get()) : &packed_;
   const LayerWeights& w = weights_.layer(layer);
   float* hidden = b.hidden.data() + first * hp.n_embd;
-  Qkv qkv = build_qkv(ctx, hp, w, tensor_over(ctx, hidden, hp.n_embd, n), products_.get());
+  Qkv qkv = build_qkv(ctx, hp, w, tensor_over(ctx, hidden, hp.n_embd, n), products);
   ggml_tensor* args[3] = {qkv.q, qkv.k, qkv.v};
   ggml_tensor* stored =
       ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 3, &ChunkOp::store, GGML_N_TASKS_MAX, &op);
@@ -245,13 +253,13 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     attention = ggml_custom_4d(ctx, GGML_TYPE_F32, hp.n_head * hp.head_dim, rows, 1, 1, &packed, 1,
                                &ChunkOp::attend, GGML_N_TASKS_MAX, &op);
     ggml_tensor* x = tensor_over(ctx, hidden + op.attend_from * hp.n_embd, hp.n_embd, rows);
-    result = build_rest(ctx, hp, w, x, attention, products_.get());
-    if (last_row_only) result = build_logits(ctx, weights_, result);
+    result = build_rest(ctx, hp, w, x, attention, products);
+    if (last_row_only) result = build_logits(ctx, weights_, result, &packed_);
   }
   ggml_set_output(result);
   ggml_build_forward_expand(graph, result);
   Status status;
-  if (!ggml_gallocr_alloc_graph(b.allocator, graph)) {
+  if (!packed_.ok() || !ggml_gallocr_alloc_graph(b.allocator, graph)) {
     status = Status(StatusCode::out_of_memory, "no memory for the activations of a chunk of the prompt");
   } else {
     if (attends) {
@@ -259,7 +267,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
                         op.position() + op.attend_from, static_cast<float*>(attention->data));
     }
     status = runner_.run(graph);
-    if (status.ok() && products_) status = products_->status();
+    if (status.ok() && bf16_) status = bf16_->status();
     if (status.ok() && attends && !b.attention.finite()) {
       // From the first new token on: in the last layer only the last row attends.
       const float* v = b.v.data() + b.tail * op.width();
@@ -302,15 +310,15 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
                         static_cast<double>(bytes) / 1e9)};
   }
 
-  products_.reset();
+  bf16_.reset();
   if (in_bf16(weights_, how_, n)) {
-    Result<std::unique_ptr<Bf16Products>> made = Bf16Products::create(weights_, runner_);
+    Result<std::unique_ptr<Bf16Products>> made = Bf16Products::create(weights_, runner_, packed_);
     if (!made.ok()) return made.status();
-    products_ = std::move(*made);
+    bf16_ = std::move(*made);
   }
   Status status = weights_.embed(tokens, b.hidden.data());
   for (int64_t layer = 0; layer < hp.n_layer && status.ok(); ++layer) {
-    if (products_) status = products_->load(layer);
+    if (bf16_) status = bf16_->load(layer);
     if (!status.ok()) break;
     pack_past(layer, hooks);
     const bool last_layer = layer + 1 == hp.n_layer;
@@ -330,7 +338,7 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const Prefill
     if (!status.ok()) status = Status(status.code(), fmt::format("layer {}: {}", layer, status.message()));
   }
   buffers_.reset();
-  products_.reset();
+  bf16_.reset();
   if (status.ok() && progress) progress(1.0);
   return status;
 }

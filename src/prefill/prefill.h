@@ -14,6 +14,7 @@
 #include "narrows/engine.h"
 #include "narrows/status.h"
 #include "prefill/bf16_products.h"
+#include "prefill/packed_products.h"
 
 namespace narrows {
 
@@ -59,7 +60,8 @@ class Prefill {
   PrefillProducts how_;
   PrefillAttention attention_;
   std::unique_ptr<LayerBuffers> buffers_;
-  std::unique_ptr<Bf16Products> products_;  ///< null: ggml's
+  PackedProducts packed_;
+  std::unique_ptr<Bf16Products> bf16_;  ///< null: packed_ multiplies
 };
 
 }  // namespace narrows

@@ -217,7 +217,7 @@ TEST(MassKept, IsTheShareOfTheExactSoftmax) {
   for (int64_t t = context; t < context + 3; ++t) {
     ASSERT_OK(session->decode(text()[static_cast<size_t>(t)]));
     mass.observe();
-    const DecodeStep& step = session->impl().graph->step(layer);
+    const DecodeStep step = session->impl().program->step(layer);
     exact.emplace_back(step.k, step.k + width);
     for (int64_t h = 0; h < 2; ++h) rotate(exact.back().data() + h * d, d, t);
     const auto selected = session->impl().decoders[layer]->last_selection(0);

@@ -225,6 +225,27 @@ TEST_P(RoundRows, SameBytesEverywhere) {
   }
 }
 
+TEST_P(RoundRows, WhatIsNoNumberStaysNone) {
+  Random random(9);
+  const int64_t n_in = 256, n_out = 20;
+  const Packed w(Packing::q4_k, n_in, n_out, {0.01F}, random);
+  for (const float bad : {kNaN, kInf, -kInf}) {
+    for (int64_t where = 0; where < 64; ++where) {
+      Array<float> x(2 * n_in);
+      fill_normal(x, 2, n_in, n_in, random);
+      x[where] = bad;
+      Bytes bytes(2, n_in);
+      ops().round_rows(x.data(), n_in, 2, n_in, bytes.rows());
+      for (int64_t g = 0; g < 16; ++g) ASSERT_EQ(std::isnan(bytes.scale[g]), g == where / kPackGroup);
+      const Array<float> y = product(ops(), w, bytes, 2, n_out);
+      for (int64_t o = 0; o < n_out; ++o) {
+        ASSERT_TRUE(std::isnan(y[o]));
+        ASSERT_TRUE(std::isfinite(y[n_out + o]));
+      }
+    }
+  }
+}
+
 NARROWS_EACH_TARGET(RoundRows);
 
 class StepVectors : public EachTarget {};

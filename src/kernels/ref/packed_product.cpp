@@ -1,4 +1,5 @@
 // Oracle: the products of packed weights and what lies between them, weight by weight in double.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -30,7 +31,15 @@ void round_rows(const float* x, int64_t ldx, int64_t n_row, int64_t n_in, const 
   for (int64_t at = 0; at < n_row * n_group; ++at) {
     const float* from = x + at / n_group * ldx + at % n_group * kPackGroup;
     float top = 0;
-    for (int64_t i = 0; i < kPackGroup; ++i) top = std::fmax(top, std::fabs(from[i]));
+    bool finite = true;
+    for (int64_t i = 0; i < kPackGroup; ++i) {
+      top = std::fmax(top, std::fabs(from[i]));
+      finite = finite && std::isfinite(from[i]);
+    }
+    if (!finite) {
+      put_no_number(out, at);
+      continue;
+    }
     const float scale = top / 127;
     const float inverse = scale >= 0x1p-126F ? 1 / scale : 0.0F;
     int32_t half[2] = {0, 0};
