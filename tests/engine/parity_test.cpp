@@ -4,9 +4,9 @@
 // What may differ. Prefill attends to exact keys, so with float32 weights only float32 itself rounds:
 // measured 1e-6 of the logits' deviation, growing with the position, because ggml multiplies RoPE's angle up
 // in float32 (error p 2^-24). Decode reads f16 keys and values: it must not be further from libllama's exact
-// path than libllama's own f16 cache is. Weights in few bits round the activations too, and a difference in
-// the last bit flips such a rounding; libllama's own paths differ by that noise from each other, so it is the
-// measure there as well, as a KL divergence.
+// path than libllama's own f16 cache is. Products with weights in few bits round the activations too, each
+// engine in its own groups: what is asked there, as a KL divergence, is that ours are not further from
+// products that round nothing (a file of the unpacked numbers) than libllama's.
 #include <gtest/gtest.h>
 
 #include "peer/llama_peer.h"
@@ -20,18 +20,41 @@ namespace {
 constexpr int64_t kPrompt = 150;
 constexpr int64_t kTokens = 180;  ///< the rest is decoded
 
+/// The model whose weights are what the packed ones of `m` mean.
+TinyModel unpacked(const TinyModel& m) {
+  TinyModel floats = m;
+  floats.type = GGML_TYPE_F32;
+  floats.types.clear();
+  floats.edit_tensors = [m](std::vector<TinyTensor>& all) {
+    for (const TinyTensor& t : m.tensors()) {
+      if (t.type == GGML_TYPE_F32) continue;
+      const auto n = static_cast<int64_t>(t.data.size());
+      std::vector<char> packed(ggml_row_size(t.type, n));
+      ggml_quantize_chunk(t.type, t.data.data(), packed.data(), 0, n / t.ne[0], t.ne[0], nullptr);
+      ggml_get_type_traits(t.type)->to_float(packed.data(), tensor(all, t.name).data.data(), n);
+    }
+  };
+  return floats;
+}
+
 /// Everything about a case that several tests ask for, computed once.
 struct Fixture {
   TinyCase c;
   LoadedTiny tiny;
   std::vector<Token> tokens = random_tokens(kTokens);
   LogitRows exact;
+  LogitRows unrounded;   ///< of the same numbers as float32 weights
   double deviation = 0;  ///< of the logits, mean over tokens
   double noise_max = 0;  ///< libllama's f16 cache against its exact path: largest difference,
   double noise_kl = 0;   ///< and the larger mean divergence of its two kernels
 
   explicit Fixture(const TinyCase& the_case)
-      : c(the_case), tiny(c.model), exact(llama_logits(tiny.path, tokens, LlamaWay::exact)) {
+      : c(the_case),
+        tiny(c.model),
+        exact(llama_logits(tiny.path, tokens, LlamaWay::exact)),
+        unrounded(c.float_weights
+                      ? exact
+                      : llama_logits(LoadedTiny(unpacked(c.model)).path, tokens, LlamaWay::exact)) {
     for (int64_t i = 0; i < kTokens; ++i) deviation += standard_deviation(exact.row(i)) / kTokens;
     for (const LlamaWay way : {LlamaWay::f16_plain, LlamaWay::f16_flash}) {
       const LogitRows rounded = llama_logits(tiny.path, tokens, way);
@@ -81,7 +104,7 @@ TEST_P(Parity, TheModelIsWorthComparing) {
 
 TEST_P(Parity, PrefillIsExact) {
   auto session = make_session(f().tiny.model);
-  double kl = 0;
+  double ours = 0, libllamas = 0;
   for (const int64_t n : {int64_t{1}, int64_t{2}, int64_t{40}, int64_t{64}, int64_t{65}, kPrompt}) {
     session->reset();
     ASSERT_OK(session->prefill(f().first(n)));
@@ -89,9 +112,12 @@ TEST_P(Parity, PrefillIsExact) {
       EXPECT_LT(max_difference(f().exact.row(n - 1), session->logits()), float_tolerance(f(), n))
           << n << " tokens";
     }
-    kl += kl_divergence(f().exact.row(n - 1), session->logits()) / 6;
+    ours += kl_divergence(f().unrounded.row(n - 1), session->logits()) / 6;
+    libllamas += kl_divergence(f().unrounded.row(n - 1), f().exact.row(n - 1)) / 6;
   }
-  EXPECT_LT(kl, 2 * f().noise_kl);
+  if (!f().c.float_weights) {
+    EXPECT_LT(ours, 1.5 * libllamas);  // measured 0.35 (K-quants: smaller groups) to 1.2 times
+  }
 }
 
 TEST_P(Parity, DecodeIsAsNearAsLlamasOwnF16Cache) {
@@ -158,25 +184,12 @@ TEST_P(Parity, WithoutRepackTheSame) {
 // With weights unpacked at load nothing is rounded any more: the exact path of a file that holds the unpacked
 // numbers.
 TEST_P(Parity, UnpackedWeightsAreExact) {
-  TinyModel unpacked = f().c.model;
-  unpacked.type = GGML_TYPE_F32;
-  unpacked.types.clear();
-  unpacked.edit_tensors = [&](std::vector<TinyTensor>& all) {
-    for (const TinyTensor& t : f().c.model.tensors()) {
-      if (t.type == GGML_TYPE_F32) continue;
-      const auto n = static_cast<int64_t>(t.data.size());
-      std::vector<char> packed(ggml_row_size(t.type, n));
-      ggml_quantize_chunk(t.type, t.data.data(), packed.data(), 0, n / t.ne[0], t.ne[0], nullptr);
-      ggml_get_type_traits(t.type)->to_float(packed.data(), tensor(all, t.name).data.data(), n);
-    }
-  };
-  const LoadedTiny floats(unpacked), loaded(f().c.model, {.float_weights = true});
-  const LogitRows exact = llama_logits(floats.path, f().tokens, LlamaWay::exact);
+  const LoadedTiny loaded(f().c.model, {.float_weights = true});
   auto session = make_session(loaded.model);
   for (const int64_t n : {int64_t{40}, kPrompt}) {
     session->reset();
     ASSERT_OK(session->prefill(f().first(n)));
-    EXPECT_LT(max_difference(exact.row(n - 1), session->logits()), float_tolerance(f(), n));
+    EXPECT_LT(max_difference(f().unrounded.row(n - 1), session->logits()), float_tolerance(f(), n));
   }
 }
 

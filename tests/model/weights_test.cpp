@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/pack_weights.h"
 #include "support/compare.h"
 #include "support/refusal.h"
 #include "support/tiny_cases.h"
@@ -217,6 +218,45 @@ TEST(Weights, TakeTheMemoryOfTheFileAndNotTheEmbeddingTwice) {
     }
     EXPECT_GE(loaded.weights->allocated_bytes(), bytes);
     EXPECT_LT(loaded.weights->allocated_bytes(), bytes + bytes / 8);
+  }
+}
+
+TEST(Weights, PackedOnesTakeTheBytesOfTheFile) {
+  for (const TinyCase& c : quantised_cases()) {
+    const Loaded packed(c.model, true), plain(c.model, false);
+    // Tiles of 16 rows: the vocabulary is 258, and 64 bytes between matrices.
+    EXPECT_LE(packed.weights->allocated_bytes(), plain.weights->allocated_bytes() * 17 / 16 + 64 * 16)
+        << c.name;
+    EXPECT_EQ(plain.weights->packed(plain.layer(0).wo), nullptr);
+  }
+}
+
+// Joined, reordered, of mixed types: row by row what read_rows() says of the file.
+TEST(Weights, PackedRowsAreTheFiles) {
+  for (const TinyCase& c : quantised_cases()) {
+    const Loaded loaded(c.model, true);
+    int n_packed = 0;
+    std::vector<const ggml_tensor*> all = {loaded.weights->output()};
+    for (int64_t i = 0; i < c.model.n_layer; ++i) {
+      const LayerWeights& w = loaded.layer(i);
+      all.insert(all.end(), {w.wqkv, w.wq, w.wk, w.wv, w.wo, w.gate_up, w.gate, w.up, w.down});
+    }
+    for (const ggml_tensor* t : all) {
+      const kernels::PackedMatrix* packed = t == nullptr ? nullptr : loaded.weights->packed(t);
+      if (packed == nullptr) continue;
+      ++n_packed;
+      ASSERT_EQ(packed->n_in, t->ne[0]);
+      ASSERT_EQ(packed->n_out, t->ne[1]);
+      std::vector<float> want(static_cast<size_t>(t->ne[0] * t->ne[1])), got(static_cast<size_t>(t->ne[0]));
+      ASSERT_TRUE(loaded.weights->read_rows(t, 0, t->ne[1], want.data()).ok());
+      for (int64_t r = 0; r < t->ne[1]; ++r) {
+        kernels::unpack_row(*packed, r, got.data());
+        ASSERT_EQ(max_difference(got, row(want, t->ne[0], r)), 0)
+            << c.name << ", " << t->name << " row " << r;
+      }
+    }
+    const bool has_packing = c.model.type != GGML_TYPE_F16 && c.model.type != GGML_TYPE_IQ4_NL;
+    EXPECT_EQ(n_packed > 0, has_packing) << c.name;
   }
 }
 

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "prefill/packed_products.h"
 #include "support/session.h"
 
 namespace narrows::testing {
@@ -23,7 +24,7 @@ std::vector<float> multiply(Bf16Products& products, GraphRunner& runner, ggml_te
   ggml_tensor* in = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, weight->ne[0], n);
   in->data = x.data();
   ggml_tensor* out = products.multiply(ctx, weight, in);
-  EXPECT_EQ(out->op, GGML_OP_CUSTOM) << "ggml's product was taken";
+  EXPECT_EQ(out->op, GGML_OP_CUSTOM) << "another product was taken";
   std::vector<float> y(static_cast<size_t>(weight->ne[1] * n));
   out->data = y.data();
   ggml_cgraph* graph = ggml_new_graph(ctx);
@@ -77,7 +78,8 @@ TEST(Bf16Products, AreSumsOfRoundedFactors) {
     ASSERT_TRUE(Bf16Products::applies(weights));
     for (const int n_threads : {1, 3}) {
       GraphRunner runner(n_threads);
-      auto products = Bf16Products::create(weights, runner);
+      PackedProducts otherwise(weights);
+      auto products = Bf16Products::create(weights, runner, otherwise);
       ASSERT_TRUE(products.ok()) << products.status().message();
       for (int64_t layer = 0; layer < 2; ++layer) {
         ASSERT_OK((*products)->load(layer));
@@ -99,15 +101,15 @@ TEST(Bf16Products, LeaveFloatWeightsToGgml) {
   EXPECT_FALSE(Bf16Products::applies(loaded.model->weights()));
 }
 
-TEST(Bf16Products, PromptsAreCloseToGgmls) {
+TEST(Bf16Products, PromptsAreCloseToInt8) {
   if (!Bf16Products::supported()) GTEST_SKIP() << "this CPU has no product of bfloat16";
   TinyModel tiny;
-  tiny.type = GGML_TYPE_F16;  // ggml rounds nothing but the weights, which are the same
+  tiny.type = GGML_TYPE_F16;  // not packed: ggml's product, which rounds activations to half precision only
   const LoadedTiny loaded(tiny);
   const std::vector<Token> tokens = random_tokens(700);
   std::vector<std::vector<float>> logits;
   for (const PrefillProducts how :
-       {PrefillProducts::ggml, PrefillProducts::bf16, PrefillProducts::automatic}) {
+       {PrefillProducts::int8, PrefillProducts::bf16, PrefillProducts::automatic}) {
     auto session = make_session(loaded.model, {.n_threads = 2, .products = how});
     ASSERT_OK(session->prefill(tokens));
     logits.push_back(copy(session->logits()));

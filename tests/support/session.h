@@ -43,8 +43,8 @@ struct SessionSetup {
   int n_threads = 1;
   int64_t n_ctx = 0;
   std::string basis_path = {};
-  /// Most tests are about what else happens, against libllama, whose products are ggml's.
-  PrefillProducts products = PrefillProducts::ggml;
+  /// Most tests are about what else happens, against libllama, which rounds the same factors.
+  PrefillProducts products = PrefillProducts::int8;
   PrefillAttention attention = PrefillAttention::f32;
 };
 

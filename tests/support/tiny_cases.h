@@ -83,7 +83,8 @@ inline std::vector<TinyCase> float_cases() {
 /// Cases with one weight type or mix of types each.
 inline std::vector<TinyCase> quantised_cases() {
   std::vector<TinyCase> all;
-  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1}) {
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,
+                               GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL}) {
     TinyModel m;
     m.type = type;
     all.push_back({std::string("llama_") + ggml_type_name(type), m, false});
@@ -94,6 +95,13 @@ inline std::vector<TinyCase> quantised_cases() {
   k_quants.n_embd = k_quants.n_ff = 256;
   k_quants.head_dim = 64;
   all.push_back({"qwen3_q4_K", k_quants, false});
+  k_quants.architecture = "llama";
+  k_quants.type = GGML_TYPE_Q5_K;
+  all.push_back({"llama_q5_K", k_quants, false});
+  k_quants.architecture = "qwen2";
+  k_quants.type = GGML_TYPE_Q6_K;
+  k_quants.tied_output = true;
+  all.push_back({"qwen2_q6_K_tied", k_quants, false});
   TinyModel mixed;  // q, k, v and gate, up of different types stay apart
   mixed.architecture = "qwen2";
   mixed.type = GGML_TYPE_Q4_0;
