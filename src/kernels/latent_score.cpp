@@ -76,6 +76,10 @@ HWY_INLINE VB expand(const uint8_t* planes, int n_plane) {
 /// Up to this many coordinates have their query in a buffer on the stack.
 constexpr int64_t kMaxIndex = 512;
 
+/// Query rows scored together: their sums over 64 tokens stay in registers where there are 32 of them.
+constexpr int kScoreRows = 4;
+constexpr int64_t kSweep = kLanes == 16 ? kTile : 16;
+
 /// A query row rounded to int8.
 struct ByteQuery {
   HWY_ALIGN int8_t weight[kMaxIndex + kLatentPad];
@@ -83,35 +87,59 @@ struct ByteQuery {
   float offset;  ///< what centring takes away, and the row's own constant
 };
 
+/// The n <= kLanes products u step at p and q.
+template <bool kWhole>
+HWY_INLINE VF products_at(const float* p, const float* q, int64_t n) {
+  const DF d;
+  return kWhole ? hn::Mul(hn::LoadU(d, p), hn::LoadU(d, q)) : hn::Mul(load_n(d, p, n), load_n(d, q, n));
+}
+
+template <bool kWhole>
+HWY_INLINE VF round_part(const float* u, const float* step, const float* centre, int64_t n, VF inverse,
+                         VF shift, int8_t* weight) {
+  const DF d;
+  // Adding 1.5 x 2^23 rounds to an integer, whose low byte is then the float's.
+  const VF magic = hn::Set(d, 12582912.0F);
+  const VF shifted = hn::MulAdd(products_at<kWhole>(u, step, n), inverse, magic);
+#if HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_AVX3
+  // One instruction; TruncateTo() of 1.0.3 takes a permutation, and a wrong one with VBMI.
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(weight),
+                   _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted.raw)));
+#else
+  const hn::Rebind<uint8_t, DF> db;
+  const auto bytes = hn::TruncateTo(db, hn::BitCast(hn::RebindToUnsigned<DF>(), shifted));
+  hn::StoreU(bytes, db, reinterpret_cast<uint8_t*>(weight));
+#endif
+  const VF at = kWhole ? hn::LoadU(d, centre) : load_n(d, centre, n);
+  return hn::MulAdd(hn::Sub(shifted, magic), at, shift);
+}
+
 HWY_INLINE void round_query(const float* u, int64_t n_coord, const float* step, const float* centre,
                             ByteQuery& q) {
   const DF d;
-  const DI di;
-  const hn::Rebind<int8_t, DF> db;
+  const int64_t whole = n_coord / kLanes * kLanes, rest = n_coord - whole;
   VF top = hn::Zero(d);
-  for (int64_t c = 0; c < n_coord; c += kLanes) {
-    const int64_t n = n_coord - c < kLanes ? n_coord - c : kLanes;
-    top = hn::Max(top, hn::Abs(hn::Mul(load_n(d, u + c, n), load_n(d, step + c, n))));
-  }
+  for (int64_t c = 0; c < whole; c += kLanes)
+    top = hn::Max(top, hn::Abs(products_at<true>(u + c, step + c, kLanes)));
+  if (rest > 0) top = hn::Max(top, hn::Abs(products_at<false>(u + whole, step + whole, rest)));
   const float largest = hn::GetLane(hn::MaxOfLanes(d, top));
   q.unit = largest / 127;
   const VF inverse = hn::Set(d, largest > 0 ? 127 / largest : 0.0F);
   VF shift = hn::Zero(d);
-  for (int64_t c = 0; c < n_coord; c += kLanes) {
-    const int64_t n = n_coord - c < kLanes ? n_coord - c : kLanes;
-    const VF product = hn::Mul(hn::Mul(load_n(d, u + c, n), load_n(d, step + c, n)), inverse);
-    const VI weight = hn::NearestInt(product);
-    shift = hn::MulAdd(hn::ConvertTo(d, weight), load_n(d, centre + c, n), shift);
-    hn::StoreU(hn::DemoteTo(db, weight), db, q.weight + c);
+  for (int64_t c = 0; c < whole; c += kLanes)
+    shift = round_part<true>(u + c, step + c, centre + c, kLanes, inverse, shift, q.weight + c);
+  if (rest > 0) {
+    shift =
+        round_part<false>(u + whole, step + whole, centre + whole, rest, inverse, shift, q.weight + whole);
   }
   q.offset = u[n_coord] - q.unit * hn::GetLane(hn::SumOfLanes(d, shift));
 }
 
-/// kRows query rows against 16 tokens.
-template <int kRows>
+/// kRows query rows against kTokens tokens.
+template <int kRows, int64_t kTokens>
 HWY_INLINE void score_block(const uint8_t* codes, int64_t n_coord, const ByteQuery* q, float* score,
                             int64_t lds) {
-  constexpr int kVectors = static_cast<int>(16 / kLanes);
+  constexpr int kVectors = static_cast<int>(kTokens / kLanes);
   const DF d;
   const DI di;
   const DB db;
@@ -136,12 +164,21 @@ HWY_INLINE void score_block(const uint8_t* codes, int64_t n_coord, const ByteQue
   }
   NARROWS_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    const VF unit = hn::Set(d, q[r].unit), offset = hn::Set(d, q[r].offset);
     NARROWS_UNROLL
-    for (int j = 0; j < kVectors; ++j) {
-      const VF x = hn::MulAdd(hn::ConvertTo(d, sum[r][j]), hn::Set(d, q[r].unit), hn::Set(d, q[r].offset));
-      hn::StoreU(x, d, score + r * lds + j * kLanes);
-    }
+    for (int j = 0; j < kVectors; ++j)
+      hn::StoreU(hn::MulAdd(hn::ConvertTo(d, sum[r][j]), unit, offset), d, score + r * lds + j * kLanes);
   }
+}
+
+/// kRows query rows against tokens [first, first + n).
+template <int kRows>
+HWY_INLINE void score_tokens(const uint8_t* codes, int64_t n_coord, const ByteQuery* q, int64_t first,
+                             int64_t n, float* score, int64_t lds) {
+  int64_t t = first;
+  for (; t + kSweep <= first + n; t += kSweep)
+    score_block<kRows, kSweep>(codes + 4 * t, n_coord, q, score + t, lds);
+  for (; t < first + n; t += 16) score_block<kRows, 16>(codes + 4 * t, n_coord, q, score + t, lds);
 }
 #endif  // NARROWS_BYTE_PRODUCTS
 
@@ -188,27 +225,26 @@ void score_index(const uint8_t* codes, int64_t n_coord, const float* u, int64_t 
                  int64_t lds) {
 #if NARROWS_BYTE_PRODUCTS
   if (n_coord <= kMaxIndex) {
-    constexpr int kRows = 4;
-    ByteQuery q[kRows];
-    for (int64_t r = 0; r < n_row; r += kRows) {
-      const int64_t m = n_row - r < kRows ? n_row - r : kRows;
+    ByteQuery q[kScoreRows];
+    // Nine rows are three times three, not twice four and one.
+    const int64_t n_call = (n_row + kScoreRows - 1) / kScoreRows;
+    for (int64_t call = 0; call < n_call; ++call) {
+      const int64_t r = call * n_row / n_call, m = (call + 1) * n_row / n_call - r;
       for (int64_t i = 0; i < m; ++i) round_query(u + (r + i) * ldu, n_coord, step, centre, q[i]);
-      for (int64_t t = first; t < first + n; t += 16) {
-        float* to = score + r * lds + t;
-        switch (m) {
-          case 1:
-            score_block<1>(codes + 4 * t, n_coord, q, to, lds);
-            break;
-          case 2:
-            score_block<2>(codes + 4 * t, n_coord, q, to, lds);
-            break;
-          case 3:
-            score_block<3>(codes + 4 * t, n_coord, q, to, lds);
-            break;
-          default:
-            score_block<kRows>(codes + 4 * t, n_coord, q, to, lds);
-            break;
-        }
+      float* to = score + r * lds;
+      switch (m) {
+        case 1:
+          score_tokens<1>(codes, n_coord, q, first, n, to, lds);
+          break;
+        case 2:
+          score_tokens<2>(codes, n_coord, q, first, n, to, lds);
+          break;
+        case 3:
+          score_tokens<3>(codes, n_coord, q, first, n, to, lds);
+          break;
+        default:
+          score_tokens<kScoreRows>(codes, n_coord, q, first, n, to, lds);
+          break;
       }
     }
     return;
