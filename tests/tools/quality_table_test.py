@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import stat
 import tempfile
@@ -63,6 +64,25 @@ class QualityTable(unittest.TestCase):
             # eval -m M -f T --json --context 9 --kv klt: ten arguments
             self.assertIn("| `klt` | 0.0010 | 0.0010 | 0.0010 | 0.0010 | 6.00x | 5 |", out.getvalue())
             self.assertTrue(os.path.exists(os.path.join(folder, "B_y.json")))
+
+    def test_what_is_there_is_not_run_again(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "A_x.json"), "w", encoding="utf-8") as file:
+                json.dump([row("sals-25", 0.5, 3.5), row("klt", 0.25, 6)], file)
+            with open(os.path.join(folder, "A_y.json"), "w", encoding="utf-8") as file:
+                file.write("[{")  # a run that was cut
+            program = os.path.join(folder, "narrows")
+            with open(program, "w", encoding="utf-8") as file:
+                file.write(FAKE)
+            os.chmod(program, stat.S_IRWXU)
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()) as log:
+                code = quality_table.main(["--narrows", program, "-m", "A-1.gguf", "-f", "x.txt", "-f", "y.txt", "--kv",
+                                           "klt", "--json-dir", folder, "--resume"])
+            self.assertEqual(code, 0)
+            self.assertEqual(log.getvalue(), "A y ..\n")
+            self.assertIn("| `klt` | 0.2500 | 0.0080 |", out.getvalue())
+            self.assertIsNone(quality_table.stored(os.path.join(folder, "A_x.json"), ["klt", "f16"]))
 
 
 if __name__ == "__main__":
