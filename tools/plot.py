@@ -163,6 +163,7 @@ def pyplot():
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
         "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
         "legend.frameon": False, "figure.constrained_layout.use": True, "svg.hashsalt": "narrows",
+        "svg.fonttype": "none",
     })
     return plt
 
@@ -214,7 +215,7 @@ def draw_frontier(documents):
         top.set_xticks(ticks, [f"{f16 / t:.0f}x" for t in ticks])
         top.set_xlabel(f"times smaller than f16 ({whole(f16)} bytes)", fontsize=8)
         top.minorticks_off()
-        axis.legend(loc="upper right", fontsize=8)
+        axis.legend(loc="lower left", fontsize=8)
     return figure
 
 
