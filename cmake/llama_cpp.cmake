@@ -2,6 +2,7 @@
 #
 #   narrows::ggml          tensors, GGUF files, the CPU backend
 #   narrows::llama         vocabulary, tokenizer, samplers
+#   narrows::llama_internal  libllama's own headers, for its grammar parser: src/llama-grammar.h
 #   narrows::llama_common  chat templates (Jinja): common/chat.h
 #   narrows::httplib       the HTTP library that llama_common carries: #include <httplib.h>
 #
@@ -143,7 +144,12 @@ set_target_properties(llama_cpp::cpp-httplib PROPERTIES
   INTERFACE_INCLUDE_DIRECTORIES "${llama_cpp_source}/vendor/cpp-httplib"
   INTERFACE_LINK_LIBRARIES Threads::Threads)
 
+add_library(llama_cpp::llama-internal INTERFACE IMPORTED)
+set_target_properties(llama_cpp::llama-internal PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${llama_cpp_source}/src"
+  INTERFACE_LINK_LIBRARIES llama_cpp::llama)
+
 add_library(narrows::ggml ALIAS llama_cpp::ggml)
 add_library(narrows::llama ALIAS llama_cpp::llama)
+add_library(narrows::llama_internal ALIAS llama_cpp::llama-internal)
 add_library(narrows::llama_common ALIAS llama_cpp::llama-common)
 add_library(narrows::httplib ALIAS llama_cpp::cpp-httplib)

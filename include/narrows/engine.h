@@ -79,6 +79,10 @@ struct SessionOptions {
   int n_threads = 0;       ///< 0: one a core
   PrefillProducts products = PrefillProducts::automatic;
   PrefillAttention attention = PrefillAttention::automatic;
+  /// Prompts are read in segments (Session::segment_end()): the tokens of one attend to earlier ones as the
+  /// cache holds them. At the end of a segment the cache depends on the tokens before it alone; it can go
+  /// back there, and a prompt that goes on from there gives what the whole prompt gives, to the last bit.
+  bool segments = false;
 };
 
 /// Bytes as allocated, whole session.
@@ -112,6 +116,13 @@ class Session {
   /// until reset().
   Status prefill(std::span<const Token> tokens, const ProgressFn& progress = {});
 
+  /// prefill() in pieces of some tens of milliseconds, between which other sessions may work: prefill_step()
+  /// until prefill_done() is 1. The tokens are copied. Errors as prefill(); begin_prefill() refuses, and
+  /// leaves the session untouched; after an error of a step, or to give up, reset().
+  Status begin_prefill(std::span<const Token> tokens);
+  Status prefill_step();
+  double prefill_done() const;  ///< share of the prompt that has been begun, in [0, 1]
+
   /// The same for several empty sessions of one model at the cost of one pass: each cache sees the same exact
   /// keys and values. For measuring profiles against each other.
   static Status prefill_together(std::span<Session* const> sessions, std::span<const Token> tokens,
@@ -129,8 +140,24 @@ class Session {
   CacheStats cache_stats() const;
   void reset();  ///< forgets all tokens, keeps the buffers
 
+  // --- prefixes; for sessions with `segments`
+
+  /// The last end of a segment that leaves at least 128 tokens of a prompt of n behind it; 0 if there is
+  /// none. Below exact_tokens() nothing is compressed.
+  static int64_t segment_end(const KvProfile& profile, int64_t n_tokens);
+  /// The last end of a segment at or before token n that keep_prefix() can go back to; 0: to none but
+  /// reset().
+  int64_t kept_prefix(int64_t n) const;
+  /// Forgets all but the first n tokens, n = kept_prefix(n). Nothing is encoded anew; there are no logits
+  /// until the next prefill.
+  void keep_prefix(int64_t n);
+  /// Becomes the first n = from.kept_prefix(n) tokens of a session of the same model and options, and shares
+  /// its pages. invalid_argument if they differ; out_of_memory: then this session is empty.
+  Status share_prefix(const Session& from, int64_t n);
+
   class Impl;
   Impl& impl() { return *impl_; }  ///< for src/eval and src/bench only
+  const Impl& impl() const { return *impl_; }
 
  private:
   friend class DecodeBatch;

@@ -4,11 +4,19 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "narrows/status.h"
 #include "narrows/text.h"
 
 namespace narrows {
+
+/// Added to a token's logit before anything else; -infinity forbids it.
+struct LogitBias {
+  Token token = 0;
+  float bias = 0;
+};
 
 struct SamplerOptions {
   float temperature = 0.7F;     ///< 0 is greedy; then the filters below have no effect
@@ -16,22 +24,32 @@ struct SamplerOptions {
   float top_p = 0.95F;          ///< 1 is off
   float min_p = 0.05F;          ///< 0 is off
   float repeat_penalty = 1.0F;  ///< 1 is off
-  int32_t repeat_last_n = 64;   ///< tokens that the penalty looks back on; 0 is off
+  float presence_penalty = 0;   ///< subtracted once from a token that has come
+  float frequency_penalty = 0;  ///< subtracted for each time that it has come
+  int32_t repeat_last_n = 64;   ///< tokens that the penalties look back on; 0 is off
   uint32_t seed = 0;
+  std::vector<LogitBias> logit_bias = {};
+  std::string grammar = {};  ///< GBNF that the answer follows, from its rule `root`; "": free text
 };
 
 class Sampler {
  public:
-  /// invalid_argument if a number is out of range (names the option, the value and the range).
-  static Result<std::unique_ptr<Sampler>> create(const SamplerOptions& options);
+  /// invalid_argument if a number is out of range (names the option, the value and the range), or the grammar
+  /// is none. The tokenizer is that of the model, and outlives the sampler; without a grammar or biases it
+  /// may be null.
+  static Result<std::unique_ptr<Sampler>> create(const SamplerOptions& options,
+                                                 const Tokenizer* tokenizer = nullptr);
   ~Sampler();
   Sampler(const Sampler&) = delete;
   Sampler& operator=(const Sampler&) = delete;
 
-  /// logits [n_vocab]. non_finite if any is NaN or +infinity. Does not accept() the token.
+  /// logits [n_vocab]. non_finite if any is NaN or +infinity; invalid_argument if the grammar has no token
+  /// left to go on with. Does not accept() the token.
   Result<Token> sample(std::span<const float> logits);
-  /// Tells the penalties that the token was emitted (or was in the prompt).
+  /// Tells the penalties that the token was emitted, and takes the grammar a step further.
   void accept(Token token);
+  /// Tells the penalties that the token was in the prompt.
+  void accept_prompt(Token token);
 
  private:
   struct Impl;

@@ -92,6 +92,31 @@ void KeyMoments::add_block(const float* keys, int64_t n) const {
   }
 }
 
+void KeyMoments::add(const KeyMoments& other) {
+  for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += other.sum_[i];
+  for (size_t i = 0; i < moments_.size(); ++i) moments_[i] += other.moments_[i];
+  n_ += other.n_;
+}
+
+void KeyMoments::save(SnapshotWriter& out) const {
+  out.number(n_);
+  out.array(sum_);
+  out.array(moments_);
+}
+
+void KeyMoments::load(SnapshotReader& in) {
+  n_ = in.count(0, int64_t{1} << 40);
+  std::vector<double> sum = in.array<double>(sum_.size());
+  std::vector<double> moments = in.array<double>(moments_.size());
+  const auto finite = [](const std::vector<double>& x) {
+    return std::all_of(x.begin(), x.end(), [](double y) { return std::isfinite(y); });
+  };
+  if (!finite(sum) || !finite(moments)) in.fail();
+  if (!in.ok()) return;
+  sum_ = std::move(sum);
+  moments_ = std::move(moments);
+}
+
 Result<LayerBasis> KeyMoments::leading(int64_t rank) const {
   if (n_ == 0) return Status{StatusCode::invalid_argument, "a basis needs at least one token"};
   if (rank < 1 || rank > width_) {

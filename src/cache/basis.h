@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cache/snapshot.h"
 #include "narrows/status.h"
 
 namespace narrows {
@@ -25,6 +26,11 @@ class KeyMoments {
   /// keys [n, D]; must be finite. Few at a time wait until they are a block of 32 or the sums are read: a sum
   /// of one token moves all of [D, D].
   void add(const float* keys, int64_t n);
+  void save(SnapshotWriter& out) const;
+  /// Sums that were saved at this width; leaves the reader failed if they are none.
+  void load(SnapshotReader& in);
+  /// The sums of another one of this width.
+  void add(const KeyMoments& other);
   int64_t n_tokens() const { return n_; }
   /// non_finite if a moment is not finite; invalid_argument if no token was added.
   Result<LayerBasis> leading(int64_t rank) const;

@@ -49,6 +49,11 @@ Status non_finite_token(int64_t pos) {
               " has a key or value that is NaN, infinite or beyond half precision (65504)"};
 }
 
+Status not_a_layer(const SnapshotReader& in) {
+  if (in.ok()) return {StatusCode::out_of_memory, "no memory for the saved key/value cache"};
+  return {StatusCode::invalid_file, "the saved key/value cache is cut off or holds impossible numbers"};
+}
+
 Status no_memory_for_tokens(int64_t n) {
   return {StatusCode::out_of_memory, "no memory for the key/value cache of " + std::to_string(n) +
                                          " tokens; use a smaller --ctx or another --kv"};

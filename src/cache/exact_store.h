@@ -22,7 +22,10 @@ class ExactStore {
 
   /// Room for n more tokens; false if there is no memory, then nothing has changed.
   bool reserve(int64_t n) { return reserve_blocks(ceil_div(size_ + n, layout_.block)); }
-  bool reserve_blocks(int64_t n) { return blocks_.grow_to(n); }
+  /// The same, counted in blocks of the whole store. The block that is not full yet becomes the store's own.
+  bool reserve_blocks(int64_t n) {
+    return blocks_.grow_to(n) && (size_ % layout_.block == 0 || blocks_.own(size_ / layout_.block));
+  }
 
   /// Adds n tokens at positions pos .. (k before RoPE, v: [n, D]) into reserved room.
   void push(int64_t pos, const float* k, const float* v, int64_t n) {
@@ -45,6 +48,24 @@ class ExactStore {
   void truncate(int64_t n) {   ///< keeps the oldest n tokens
     if (n < size_) size_ = n;
     blocks_.shrink_to(ceil_div(size_, layout_.block));
+  }
+  /// The first n tokens of another store of this layout, sharing its blocks; throws std::bad_alloc.
+  void share(const ExactStore& from, int64_t n) {
+    blocks_.share(from.blocks_, ceil_div(n, layout_.block));
+    size_ = n;
+    expected_ = 0;
+  }
+  void save(SnapshotWriter& out) const {
+    out.number(size_);
+    blocks_.save(out);
+  }
+  /// At most n_max tokens in place of those held; false if the bytes are none, then it is empty.
+  bool load(SnapshotReader& in, int64_t n_max) {
+    clear();
+    const int64_t n = in.count(0, n_max);
+    if (!in.ok() || !blocks_.load(in, ceil_div(n, layout_.block))) return false;
+    size_ = n;
+    return true;
   }
   void clear();
 
@@ -78,6 +99,8 @@ Status check_tokens(const AttentionShape& shape, const kernels::RopeTable& rope,
                     const float* v, int64_t n);
 
 Status non_finite_token(int64_t pos);
+/// Why a layer could not be loaded: the bytes are wrong, or else there was no memory.
+Status not_a_layer(const SnapshotReader& in);
 Status no_memory_for_tokens(int64_t n);
 
 }  // namespace narrows

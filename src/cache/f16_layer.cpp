@@ -1,6 +1,8 @@
 // F16Layer over one ExactStore: only what can fail is here.
 #include "cache/f16_layer.h"
 
+#include <new>
+
 namespace narrows {
 
 Status F16Layer::append(const float* k, const float* v, int64_t n) {
@@ -15,6 +17,29 @@ Status F16Layer::prepare_step() {
   if (!step_is_finite_) return non_finite_token(n_tokens() - 1);
   if (!store_.expect_step()) return no_memory_for_tokens(n_tokens() + 1);
   return {};
+}
+
+void F16Layer::keep(int64_t n) {
+  store_.expect_nothing();
+  store_.truncate(n);
+  step_is_finite_ = true;
+}
+
+Status F16Layer::share(const LayerCache& from, int64_t n) {
+  try {
+    store_.share(static_cast<const F16Layer&>(from).store_, n);
+    step_is_finite_ = true;
+    return {};
+  } catch (const std::bad_alloc&) {
+    clear();
+    return no_memory_for_tokens(n);
+  }
+}
+
+Status F16Layer::load(SnapshotReader& in) {
+  clear();
+  if (store_.load(in, rope().n_ctx())) return {};
+  return not_a_layer(in);
 }
 
 void F16Layer::clear() {

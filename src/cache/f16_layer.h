@@ -19,6 +19,11 @@ class F16Layer final : public LayerCache {
   }
   void finish_step() override { store_.count_step(); }
   void read(int64_t first, int64_t n, float* k, float* v) const override { store_.read(first, n, k, v); }
+  bool can_keep(int64_t n) const override { return n <= store_.size(); }
+  void keep(int64_t n) override;
+  Status share(const LayerCache& from, int64_t n) override;
+  void save(SnapshotWriter& out) const override { store_.save(out); }
+  Status load(SnapshotReader& in) override;
   int64_t n_tokens() const override { return store_.size(); }
   LayerBytes bytes() const override { return {.exact = store_.bytes()}; }
   void clear() override;

@@ -48,6 +48,20 @@ void QuerySamples::drop_from(int64_t pos) {
     first_ = n_sink_ + std::max<int64_t>(0, pos - n_sink_ + kQueryStride - 1) / kQueryStride * kQueryStride;
 }
 
+void QuerySamples::save(SnapshotWriter& out) const {
+  out.number(first_);
+  out.number(next_);
+  out.array(rows_);
+}
+
+void QuerySamples::load(SnapshotReader& in, int64_t n_ctx) {
+  first_ = in.count(n_sink_, n_sink_ + n_ctx + kQueryStride);
+  next_ = in.count(0, n_ctx);
+  const int64_t n = next_ > first_ ? ceil_div(next_ - first_, kQueryStride) : 0;
+  rows_ = in.array<f16_t>(static_cast<uint64_t>(n * width_));
+  if ((first_ - n_sink_) % kQueryStride != 0) in.fail();
+}
+
 const f16_t* QuerySamples::at(int64_t pos) const {
   const int64_t off = pos - first_;
   if (off < 0 || off % kQueryStride != 0) return nullptr;

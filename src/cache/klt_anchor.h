@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cache/layer_cache.h"
+#include "cache/snapshot.h"
 #include "kernels/half.h"
 
 namespace narrows {
@@ -34,6 +35,9 @@ class QuerySamples {
   void drop_from(int64_t pos);
   /// The query at pos, [n_head, head_dim]; null if it was not sampled.
   const kernels::f16_t* at(int64_t pos) const;
+  void save(SnapshotWriter& out) const;
+  /// Leaves the reader failed if the bytes are none; may throw std::bad_alloc.
+  void load(SnapshotReader& in, int64_t n_ctx);
   int64_t bytes() const { return static_cast<int64_t>(rows_.capacity() * sizeof(kernels::f16_t)); }
 
  private:

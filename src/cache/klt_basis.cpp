@@ -186,6 +186,37 @@ int64_t KltTransform::bytes() const {
   return static_cast<int64_t>(n);
 }
 
+void KltTransform::save(SnapshotWriter& out) const {
+  out.number(n_coord);
+  out.number(weight_unit);
+  out.array(mean);
+  out.array(weight);
+  out.array(decode);
+  out.array(octet_bits);
+}
+
+KltTransform load_klt_transform(SnapshotReader& in, int64_t width, int64_t block) {
+  KltTransform t;
+  t.width = width;
+  t.block = block;
+  t.n_coord = in.count(0, (width + kernels::kOctet - 1) / kernels::kOctet * kernels::kOctet);
+  t.weight_unit = in.number<float>();
+  if (t.n_coord % kernels::kOctet != 0 || !std::isfinite(t.weight_unit)) in.fail();
+  t.mean = in.array<float>(static_cast<uint64_t>(width));
+  t.weight = in.array<kernels::f16_t>(static_cast<uint64_t>(width * block));
+  t.decode = in.array<kernels::f16_t>(static_cast<uint64_t>(t.n_coord * width));
+  t.octet_bits = in.array<uint8_t>(static_cast<uint64_t>(kernels::pad_latent(t.n_coord) / kernels::kOctet));
+  const auto finite_half = [](kernels::f16_t x) { return (x & 0x7C00) != 0x7C00; };
+  const bool good = std::all_of(t.mean.begin(), t.mean.end(), [](float x) { return std::isfinite(x); }) &&
+                    std::all_of(t.weight.begin(), t.weight.end(), finite_half) &&
+                    std::all_of(t.decode.begin(), t.decode.end(), finite_half) &&
+                    std::is_sorted(t.octet_bits.rbegin(), t.octet_bits.rend()) &&
+                    std::all_of(t.octet_bits.begin(), t.octet_bits.end(),
+                                [](uint8_t bits) { return bits >= 1 && bits <= kernels::kMaxBits; });
+  if (!good) in.fail();
+  return t;
+}
+
 Result<KltTransform> make_klt_transform(const KltBasis& basis, double rate) {
   KltTransform t;
   t.width = basis.width;

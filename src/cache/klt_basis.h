@@ -72,7 +72,11 @@ struct KltTransform {
   std::vector<uint8_t> octet_bits;     ///< [pad_latent(n_coord) / 8], padded with 1
 
   int64_t bytes() const;
+  void save(SnapshotWriter& out) const;
 };
+
+/// A transform of this shape that was saved; leaves the reader failed if it is none.
+KltTransform load_klt_transform(SnapshotReader& in, int64_t width, int64_t block);
 
 /// non_finite if a number of the inverse transform leaves half precision.
 Result<KltTransform> make_klt_transform(const KltBasis& basis, double rate);

@@ -40,6 +40,21 @@ void KltStatistics::add_queries(const float* q, int64_t n) {
   n_queries_ += n;
 }
 
+void KltStatistics::add_queries(const KltStatistics& other) {
+  for (size_t h = 0; h < query_.size(); ++h) query_[h].add(other.query_[h]);
+  n_queries_ += other.n_queries_;
+}
+
+void KltStatistics::save_queries(SnapshotWriter& out) const {
+  out.number(n_queries_);
+  for (const KeyMoments& m : query_) m.save(out);
+}
+
+void KltStatistics::load_queries(SnapshotReader& in) {
+  n_queries_ = in.count(0, int64_t{1} << 40);
+  for (KeyMoments& m : query_) m.load(in);
+}
+
 Result<KltLayerBasis> KltStatistics::basis(const DistanceAverage& distances,
                                            const std::vector<double>& value_weight) const {
   const int64_t square = shape_.head_dim * shape_.head_dim;
@@ -77,6 +92,7 @@ KltLayer::KltLayer(int64_t layer, const AttentionShape& shape, const kernels::Ro
       value_weight_(std::move(value_weight)),
       heads_(heads_of_part(shape.n_head_kv, shape.head_dim)),
       samples_(shape, plan.n_sink),
+      parts_(std::make_shared<const std::vector<KltPart>>()),
       hot_keys_(static_cast<size_t>(shape.n_head_kv), KltHotKeys(shape.head_dim)) {}
 
 Status KltLayer::use_basis(const KltLayerBasis& basis) {
@@ -85,31 +101,58 @@ Status KltLayer::use_basis(const KltLayerBasis& basis) {
   return s;
 }
 
+int64_t KltLayer::segment_of(int64_t pos) const {
+  if (!plan().segmented) return 0;
+  // The later half of what the transforms are made from: enough queries, and less to keep for each segment.
+  // All that come later count as one: no segment that may be forgotten ends among them.
+  if (pos < plan().n_exact / 2) return -1;
+  return (std::min(pos, plan().n_exact) - plan().n_sink) / kSegmentTokens;
+}
+
 void KltLayer::observe_queries(const float* q, int64_t n) {
   if (options_.anchors > 0) samples_.add(q, n);
   if (has_codec()) return;
-  if (!queries_) queries_ = std::make_unique<KltStatistics>(shape());
-  if (queries_->n_queries() < kKltEnd) queries_->add_queries(q, n);
+  // A step is counted when its query comes here, a prompt's tokens are not.
+  const int64_t segment = segment_of(n_tokens());
+  if (segment < 0) return;
+  int64_t n_seen = 0;
+  for (const QueryStatistics& s : queries_) n_seen += s.sums->n_queries();
+  if (n_seen >= kKltEnd) return;
+  if (queries_.empty() || queries_.back().segment != segment)
+    queries_.push_back({segment, std::make_shared<KltStatistics>(shape())});
+  std::shared_ptr<KltStatistics>& sums = queries_.back().sums;
+  if (sums.use_count() > 1) sums = std::make_shared<KltStatistics>(*sums);
+  sums->add_queries(q, n);
 }
 
 Status KltLayer::set_transforms(const KltLayerBasis& basis) {
+  std::vector<KltTransform> keys, values;
+  for (size_t p = 0; p < basis.key.size(); ++p) {
+    Result<KltTransform> key = make_klt_transform(basis.key[p], options_.key_rate);
+    if (!key.ok()) return key.status();
+    Result<KltTransform> value = make_klt_transform(basis.value[p], options_.value_rate);
+    if (!value.ok()) return value.status();
+    keys.push_back(std::move(*key));
+    values.push_back(std::move(*value));
+  }
+  set_parts(std::move(keys), std::move(values));
+  return {};
+}
+
+void KltLayer::set_parts(std::vector<KltTransform> keys, std::vector<KltTransform> values) {
   std::vector<KltPart> parts;
   int64_t page_bytes = kPageHeader;
-  const auto n_part = static_cast<int64_t>(basis.key.size());
+  const auto n_part = static_cast<int64_t>(keys.size());
   for (int64_t p = 0; p < n_part; ++p) {
-    Result<KltTransform> key = make_klt_transform(basis.key[static_cast<size_t>(p)], options_.key_rate);
-    if (!key.ok()) return key.status();
-    Result<KltTransform> value = make_klt_transform(basis.value[static_cast<size_t>(p)], options_.value_rate);
-    if (!value.ok()) return value.status();
-    parts.emplace_back(p * heads_ * shape().head_dim, std::move(*key), std::move(*value),
+    parts.emplace_back(p * heads_ * shape().head_dim, std::move(keys[static_cast<size_t>(p)]),
+                       std::move(values[static_cast<size_t>(p)]),
                        ceil_div(ceil_div(options_.n_index, n_part), kernels::kOctet) * kernels::kOctet,
                        page_bytes);
     page_bytes = parts.back().layout().end();
   }
-  parts_ = std::move(parts);
+  parts_ = std::make_shared<const std::vector<KltPart>>(std::move(parts));
   set_page_bytes(page_bytes);
-  queries_.reset();
-  return {};
+  queries_.clear();
 }
 
 Status KltLayer::make_codec(const Incoming& incoming) {
@@ -118,8 +161,8 @@ Status KltLayer::make_codec(const Incoming& incoming) {
   const int64_t n_all = n_held + incoming.n;
   if (has_codec() || n_all < tokens_for_klt(width)) return {};
 
-  if (!queries_) queries_ = std::make_unique<KltStatistics>(shape());
-  KltStatistics& statistics = *queries_;
+  KltStatistics statistics(shape());
+  for (const QueryStatistics& s : queries_) statistics.add_queries(*s.sums);
   const int64_t end = std::min(n_all, kKltEnd);
   std::vector<float> k(static_cast<size_t>(kPageTokens * width));
   std::vector<float> v(k.size());
@@ -142,7 +185,7 @@ Status KltLayer::make_codec(const Incoming& incoming) {
 
 int64_t KltLayer::codec_bytes() const {
   int64_t n = samples_.bytes();
-  for (const KltPart& part : parts_) n += part.bytes();
+  for (const KltPart& part : *parts_) n += part.bytes();
   return n;
 }
 
@@ -155,8 +198,74 @@ int64_t KltLayer::hot_bytes() const {
 void KltLayer::drop_codec() {
   for (KltHotKeys& keys : hot_keys_) keys.clear();
   if (from_file_) return;
-  parts_.clear();
-  queries_.reset();  // made anew when needed: this runs after a failure, and must not fail itself
+  // This runs after a failure, and must not fail itself: it makes nothing.
+  static const auto none = std::make_shared<const std::vector<KltPart>>();
+  parts_ = none;
+  queries_.clear();
+}
+
+void KltLayer::share_codec(const WindowedLayer& other, int64_t n) {
+  const auto& from = static_cast<const KltLayer&>(other);
+  parts_ = from.parts_;
+  from_file_ = from.from_file_;
+  queries_ = from.queries_;
+  samples_ = from.samples_;
+  samples_.drop_from(n);
+  forget_from(n);
+}
+
+// A saved codec: whether there are transforms, and they, or else what queries have shown so far.
+
+void KltLayer::save_codec(SnapshotWriter& out) const {
+  out.number(int64_t{has_codec()});
+  for (const KltPart& part : *parts_) {
+    part.key().save(out);
+    part.value().save(out);
+  }
+  samples_.save(out);
+  if (has_codec()) return;
+  out.number(static_cast<int64_t>(queries_.size()));
+  for (const QueryStatistics& s : queries_) {
+    out.number(s.segment);
+    s.sums->save_queries(out);
+  }
+}
+
+void KltLayer::load_codec(SnapshotReader& in) {
+  if (in.count(0, 1) != 0) {
+    std::vector<KltTransform> keys, values;
+    for (int64_t h = 0; h < shape().n_head_kv && in.ok(); h += heads_) {
+      keys.push_back(load_klt_transform(in, heads_ * shape().head_dim, shape().head_dim));
+      values.push_back(load_klt_transform(in, heads_ * shape().head_dim, shape().head_dim));
+    }
+    if (in.ok()) set_parts(std::move(keys), std::move(values));
+    samples_.load(in, rope().n_ctx());
+    return;
+  }
+  samples_.load(in, rope().n_ctx());
+  std::vector<QueryStatistics> queries(static_cast<size_t>(in.count(0, 2 * kKltEnd / kSegmentTokens)));
+  int64_t last = -1;
+  for (QueryStatistics& s : queries) {
+    s.segment = last = in.count(last + 1, rope().n_ctx());
+    s.sums = std::make_shared<KltStatistics>(shape());
+    s.sums->load_queries(in);
+    if (!in.ok()) return;
+  }
+  // Transforms of a basis file, if this layer has one, need no queries.
+  if (!has_codec()) queries_ = std::move(queries);
+}
+
+int64_t KltLayer::count_kept(int64_t n_page) const {
+  int64_t n = 0;
+  for (int64_t p = 0; p < n_page && options_.anchors > 0; ++p) n += std::popcount(anchors(p));
+  return n;
+}
+
+void KltLayer::forget_from(int64_t n) {
+  for (KltHotKeys& keys : hot_keys_) keys.clear();  // of tokens that may come anew as others
+  if (!plan().segmented) return;
+  const int64_t segment = n > plan().n_sink ? (n - plan().n_sink) / kSegmentTokens : 0;
+  std::erase_if(queries_, [&](const QueryStatistics& s) { return s.segment >= segment; });
 }
 
 // --- pages
@@ -223,8 +332,8 @@ Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
   std::vector<float> k(static_cast<size_t>(kPageTokens * width));
   std::vector<float> v(k.size());
   std::vector<KltEncoder> encoders;
-  encoders.reserve(parts_.size());
-  for (const KltPart& part : parts_) encoders.emplace_back(part);
+  encoders.reserve(parts_->size());
+  for (const KltPart& part : *parts_) encoders.emplace_back(part);
   std::optional<AnchorScan> scan;
   if (options_.anchors > 0 && samples_.bytes() > 0) scan.emplace(*this, incoming);
   int64_t n_anchor = n_kept();
@@ -278,7 +387,7 @@ void KltLayer::read_pages(int64_t first, int64_t n, float* k, float* v) const {
     const int64_t slot = (first + done) % kPageTokens;
     const int64_t m = std::min(n - done, kPageTokens - slot);
     for (int64_t t = 0; t < m; ++t) slots[t] = static_cast<int32_t>(slot + t);
-    for (const KltPart& part : parts_) {
+    for (const KltPart& part : *parts_) {
       part.read_rows(page((first + done) / kPageTokens), slots, m, 0, scratch);
       part.rebuild_keys(scratch.key.data(), scratch.ld, m, 0, part.width(),
                         k + done * width + part.first_channel(), width);

@@ -25,7 +25,11 @@ class KltStatistics {
   explicit KltStatistics(const AttentionShape& shape);
   void add(const float* k, const float* v, int64_t n);  ///< [n, D] each
   void add_queries(const float* q, int64_t n);          ///< [n, n_head, head_dim]
+  void add_queries(const KltStatistics& other);         ///< those that another has seen
   int64_t n_queries() const { return n_queries_; }
+  /// Of the queries alone: keys and values are seen only when the transforms are made.
+  void save_queries(SnapshotWriter& out) const;
+  void load_queries(SnapshotReader& in);
   Result<KltLayerBasis> basis(const DistanceAverage& distances,
                               const std::vector<double>& value_weight) const;
 
@@ -72,15 +76,15 @@ class KltLayer final : public WindowedLayer {
   /// append(): statistics until the transforms are made, samples that find anchors always. Layers that see no
   /// queries find no anchors.
   void observe_queries(const float* q, int64_t n) override;
-  bool wants_queries() const override { return parts_.empty() || options_.anchors > 0; }
+  bool wants_queries() const override { return !has_codec() || options_.anchors > 0; }
 
   /// Tokens of a page that sinks() holds exactly: what the page has of them means nothing.
   AnchorBits anchors(int64_t p) const;
 
-  const std::vector<KltPart>& parts() const { return parts_; }
+  const std::vector<KltPart>& parts() const { return *parts_; }
   /// The part of a KV head and the head's first channel in it.
   const KltPart& part_of_head(int64_t head) const {
-    return parts_[static_cast<size_t>(head / heads_of_a_part())];
+    return (*parts_)[static_cast<size_t>(head / heads_of_a_part())];
   }
   int64_t channel_of_head(int64_t head) const { return head % heads_of_a_part() * shape().head_dim; }
   int64_t heads_of_a_part() const { return heads_; }
@@ -91,32 +95,47 @@ class KltLayer final : public WindowedLayer {
 
  protected:
   Status make_codec(const Incoming& incoming) override;
-  bool has_codec() const override { return !parts_.empty(); }
+  bool has_codec() const override { return !parts_->empty(); }
   int64_t codec_bytes() const override;
   int64_t hot_bytes() const override;
   void drop_codec() override;
   void settle(int64_t pos) override { samples_.drop_before(pos); }
   void retract(int64_t pos) override { samples_.drop_from(pos); }
+  void share_codec(const WindowedLayer& from, int64_t n) override;
+  void save_codec(SnapshotWriter& out) const override;
+  void load_codec(SnapshotReader& in) override;
+  void forget_from(int64_t n) override;
+  int64_t count_kept(int64_t n_page) const override;
   Status encode(int64_t first, int64_t last, const Incoming& incoming) override;
   void decode(int64_t first, int64_t n, float* k, float* v) const override;
 
  private:
+  /// Queries of one segment of the prompt, or of all tokens where prompts have no segments. Apart, because a
+  /// segment may be forgotten, and shared, because one that is complete does not change.
+  struct QueryStatistics {
+    int64_t segment;
+    std::shared_ptr<KltStatistics> sums;
+  };
+
   Status set_transforms(const KltLayerBasis& basis);
   void read_pages(int64_t first, int64_t n, float* k, float* v) const;
 
   /// Looks for anchors page by page; keys are rotated once each.
   class AnchorScan;
+  void set_parts(std::vector<KltTransform> keys, std::vector<KltTransform> values);
+  /// The segment that a query at pos counts for; -1: none.
+  int64_t segment_of(int64_t pos) const;
 
   int64_t layer_;
   KltOptions options_;
   std::shared_ptr<const DistanceAverage> distances_;
   ValueWeightFn value_weight_;
   int64_t heads_;
-  bool from_file_ = false;                  ///< then the transforms outlive clear()
-  std::unique_ptr<KltStatistics> queries_;  ///< null: none seen, or no longer needed
+  bool from_file_ = false;                ///< then the transforms outlive clear()
+  std::vector<QueryStatistics> queries_;  ///< in order; empty: none seen, or no longer needed
   QuerySamples samples_;
-  std::vector<KltPart> parts_;
-  std::vector<KltHotKeys> hot_keys_;  ///< [n_head_kv]
+  std::shared_ptr<const std::vector<KltPart>> parts_;  ///< never null
+  std::vector<KltHotKeys> hot_keys_;                   ///< [n_head_kv]
 };
 
 }  // namespace narrows

@@ -14,6 +14,9 @@ namespace narrows {
 namespace {
 
 constexpr int64_t kF16 = sizeof(kernels::f16_t);
+/// What transforms are made from in a cache with segments: with 512 the KL is half as large again
+/// (docs/experiments.md), with more, shorter prompts would not be compressed.
+constexpr int64_t kExactTokens = 2048;
 
 Status check_shape(const AttentionShape& s, const kernels::RopeTable& rope) {
   const bool good = s.n_head > 0 && s.n_head_kv > 0 && s.n_head % s.n_head_kv == 0 && s.head_dim > 0 &&
@@ -30,7 +33,19 @@ WindowPlan window_plan(const KvProfile& profile) {
   const int64_t unit = profile.kind == KvKind::klt    ? kPageTokens
                        : profile.kind == KvKind::kivi ? kKiviUnit
                                                       : kSalsUnit;
-  return {profile.n_sink, profile.n_recent, unit};
+  WindowPlan plan;
+  plan.n_sink = profile.n_sink;
+  plan.n_recent = profile.n_recent;
+  plan.unit = unit;
+  return plan;
+}
+
+WindowPlan segmented_plan(const KvProfile& profile, int64_t width, bool has_basis) {
+  WindowPlan plan = window_plan(profile);
+  plan.segmented = true;
+  plan.n_exact = exact_tokens(profile, width, has_basis);
+  plan.n_exact_step = 2 * plan.n_exact;  // a short prompt's long answer; then its segments cannot come back
+  return plan;
 }
 
 KltOptions klt_options(const KvProfile& profile, int64_t width) {
@@ -95,14 +110,16 @@ int64_t exact_bytes(int64_t n, int64_t width, int64_t block) {
 }
 
 /// Bytes of a layer of kind `profile.kind` after append() of n tokens.
-int64_t layer_bytes(const KvProfile& profile, const ModelInfo& model, int64_t n) {
+int64_t layer_bytes(const KvProfile& profile, const ModelInfo& model, int64_t n, bool segmented) {
   const int64_t n_head_kv = model.n_head_kv, head_dim = model.head_dim;
   const int64_t width = n_head_kv * head_dim;
   if (profile.kind == KvKind::f16) return exact_bytes(n, width, kDenseBlock);
   const WindowPlan plan = window_plan(profile);
   const bool sals = profile.kind == KvKind::sals;
   const bool klt = profile.kind == KvKind::klt;
-  const bool encodes = (!sals || n >= tokens_for_basis(width)) && (!klt || n >= tokens_for_klt(width));
+  const bool encodes = segmented
+                           ? n >= exact_tokens(profile, width, false)
+                           : (!sals || n >= tokens_for_basis(width)) && (!klt || n >= tokens_for_klt(width));
   const int64_t n_sink = std::min(n, plan.n_sink);
   const int64_t in_pages = encodes ? plan.in_pages(n) : 0;
   int64_t page_bytes = 0;
@@ -142,24 +159,27 @@ int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_k
 Result<std::unique_ptr<KvCache>> KvCache::create(const ModelInfo& model, const KvProfile& profile,
                                                  const AttentionShape& shape, const kernels::RopeTable* rope,
                                                  std::shared_ptr<const BasisFile> basis,
-                                                 ValueWeightFn value_weight) {
+                                                 ValueWeightFn value_weight, bool segmented) {
   if (Status s = check_shape(shape, *rope); !s.ok()) return s;
   if (model.n_layer < 1) return Status{StatusCode::invalid_argument, "a cache needs at least one layer"};
   try {
     std::unique_ptr<KvCache> cache(new KvCache());
     cache->profile_ = profile;
     cache->shape_ = shape;
+    cache->segmented_ = segmented;
+    const WindowPlan plan =
+        segmented ? segmented_plan(profile, shape.width(), basis != nullptr) : window_plan(profile);
     std::shared_ptr<const DistanceAverage> distances;
     if (profile.kind == KvKind::klt) distances = std::make_shared<DistanceAverage>(*rope, shape.head_dim);
     for (int64_t i = 0; i < model.n_layer; ++i) {
       if (profile.layer_is_dense(i, model.n_layer)) {
         cache->layers_.push_back(std::make_unique<F16Layer>(shape, rope));
       } else if (profile.kind == KvKind::kivi) {
-        cache->layers_.push_back(std::make_unique<KiviLayer>(shape, rope, window_plan(profile),
-                                                             kivi_layout(profile, shape.width())));
+        cache->layers_.push_back(
+            std::make_unique<KiviLayer>(shape, rope, plan, kivi_layout(profile, shape.width())));
       } else if (profile.kind == KvKind::klt) {
-        auto klt = std::make_unique<KltLayer>(i, shape, rope, window_plan(profile),
-                                              klt_options(profile, shape.width()), distances, value_weight);
+        auto klt = std::make_unique<KltLayer>(i, shape, rope, plan, klt_options(profile, shape.width()),
+                                              distances, value_weight);
         if (basis && i < static_cast<int64_t>(basis->klt.size())) {
           if (Status s = klt->use_basis(basis->klt[static_cast<size_t>(i)]); !s.ok()) return s;
         }
@@ -168,8 +188,7 @@ Result<std::unique_ptr<KvCache>> KvCache::create(const ModelInfo& model, const K
         const SalsLayout layout = sals_layout(profile, shape.width());
         auto own = layer_basis(basis, i, layout);
         if (!own.ok()) return own.status();
-        cache->layers_.push_back(
-            std::make_unique<SalsLayer>(shape, rope, window_plan(profile), layout, std::move(*own)));
+        cache->layers_.push_back(std::make_unique<SalsLayer>(shape, rope, plan, layout, std::move(*own)));
       }
     }
     return cache;
@@ -202,16 +221,46 @@ bool KvCache::wants_queries() const {
                      [](const auto& layer) { return layer->wants_queries(); });
 }
 
+bool KvCache::can_keep(int64_t n) const {
+  return std::all_of(layers_.begin(), layers_.end(), [n](const auto& layer) { return layer->can_keep(n); });
+}
+
+void KvCache::keep(int64_t n) {
+  for (auto& layer : layers_) layer->keep(n);
+}
+
+Status KvCache::share(const KvCache& from, int64_t n) {
+  const bool alike = from.profile_.name == profile_.name && from.segmented_ == segmented_ &&
+                     from.n_layer() == n_layer() && from.shape_.width() == shape_.width();
+  if (!alike || !from.can_keep(n)) return {StatusCode::internal, "caches that differ cannot share pages"};
+  for (int64_t i = 0; i < n_layer(); ++i) {
+    if (Status s = layer(i).share(from.layer(i), n); !s.ok()) {
+      clear();
+      return s;
+    }
+  }
+  return {};
+}
+
+int64_t exact_tokens(const KvProfile& profile, int64_t width, bool has_basis) {
+  if (profile.kind == KvKind::f16 || profile.kind == KvKind::kivi || has_basis)
+    return profile.n_sink + kSegmentTokens;
+  const int64_t wanted = profile.kind == KvKind::klt ? tokens_for_klt(width) : tokens_for_basis(width);
+  return profile.n_sink + ceil_div(std::max(kExactTokens, wanted), kSegmentTokens) * kSegmentTokens;
+}
+
 void KvCache::clear() {
   for (auto& layer : layers_) layer->clear();
 }
 
-int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens) {
+int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens,
+                             bool segmented) {
   KvProfile dense = profile;
   dense.kind = KvKind::f16;
   int64_t total = 0;
   for (int64_t i = 0; i < model.n_layer; ++i) {
-    total += layer_bytes(profile.layer_is_dense(i, model.n_layer) ? dense : profile, model, n_tokens);
+    total +=
+        layer_bytes(profile.layer_is_dense(i, model.n_layer) ? dense : profile, model, n_tokens, segmented);
   }
   return total;
 }

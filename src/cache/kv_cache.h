@@ -17,11 +17,11 @@ class KvCache {
   /// basis may be null: SALS layers then keep tokens exact until tokens_for_basis() of them are there,
   /// compute their own basis from tokens 4.. (the first few are attention sinks with outlying keys) and
   /// convert themselves. klt layers do the same; value_weight (may be empty for other profiles) serves them
-  /// then.
+  /// then. segmented: as WindowPlan says, for all layers.
   static Result<std::unique_ptr<KvCache>> create(const ModelInfo& model, const KvProfile& profile,
                                                  const AttentionShape& shape, const kernels::RopeTable* rope,
                                                  std::shared_ptr<const BasisFile> basis,
-                                                 ValueWeightFn value_weight);
+                                                 ValueWeightFn value_weight, bool segmented = false);
 
   LayerCache& layer(int64_t i) { return *layers_[static_cast<size_t>(i)]; }
   const LayerCache& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
@@ -33,14 +33,25 @@ class KvCache {
   bool wants_queries() const;
   void clear();
 
+  // As LayerCache has them, for all layers. share(): same profile, shape and `segmented`.
+  bool can_keep(int64_t n) const;
+  void keep(int64_t n);
+  Status share(const KvCache& from, int64_t n);
+
  private:
   KvProfile profile_;
   AttentionShape shape_;
+  bool segmented_ = false;
   std::vector<std::unique_ptr<LayerCache>> layers_;
 };
 
+/// First tokens of a cache with segments that are exact until their end is sealed: n_sink and 2,048, or as
+/// many as the profile's transforms ask for; only a segment if there is nothing to wait for.
+int64_t exact_tokens(const KvProfile& profile, int64_t width, bool has_basis);
+
 /// What the cache of n_tokens takes by its layout, whole model, own basis included; what stats().bytes will
-/// show (klt: at most).
-int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens);
+/// show (klt: at most). segmented: as KvCache::create(), without a basis file.
+int64_t cache_bytes_estimate(const ModelInfo& model, const KvProfile& profile, int64_t n_tokens,
+                             bool segmented = false);
 
 }  // namespace narrows

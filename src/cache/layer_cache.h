@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "cache/snapshot.h"
 #include "kernels/rope_table.h"
 #include "narrows/config.h"
 #include "narrows/status.h"
@@ -61,6 +62,28 @@ class LayerCache {
   /// still to be made weighs errors by. Serial.
   virtual void observe_queries(const float* /*q*/, int64_t /*n*/) {}
   virtual bool wants_queries() const { return false; }
+
+  /// The end of a segment of a prompt that is not its last (WindowPlan::segmented): encodes every token that
+  /// it can, recent ones too. `changed_from` becomes the first position that read() now gives otherwise.
+  virtual Status seal(int64_t* changed_from) {
+    *changed_from = n_tokens();
+    return {};
+  }
+
+  /// True if the cache can become that of its first n tokens without a number being encoded anew.
+  virtual bool can_keep(int64_t n) const = 0;
+  /// Forgets tokens from n on; can_keep(n).
+  virtual void keep(int64_t n) = 0;
+  /// Becomes the first n tokens of a layer of the same profile and shape, which can_keep(n), and shares its
+  /// pages; either may then grow on its own. Not thread-safe on either. out_of_memory: then this one is
+  /// empty.
+  virtual Status share(const LayerCache& from, int64_t n) = 0;
+
+  /// All that the layer holds, for load() of a layer of the same profile and shape.
+  virtual void save(SnapshotWriter& out) const = 0;
+  /// Holds what another layer saved, in place of what it held. invalid_file if the bytes are not that, or
+  /// out_of_memory; then it is empty.
+  virtual Status load(SnapshotReader& in) = 0;
 
   virtual int64_t n_tokens() const = 0;
   virtual LayerBytes bytes() const = 0;

@@ -24,6 +24,11 @@ inline constexpr int64_t kDenseBlock = kernels::kTile;
 /// Largest head_dim: bounds stack buffers of one head's row. The largest in use by GGUF models is 256.
 inline constexpr int64_t kMaxHeadDim = 512;
 
+/// Tokens of a segment of a prompt, where WindowPlan::segmented; whole pages. With 256 to 2,048 of them a
+/// prompt is read equally well (docs/experiments.md); a changed prompt is read anew from the end of a
+/// segment.
+inline constexpr int64_t kSegmentTokens = 256;
+
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 namespace layout_detail {
@@ -153,6 +158,13 @@ struct WindowPlan {
   int64_t n_sink = 0;
   int64_t n_recent = 0;
   int64_t unit = 0;  ///< tokens encoded at a time
+
+  /// A prompt comes in segments, each but the last ended by LayerCache::seal(): only sealing begins to
+  /// encode, at n_exact tokens or more, or a step from n_exact_step tokens on. What the cache holds at the
+  /// end of a segment then depends on the tokens before it alone, not on what follows or when it came.
+  bool segmented = false;
+  int64_t n_exact = 0;
+  int64_t n_exact_step = 0;
 
   /// Tokens in pages of n: whole units, all older than the last n_recent. The newest token always stays
   /// exact: when a step begins it is not there yet.

@@ -53,11 +53,32 @@ Status SalsLayer::make_codec(const Incoming& incoming) {
 
   auto basis = moments.leading(layout_.rank);
   if (!basis.ok()) return basis.status();
-  own_ = std::move(*basis);
-  own_->energy.clear();  // a report's figure: the cache has no use for it and would have to count its bytes
-  own_->energy.shrink_to_fit();
-  own_->u.shrink_to_fit();
+  basis->energy.clear();  // a report's figure: the cache has no use for it and would have to count its bytes
+  basis->energy.shrink_to_fit();
+  basis->u.shrink_to_fit();
+  own_ = std::make_shared<const LayerBasis>(std::move(*basis));
   return {};
+}
+
+void SalsLayer::save_codec(SnapshotWriter& out) const {
+  out.number(int64_t{has_codec()});
+  if (!has_codec()) return;
+  std::vector<float> u;
+  for (int64_t i = 0; i < layout_.width; ++i)
+    u.insert(u.end(), basis() + i * ld_basis(), basis() + i * ld_basis() + layout_.rank);
+  out.array(u);
+}
+
+void SalsLayer::load_codec(SnapshotReader& in) {
+  if (in.count(0, 1) == 0) return;
+  LayerBasis basis;
+  basis.width = layout_.width;
+  basis.rank = layout_.rank;
+  basis.u = in.array<float>(static_cast<uint64_t>(layout_.width * layout_.rank));
+  if (!std::all_of(basis.u.begin(), basis.u.end(), [](float x) { return std::fabs(x) <= 1.001F; })) in.fail();
+  if (!in.ok()) return;
+  own_ = std::make_shared<const LayerBasis>(std::move(basis));
+  shared_.reset();  // what the pages were made with counts
 }
 
 int64_t SalsLayer::codec_bytes() const {

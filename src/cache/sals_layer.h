@@ -5,7 +5,6 @@
 #pragma once
 
 #include <memory>
-#include <optional>
 
 #include "cache/basis.h"
 #include "cache/windowed_layer.h"
@@ -35,7 +34,7 @@ class SalsLayer final : public WindowedLayer {
   /// Eigenvectors [D, rank] with ld_basis() between rows; null while the layer waits for its basis (no pages
   /// then).
   const float* basis() const {
-    const LayerBasis* b = shared_ ? shared_.get() : own_ ? &*own_ : nullptr;
+    const LayerBasis* b = shared_ ? shared_.get() : own_.get();
     return b ? b->u.data() : nullptr;
   }
   int64_t ld_basis() const { return shared_ ? shared_->rank : own_ ? own_->rank : 0; }
@@ -56,13 +55,18 @@ class SalsLayer final : public WindowedLayer {
   bool has_codec() const override { return basis() != nullptr; }
   int64_t codec_bytes() const override;
   void drop_codec() override { own_.reset(); }
+  void share_codec(const WindowedLayer& from, int64_t /*n*/) override {
+    own_ = static_cast<const SalsLayer&>(from).own_;
+  }
+  void save_codec(SnapshotWriter& out) const override;
+  void load_codec(SnapshotReader& in) override;
   Status encode(int64_t first, int64_t last, const Incoming& incoming) override;
   void decode(int64_t first, int64_t n, float* k, float* v) const override;
 
  private:
   SalsLayout layout_;
   std::shared_ptr<const LayerBasis> shared_;  ///< from a file, used by every session of the model
-  std::optional<LayerBasis> own_;             ///< from this layer's own tokens
+  std::shared_ptr<const LayerBasis> own_;  ///< from this layer's own tokens, or those of a layer that shares
 };
 
 }  // namespace narrows

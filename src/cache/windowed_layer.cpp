@@ -36,8 +36,12 @@ Status WindowedLayer::append(const float* k, const float* v, int64_t n) {
 Status WindowedLayer::append_unguarded(const Incoming& incoming) {
   const int64_t n_held = n_tokens();
   const int64_t n_after = n_held + incoming.n;
-  if (Status s = make_codec(incoming); !s.ok()) return s;
-  const int64_t target = has_codec() ? std::max(n_in_pages_, plan_.in_pages(n_after)) : n_in_pages_;
+  const bool encodes = !plan_.segmented || n_in_pages_ > 0;
+  if (encodes) {
+    if (Status s = make_codec(incoming); !s.ok()) return s;
+  }
+  const int64_t target =
+      encodes && has_codec() ? std::max(n_in_pages_, plan_.in_pages(n_after)) : n_in_pages_;
 
   // Of the new tokens, [0, n_to_sinks) go to the sinks, those between straight into pages, the rest to the
   // window.
@@ -66,7 +70,9 @@ Status WindowedLayer::append_unguarded(const Incoming& incoming) {
 Status WindowedLayer::encode_up_to(int64_t target, const Incoming& incoming, Kept& kept) {
   to_keep_.clear();
   if (target == n_in_pages_) return {};
-  if (!pages_.grow_to(ceil_div(target, kPageTokens))) return no_memory_for_tokens(n_tokens() + incoming.n);
+  const bool begun = n_in_pages_ % kPageTokens != 0;  // a page that others may share
+  if (!pages_.grow_to(ceil_div(target, kPageTokens)) || (begun && !pages_.own(n_in_pages_ / kPageTokens)))
+    return no_memory_for_tokens(n_tokens() + incoming.n);
   if (Status s = encode(n_in_pages_, target, incoming); !s.ok()) return s;
   const int64_t width = shape().width();
   kept.k.resize(to_keep_.size() * static_cast<size_t>(width));
@@ -95,8 +101,9 @@ Status WindowedLayer::prepare_step() {
   const bool had_codec = has_codec();
   Status status;
   try {
-    status = make_codec({});
-    if (status.ok() && has_codec()) {
+    const bool encodes = !plan_.segmented || n_in_pages_ > 0 || n_tokens() >= plan_.n_exact_step;
+    if (encodes) status = make_codec({});
+    if (status.ok() && encodes && has_codec()) {
       const int64_t target = std::max(n_in_pages_, plan_.in_pages(n_tokens() + 1));
       Kept kept;
       status = encode_up_to(target, {}, kept);
@@ -120,6 +127,119 @@ Status WindowedLayer::prepare_step() {
   sinks_.truncate(sinks_.size());
   pages_.shrink_to(n_page());
   if (!had_codec && n_in_pages_ == 0) drop_codec();
+  return status;
+}
+
+Status WindowedLayer::seal(int64_t* changed_from) {
+  *changed_from = n_tokens();
+  if (!plan_.segmented || n_tokens() < plan_.n_exact) return {};
+  const bool had_codec = has_codec();
+  const int64_t before = n_in_pages_;
+  Status status;
+  try {
+    status = seal_unguarded();
+  } catch (const std::bad_alloc&) {
+    status = no_memory_for_tokens(n_tokens());
+  }
+  if (status.ok()) {
+    *changed_from = std::min(*changed_from, plan_.n_sink + before);
+  } else {
+    sinks_.truncate(sinks_.size());  // gives reserved blocks back
+    pages_.shrink_to(n_page());
+    if (!had_codec) drop_codec();
+  }
+  return status;
+}
+
+Status WindowedLayer::seal_unguarded() {
+  if (Status s = make_codec({}); !s.ok()) return s;
+  if (!has_codec()) return {};
+  const int64_t target = std::max(n_in_pages_, (n_tokens() - plan_.n_sink) / plan_.unit * plan_.unit);
+  Kept kept;
+  if (Status s = encode_up_to(target, {}, kept); !s.ok()) return s;
+  if (!sinks_.reserve(static_cast<int64_t>(to_keep_.size()))) return no_memory_for_tokens(n_tokens());
+  window_.pop_blocks((target - n_in_pages_) / kWindowBlock);
+  commit_pages(target, kept);
+  return {};
+}
+
+bool WindowedLayer::can_keep(int64_t n) const {
+  if (n < 0 || n > n_tokens()) return false;
+  if (n_in_pages_ == 0 || n >= plan_.n_sink + n_in_pages_) return true;
+  // Within pages, at the end of a unit; a segmented cache that has encoded can't go back to when it had not.
+  return n >= std::max(plan_.n_sink, plan_.segmented ? plan_.n_exact : 0) &&
+         (n - plan_.n_sink) % plan_.unit == 0;
+}
+
+void WindowedLayer::keep(int64_t n) {
+  sinks_.expect_nothing();
+  window_.expect_nothing();
+  window_.truncate(std::max<int64_t>(0, n - plan_.n_sink - n_in_pages_));
+  n_in_pages_ = std::clamp<int64_t>(n - plan_.n_sink, 0, n_in_pages_);
+  n_kept_ = count_kept(n_page());
+  sinks_.truncate(std::min(n, plan_.n_sink) + n_kept_);
+  pages_.shrink_to(n_page());
+  step_is_finite_ = true;
+  retract(n);
+  forget_from(n);
+}
+
+Status WindowedLayer::share(const LayerCache& other, int64_t n) {
+  const auto& from = static_cast<const WindowedLayer&>(other);
+  try {
+    clear();
+    const int64_t in_pages = std::clamp<int64_t>(n - plan_.n_sink, 0, from.n_in_pages_);
+    share_codec(from, n);
+    const int64_t kept = from.count_kept(ceil_div(in_pages, kPageTokens));
+    sinks_.share(from.sinks_, std::min(n, plan_.n_sink) + kept);
+    pages_.share(from.pages_, ceil_div(in_pages, kPageTokens));
+    window_.share(from.window_, std::max<int64_t>(0, n - plan_.n_sink - in_pages));
+    n_in_pages_ = in_pages;
+    n_kept_ = kept;
+    return {};
+  } catch (const std::bad_alloc&) {
+    clear();
+    return no_memory_for_tokens(n);
+  }
+}
+
+void WindowedLayer::save(SnapshotWriter& out) const {
+  save_codec(out);
+  out.number(n_in_pages_);
+  out.number(n_kept_);
+  sinks_.save(out);
+  window_.save(out);
+  pages_.save(out);
+}
+
+Status WindowedLayer::load(SnapshotReader& in) {
+  clear();
+  try {
+    load_codec(in);
+    const int64_t in_pages = in.count(0, rope().n_ctx());
+    const int64_t kept = in.count(0, in_pages);
+    const bool good = in_pages % plan_.unit == 0 && (in_pages == 0 || has_codec());
+    if (!good) in.fail();
+    const bool exact = in.ok() && sinks_.load(in, plan_.n_sink + kept) && window_.load(in, rope().n_ctx());
+    // Tokens fill the sinks before anything else.
+    const int64_t n_sink = sinks_.size() - kept;
+    if (exact && (n_sink < 0 || (n_sink < plan_.n_sink && in_pages + window_.size() > 0))) in.fail();
+    if (exact && n_sink + in_pages + window_.size() > rope().n_ctx()) in.fail();
+    if (exact && in.ok() && pages_.load(in, ceil_div(in_pages, kPageTokens))) {
+      n_in_pages_ = in_pages;
+      n_kept_ = kept;
+      if (count_kept(n_page()) == kept) {
+        retract(n_tokens());  // whatever the bytes say, the next query is that of the next token
+        return {};
+      }
+      in.fail();
+    }
+  } catch (const std::bad_alloc&) {
+    clear();
+    return {StatusCode::out_of_memory, "no memory for the saved key/value cache"};
+  }
+  const Status status = not_a_layer(in);
+  clear();
   return status;
 }
 

@@ -20,6 +20,12 @@ class WindowedLayer : public LayerCache {
   void store_step(const float* k, const float* v) final;
   void finish_step() final;
   void read(int64_t first, int64_t n, float* k, float* v) const final;
+  Status seal(int64_t* changed_from) final;
+  bool can_keep(int64_t n) const final;
+  void keep(int64_t n) final;
+  Status share(const LayerCache& from, int64_t n) final;
+  void save(SnapshotWriter& out) const final;
+  Status load(SnapshotReader& in) final;
   int64_t n_tokens() const final { return sinks_.size() - n_kept_ + n_in_pages_ + window_.size(); }
   LayerBytes bytes() const final;
   void clear() final;
@@ -58,6 +64,17 @@ class WindowedLayer : public LayerCache {
   virtual int64_t hot_bytes() const { return 0; }
   /// Forgets what make_codec() made.
   virtual void drop_codec() {}
+  /// Takes over the codec of a layer of the same kind that holds n tokens or more, and what it has gathered
+  /// for one up to token n; may throw std::bad_alloc.
+  virtual void share_codec(const WindowedLayer& /*from*/, int64_t /*n*/) {}
+  /// The codec, if there is one, and what has been gathered for it.
+  virtual void save_codec(SnapshotWriter& /*out*/) const {}
+  /// Leaves the reader failed if the bytes are none of it; may throw std::bad_alloc.
+  virtual void load_codec(SnapshotReader& /*in*/) {}
+  /// Tokens from n on have been forgotten, the codec has been made before them or not at all.
+  virtual void forget_from(int64_t /*n*/) {}
+  /// Tokens of the first n_page pages that were kept exact.
+  virtual int64_t count_kept(int64_t /*n_page*/) const { return 0; }
 
   /// Writes tokens [first, last) of the pages, which have room for them. Tokens before `first` must not
   /// change. May ask for tokens to be kept exact, ascending: they join sinks() when all has gone well.
@@ -90,6 +107,7 @@ class WindowedLayer : public LayerCache {
   Status encode_up_to(int64_t target, const Incoming& incoming, Kept& kept);
   /// Makes pages up to `target` and the kept tokens count. Cannot fail: their room is reserved.
   void commit_pages(int64_t target, const Kept& kept);
+  Status seal_unguarded();
 
   WindowPlan plan_;
   ExactStore sinks_;   ///< positions [0, n_sink), then n_kept_ of the pages, ascending

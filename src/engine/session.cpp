@@ -16,6 +16,10 @@ namespace {
 /// More threads than this is a typing error, not a machine.
 constexpr int kMaxThreads = 512;
 
+/// Tokens that a prompt keeps for its last segment: enough exact ones for the recent window, and more than
+/// make Prefill leave its products to another kernel.
+constexpr int64_t kLeastRest = 128;
+
 double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
 kernels::RopeTable make_rope(const Hparams& hp, int64_t n_ctx) { return {hp.rope, n_ctx}; }
@@ -45,7 +49,8 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const Hparams& hp = model->weights().hparams();
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
       model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
-      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w); });
+      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w); },
+      options.segments);
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
@@ -67,7 +72,8 @@ Status Session::Impl::check_room(int64_t n_new) const {
                         : std::string(" or use a model with a longer context"))};
   }
   const int64_t more_cache =
-      cache_bytes_estimate(model->info(), options.kv, n_past + n_new) - cache->stats().bytes;
+      cache_bytes_estimate(model->info(), options.kv, n_past + n_new, options.segments) -
+      cache->stats().bytes;
   const int64_t need = more_cache + Prefill::bytes_needed(model->weights(), n_new, n_past, runner.n_threads(),
                                                           options.products, options.attention);
   const int64_t have = available_memory_bytes();
@@ -82,6 +88,7 @@ Status Session::Impl::check_room(int64_t n_new) const {
 }
 
 Status Session::Impl::check_usable() const {
+  if (prefill != nullptr) return {StatusCode::internal, "the session is still reading a prompt"};
   if (!broken) return {};
   return {StatusCode::internal, "the session failed in an earlier step and must be reset"};
 }
@@ -102,7 +109,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
     // A context that was asked for must fit as a whole; the model's own, often huge, is only a limit.
-    const int64_t need = cache_bytes_estimate(info, options.kv, n_ctx);
+    const int64_t need = cache_bytes_estimate(info, options.kv, n_ctx, options.segments);
     const int64_t have = available_memory_bytes();
     if (have > 0 && need > have) {
       return Status(
@@ -142,8 +149,25 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
       return {StatusCode::invalid_argument, "sessions that share a prefill must be empty and of one model"};
     }
   }
+  const auto n_new = static_cast<int64_t>(tokens.size());
+  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.products,
+                  lead.options.attention);
+  const Status status =
+      prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
+  for (Session* s : sessions) {
+    s->impl_->logits_from_program = false;
+    if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
+    s->impl_->broken = !status.ok();
+    if (status.ok()) s->impl_->note_prompt(n_past);
+  }
+  return status;
+}
+
+/// What connects the layers of a prompt with the caches; the sessions outlive it.
+PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_new) {
+  const std::vector<Session*> sessions(list.begin(), list.end());
   PrefillHooks hooks;
-  hooks.layer_done = [&](int64_t layer, const float* k, const float* v, int64_t n) -> Status {
+  hooks.layer_done = [sessions](int64_t layer, const float* k, const float* v, int64_t n) -> Status {
     for (Session* s : sessions) {
       if (Status st = s->impl_->cache->layer(layer).append(k, v, n); !st.ok()) return st;
     }
@@ -151,22 +175,98 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   };
   const auto wants_queries = [](const Session* s) { return s->impl_->cache->wants_queries(); };
   if (std::any_of(sessions.begin(), sessions.end(), wants_queries)) {
-    hooks.queries = [&](int64_t layer, const float* q, int64_t n) {
+    hooks.queries = [sessions](int64_t layer, const float* q, int64_t n) {
       for (Session* s : sessions) s->impl_->cache->layer(layer).observe_queries(q, n);
     };
   }
-  hooks.read_past = [&](int64_t layer, int64_t first, int64_t n, float* k, float* v) {
-    lead.cache->layer(layer).read(first, n, k, v);
+  hooks.read_past = [this](int64_t layer, int64_t first, int64_t n, float* k, float* v) {
+    cache->layer(layer).read(first, n, k, v);
   };
-  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.products,
-                  lead.options.attention);
-  const Status status = prefill.run(tokens, n_past, hooks, progress, lead.own_logits.data());
-  for (Session* s : sessions) {
-    s->impl_->logits_from_program = false;
-    if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
-    if (!status.ok()) s->impl_->broken = true;
+  const int64_t n_past = cache->n_tokens();
+  if (!in_segments(n_past)) return hooks;
+  const int64_t last = segment_end(options.kv, n_past + n_new);
+  for (int64_t end = options.kv.n_sink + kSegmentTokens; end <= last; end += kSegmentTokens) {
+    if (end > n_past) hooks.segment_ends.push_back(end - n_past);
   }
+  hooks.seal = [this, sessions](int64_t layer, int64_t* changed_from) -> Status {
+    for (Session* s : sessions) {
+      int64_t from = 0;
+      if (Status st = s->impl_->cache->layer(layer).seal(&from); !st.ok()) return st;
+      if (s->impl_.get() == this) *changed_from = from;
+    }
+    return {};
+  };
+  return hooks;
+}
+
+void Session::Impl::note_prompt(int64_t n_past) {
+  if (in_segments(n_past)) sealed = segment_end(options.kv, cache->n_tokens());
+}
+
+Status Session::begin_prefill(std::span<const Token> tokens) {
+  Impl& m = *impl_;
+  if (tokens.empty()) return {StatusCode::invalid_argument, "the prompt is empty, give at least one token"};
+  if (Status s = m.check_usable(); !s.ok()) return s;
+  const auto n_new = static_cast<int64_t>(tokens.size());
+  if (Status s = m.check_room(n_new); !s.ok()) return s;
+  auto prefill = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.products,
+                                           m.options.attention);
+  Session* self = this;
+  m.prefill_tokens.assign(tokens.begin(), tokens.end());
+  if (Status s =
+          prefill->begin(m.prefill_tokens, n_past(), m.hooks_for({&self, 1}, n_new), m.own_logits.data());
+      !s.ok())
+    return s;
+  m.prefill = std::move(prefill);
+  m.logits_from_program = false;
+  return {};
+}
+
+Status Session::prefill_step() {
+  Impl& m = *impl_;
+  if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
+  const Status status = m.prefill->step();
+  if (status.ok() && !m.prefill->done()) return {};
+  m.prefill.reset();
+  m.broken = !status.ok();
+  if (status.ok()) m.note_prompt(n_past() - static_cast<int64_t>(m.prefill_tokens.size()));
   return status;
+}
+
+double Session::prefill_done() const { return impl_->prefill != nullptr ? impl_->prefill->progress() : 1.0; }
+
+int64_t Session::segment_end(const KvProfile& profile, int64_t n_tokens) {
+  const int64_t n = n_tokens - kLeastRest - profile.n_sink;
+  return n >= kSegmentTokens ? profile.n_sink + n / kSegmentTokens * kSegmentTokens : 0;
+}
+
+int64_t Session::kept_prefix(int64_t n) const {
+  const Impl& m = *impl_;
+  if (m.prefill != nullptr || m.broken || !m.options.segments) return 0;
+  const int64_t n_sink = m.options.kv.n_sink;
+  int64_t end = std::min(n, m.sealed);
+  end = end < n_sink + kSegmentTokens ? 0 : n_sink + (end - n_sink) / kSegmentTokens * kSegmentTokens;
+  return end > 0 && m.cache->can_keep(end) ? end : 0;
+}
+
+void Session::keep_prefix(int64_t n) {
+  impl_->cache->keep(n);
+  impl_->sealed = n;
+  impl_->logits_from_program = false;
+}
+
+Status Session::share_prefix(const Session& from, int64_t n) {
+  Impl& m = *impl_;
+  const Impl& other = *from.impl_;
+  const bool alike = this != &from && m.model == other.model && m.options.segments &&
+                     other.options.segments && m.options.kv.name == other.options.kv.name &&
+                     m.options.basis_path == other.options.basis_path;
+  if (!alike || n <= 0 || from.kept_prefix(n) != n)
+    return {StatusCode::invalid_argument, "sessions that differ, or a prefix that is no segment's end"};
+  reset();
+  if (Status s = m.cache->share(*other.cache, n); !s.ok()) return s;
+  m.sealed = n;
+  return {};
 }
 
 Status Session::Impl::begin_step(Token token, float* embedding) {
@@ -221,7 +321,9 @@ const KvProfile& Session::profile() const { return impl_->options.kv; }
 CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
 
 void Session::reset() {
+  impl_->prefill.reset();
   impl_->cache->clear();
+  impl_->sealed = 0;
   impl_->logits_from_program = false;
   impl_->broken = false;
 }

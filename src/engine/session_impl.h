@@ -25,6 +25,13 @@ class Session::Impl {
   Status check_room(int64_t n_new) const;
   Status check_usable() const;
 
+  /// What connects the layers of a prompt of n_new tokens with the caches, this one's first.
+  PrefillHooks hooks_for(std::span<Session* const> sessions, int64_t n_new);
+  /// True if a prompt on top of n_past tokens is read in segments: not what follows tokens of steps.
+  bool in_segments(int64_t n_past) const { return options.segments && n_past == sealed; }
+  /// A prompt on top of n_past tokens has been read.
+  void note_prompt(int64_t n_past);
+
   /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
   /// that fails here is as it was.
   Status begin_step(Token token, float* embedding);
@@ -43,8 +50,11 @@ class Session::Impl {
   std::vector<std::unique_ptr<LayerDecoder>> decoders;
   std::unique_ptr<ThreadPool> pool;      ///< these two are made at the first decode()
   std::unique_ptr<StepProgram> program;  ///< of this session alone
-  std::vector<float> own_logits;         ///< [n_vocab], of a prompt or a batch
+  std::unique_ptr<Prefill> prefill;      ///< while one is on its way
+  std::vector<Token> prefill_tokens;
+  std::vector<float> own_logits;  ///< [n_vocab], of a prompt or a batch
   bool logits_from_program = false;
+  int64_t sealed = 0;   ///< with segments: the last end of one that a prompt has reached
   bool broken = false;  ///< a step failed half way: layers hold different numbers of tokens
 };
 

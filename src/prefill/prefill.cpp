@@ -75,6 +75,16 @@ struct Prefill::LayerBuffers {
   AlignedArray<float> past_v;     ///< [kPrefillTile, D]
   AlignedArray<float> q;          ///< [kChunk, n_head * head_dim] rotated
   PromptAttention attention;
+
+  // Where the run stands.
+  int64_t layer = 0;
+  int64_t next = 0;           ///< first token of the next chunk
+  int64_t segment_begin = 0;  ///< of the segment that it belongs to
+  size_t segment = 0;
+  int64_t segment_end(const PrefillHooks& hooks) const {
+    return segment < hooks.segment_ends.size() ? hooks.segment_ends[segment] : n;
+  }
+
   std::vector<uint8_t> graph_memory = std::vector<uint8_t>(ggml_tensor_overhead() * kGraphTensors +
                                                            ggml_graph_overhead_custom(kGraphTensors, false));
   ggml_gallocr_t allocator = ggml_gallocr_new(ggml_backend_cpu_buffer_type());
@@ -216,8 +226,7 @@ ggml_tensor* tensor_over(ggml_context* ctx, float* data, int64_t n_row, int64_t 
 
 }  // namespace
 
-Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only,
-                          const PrefillHooks& hooks, float* logits) {
+Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only) {
   const Hparams& hp = weights_.hparams();
   LayerBuffers& b = *buffers_;
   const bool final_chunk = first + n == b.n;
@@ -226,7 +235,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   ggml_cgraph* graph = ggml_new_graph_custom(ctx, kGraphTensors, false);
 
   ChunkOp op;
-  op.queries = hooks.queries ? &hooks.queries : nullptr;
+  op.queries = hooks_.queries ? &hooks_.queries : nullptr;
   op.layer = layer;
   op.hp = &hp;
   op.rope = &rope_;
@@ -276,7 +285,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     }
   }
   if (status.ok() && attends) {
-    float* to = last_row_only ? logits : hidden;
+    float* to = last_row_only ? logits_ : hidden;
     const int64_t count = last_row_only ? hp.n_vocab : n * hp.n_embd;
     std::memcpy(to, result->data, static_cast<size_t>(count) * sizeof(float));
   }
@@ -284,58 +293,104 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   return status;
 }
 
-/// Whole tiles of the cache are packed; what is left of it waits for the first chunk.
-void Prefill::pack_past(int64_t layer, const PrefillHooks& hooks) {
+/// Tokens [from, to) of the cache into tiles: whole ones are packed; what is left waits for the next chunk.
+void Prefill::pack_past(int64_t from, int64_t to) {
   LayerBuffers& b = *buffers_;
-  for (int64_t at = 0; at < b.n_past; at += kPrefillTile) {
-    const int64_t n = std::min(kPrefillTile, b.n_past - at);
-    if (n < kPrefillTile) return hooks.read_past(layer, at, n, b.k_rotated.data(), b.v.data());
-    hooks.read_past(layer, at, n, b.k_rotated.data(), b.past_v.data());
+  const int64_t width = weights_.hparams().n_head_kv * weights_.hparams().head_dim;
+  for (int64_t at = from / kPrefillTile * kPrefillTile; at < to; at += kPrefillTile) {
+    const int64_t n = std::min(kPrefillTile, to - at);
+    if (n < kPrefillTile)
+      return hooks_.read_past(b.layer, at, n, b.k_rotated.data(),
+                              b.v.data() + (at - b.n_past + b.tail) * width);
+    hooks_.read_past(b.layer, at, n, b.k_rotated.data(), b.past_v.data());
     for (int64_t h = 0; h < weights_.hparams().n_head_kv; ++h)
       b.attention.pack(h, at / kPrefillTile, b.k_rotated.data(), b.past_v.data(), n);
   }
 }
 
-Status Prefill::run(std::span<const Token> tokens, int64_t n_past, const PrefillHooks& hooks,
-                    const ProgressFn& progress, float* logits) {
-  const Hparams& hp = weights_.hparams();
+Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, float* logits) {
   const auto n = static_cast<int64_t>(tokens.size());
-  const int64_t width = hp.n_head_kv * hp.head_dim;
-  buffers_ = std::make_unique<LayerBuffers>(hp, attention_, n, n_past, runner_.n_threads());
-  LayerBuffers& b = *buffers_;
-  if (!b.ok()) {
+  hooks_ = std::move(hooks);
+  logits_ = logits;
+  auto buffers =
+      std::make_unique<LayerBuffers>(weights_.hparams(), attention_, n, n_past, runner_.n_threads());
+  if (!buffers->ok()) {
     const int64_t bytes = bytes_needed(weights_, n, n_past, runner_.n_threads(), how_, attention_);
     return {StatusCode::out_of_memory,
             fmt::format("a prompt of {} tokens needs {:.1f} GB beside the weights; shorten it", n,
                         static_cast<double>(bytes) / 1e9)};
   }
-
   bf16_.reset();
   if (in_bf16(weights_, how_, n)) {
     Result<std::unique_ptr<Bf16Products>> made = Bf16Products::create(weights_, runner_, packed_);
     if (!made.ok()) return made.status();
     bf16_ = std::move(*made);
   }
-  Status status = weights_.embed(tokens, b.hidden.data());
-  for (int64_t layer = 0; layer < hp.n_layer && status.ok(); ++layer) {
-    if (bf16_) status = bf16_->load(layer);
-    if (!status.ok()) break;
-    pack_past(layer, hooks);
-    const bool last_layer = layer + 1 == hp.n_layer;
-    int64_t chunk = 0;
-    for (int64_t first = 0; first < n && status.ok(); first += chunk) {
-      chunk = std::min(kChunk - (n_past + first) % kPrefillTile, n - first);
-      if (progress) {
-        const double done =
-            (static_cast<double>(layer) + static_cast<double>(first) / static_cast<double>(n)) /
-            static_cast<double>(hp.n_layer);
-        if (!progress(done)) status = Status(StatusCode::cancelled, "the prompt was cancelled");
-      }
-      if (status.ok()) status = run_chunk(layer, first, chunk, last_layer, hooks, logits);
-    }
-    if (!status.ok()) break;
-    status = hooks.layer_done(layer, b.k_raw.data(), b.v.data() + b.tail * width, n);
-    if (!status.ok()) status = Status(status.code(), fmt::format("layer {}: {}", layer, status.message()));
+  if (Status s = weights_.embed(tokens, buffers->hidden.data()); !s.ok()) return s;
+  buffers_ = std::move(buffers);
+  return {};
+}
+
+double Prefill::progress() const {
+  if (done()) return 1.0;
+  return (static_cast<double>(buffers_->layer) +
+          static_cast<double>(buffers_->next) / static_cast<double>(buffers_->n)) /
+         static_cast<double>(weights_.hparams().n_layer);
+}
+
+Status Prefill::open_layer() {
+  if (bf16_) {
+    if (Status s = bf16_->load(buffers_->layer); !s.ok()) return s;
+  }
+  pack_past(0, buffers_->n_past);
+  return {};
+}
+
+Status Prefill::close_segment() {
+  LayerBuffers& b = *buffers_;
+  const int64_t width = weights_.hparams().n_head_kv * weights_.hparams().head_dim;
+  Status status =
+      hooks_.layer_done(b.layer, b.k_raw.data() + b.segment_begin * width,
+                        b.v.data() + (b.tail + b.segment_begin) * width, b.next - b.segment_begin);
+  if (status.ok() && b.next < b.n && hooks_.seal) {
+    // The segment itself is always read back: what the cache holds of it is rounded at the least.
+    const int64_t begin = b.n_past + b.segment_begin;
+    int64_t changed_from = begin;
+    status = hooks_.seal(b.layer, &changed_from);
+    if (status.ok()) pack_past(std::min(changed_from, begin), b.n_past + b.next);
+  }
+  if (!status.ok()) return {status.code(), fmt::format("layer {}: {}", b.layer, status.message())};
+  b.segment_begin = b.next;
+  ++b.segment;
+  if (b.next < b.n) return {};
+  b.next = b.segment_begin = 0;
+  b.segment = 0;
+  if (++b.layer == weights_.hparams().n_layer) {
+    buffers_.reset();
+    bf16_.reset();
+  }
+  return {};
+}
+
+Status Prefill::step() {
+  LayerBuffers& b = *buffers_;
+  if (b.next == 0) {
+    if (Status s = open_layer(); !s.ok()) return s;
+  }
+  const int64_t end = b.segment_end(hooks_);
+  const int64_t n = std::min(kChunk - (b.n_past + b.next) % kPrefillTile, end - b.next);
+  if (Status s = run_chunk(b.layer, b.next, n, b.layer + 1 == weights_.hparams().n_layer); !s.ok()) return s;
+  b.next += n;
+  return b.next == end ? close_segment() : Status();
+}
+
+Status Prefill::run(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks,
+                    const ProgressFn& progress, float* logits) {
+  Status status = begin(tokens, n_past, std::move(hooks), logits);
+  while (status.ok() && !done()) {
+    if (progress && !progress(this->progress()))
+      status = Status(StatusCode::cancelled, "the prompt was cancelled");
+    if (status.ok()) status = step();
   }
   buffers_.reset();
   bf16_.reset();

@@ -23,8 +23,15 @@ struct PrefillHooks {
   /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May
   /// be empty.
   std::function<void(int64_t layer, const float* q, int64_t n)> queries;
-  /// A layer is done: keys before RoPE and values of the new tokens, [n, D] each, valid during the call.
+  /// A segment of a layer is done: keys before RoPE and values of its tokens, [n, D] each, valid during the
+  /// call.
   std::function<Status(int64_t layer, const float* k, const float* v, int64_t n)> layer_done;
+  /// Ends of segments among the new tokens, ascending, in (0, n); the last segment ends with them. Tokens of
+  /// later segments attend to what read_past gives for earlier ones.
+  std::vector<int64_t> segment_ends = {};
+  /// After layer_done of a segment that is not the last. changed_from: the first position before the segment
+  /// for which read_past now gives other numbers than it gave, if there is one.
+  std::function<Status(int64_t layer, int64_t* changed_from)> seal = {};
   /// Rotated keys and values of tokens [first, first + n) that the cache held before, [n, D] each.
   std::function<void(int64_t layer, int64_t first, int64_t n, float* k, float* v)> read_past;
 };
@@ -39,8 +46,17 @@ class Prefill {
   /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
   /// Memory beside the weights: see bytes_needed(). cancelled if progress returns false; hooks' errors are
   /// passed on with the layer's number. non_finite names the layer whose attention overflows.
-  Status run(std::span<const Token> tokens, int64_t n_past, const PrefillHooks& hooks,
-             const ProgressFn& progress, float* logits);
+  Status run(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, const ProgressFn& progress,
+             float* logits);
+
+  /// The same in pieces: begin(), then step() until done(). Between steps anything else may run on the
+  /// runner. logits outlives it. After an error, or to give up, just destroy it.
+  Status begin(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, float* logits);
+  /// A chunk of one layer: some tens of milliseconds.
+  Status step();
+  bool done() const { return buffers_ == nullptr; }
+  /// The share done in [0, 1].
+  double progress() const;
 
   /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
   /// activations.
@@ -50,9 +66,10 @@ class Prefill {
  private:
   struct LayerBuffers;
   struct ChunkOp;
-  void pack_past(int64_t layer, const PrefillHooks& hooks);
-  Status run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only, const PrefillHooks& hooks,
-                   float* logits);
+  void pack_past(int64_t from, int64_t to);
+  Status run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row_only);
+  Status open_layer();
+  Status close_segment();
 
   const ModelWeights& weights_;
   const kernels::RopeTable& rope_;
@@ -62,6 +79,8 @@ class Prefill {
   std::unique_ptr<LayerBuffers> buffers_;
   PackedProducts packed_;
   std::unique_ptr<Bf16Products> bf16_;  ///< null: packed_ multiplies
+  PrefillHooks hooks_;
+  float* logits_ = nullptr;
 };
 
 }  // namespace narrows

@@ -1,8 +1,11 @@
 // Sampler: a chain of libllama's samplers over plain logits, without a llama_context. The order is that of
-// llama.cpp's default: penalties, top-k, top-p, min-p, temperature, then the draw.
+// llama.cpp's default: biases, penalties, top-k, top-p, min-p, temperature, then the draw. A grammar stands
+// beside the chain: it looks at the drawn token alone, and only if it refuses that at all of them, because
+// looking at the whole vocabulary at every step would cost more than the step.
 #include <fmt/format.h>
 #include <llama.h>
 
+#include <algorithm>
 #include <cmath>
 #include <exception>
 #include <limits>
@@ -13,6 +16,9 @@
 #include <vector>
 
 #include "narrows/sampling.h"
+#include "sample/grammar.h"
+#include "text/llama_log.h"
+#include "text/vocabulary.h"
 
 namespace narrows {
 namespace {
@@ -23,6 +29,8 @@ constexpr double kMinTemperature = 0.001;
 constexpr double kMaxTemperature = 100;
 constexpr double kMinPenalty = 0.01;
 constexpr double kMaxPenalty = 100;
+constexpr double kMaxBias = 1e6;
+constexpr double kMaxPresence = 100;  ///< of presence and frequency, both ways
 constexpr int32_t kNoIndex = -1;
 
 struct ChainFree {
@@ -51,6 +59,8 @@ Status check(const SamplerOptions& o) {
       check_range("top-p", o.top_p, 0, 1),
       check_range("min-p", o.min_p, 0, 1),
       check_range("repeat penalty", o.repeat_penalty, kMinPenalty, kMaxPenalty),
+      check_range("presence penalty", o.presence_penalty, -kMaxPresence, kMaxPresence),
+      check_range("frequency penalty", o.frequency_penalty, -kMaxPresence, kMaxPresence),
       check_range("repeat last n", o.repeat_last_n, 0, kMaxLastN),
       check_range("seed", o.seed, 0, LLAMA_DEFAULT_SEED - 1),
   };
@@ -81,28 +91,105 @@ std::optional<size_t> largest(std::span<const float> logits) {
 
 struct Sampler::Impl {
   Chain chain;
-  bool plain_greedy = false;  ///< neither penalty nor temperature: the largest logit is the answer
+  Chain grammar;  ///< null: free text
+  bool has_penalties = false;
+  bool plain_greedy = false;  ///< neither bias, penalty nor temperature: the largest logit is the answer
   std::vector<llama_token_data> candidates;
+  Status failed;  ///< of a grammar that could not take a token
+
+  llama_token_data_array all_candidates(std::span<const float> logits);
+  bool grammar_allows(Token token) const;
+  Result<Token> choose(std::span<const float> logits, bool by_grammar);
 };
+
+llama_token_data_array Sampler::Impl::all_candidates(std::span<const float> logits) {
+  candidates.resize(logits.size());
+  for (size_t i = 0; i < logits.size(); ++i) candidates[i] = {static_cast<llama_token>(i), logits[i], 0.0F};
+  return {candidates.data(), candidates.size(), kNoIndex, false};
+}
+
+bool Sampler::Impl::grammar_allows(Token token) const {
+  llama_token_data one = {token, 1.0F, 0.0F};
+  llama_token_data_array array = {&one, 1, kNoIndex, false};
+  llama_sampler_apply(grammar.get(), &array);
+  return one.logit > -std::numeric_limits<float>::infinity();
+}
+
+Result<Token> Sampler::Impl::choose(std::span<const float> logits, bool by_grammar) {
+  llama_token_data_array array = all_candidates(logits);
+  if (by_grammar) {
+    llama_sampler_apply(grammar.get(), &array);
+    const bool any = std::any_of(array.data, array.data + array.size,
+                                 [](const llama_token_data& c) { return std::isfinite(c.logit); });
+    if (!any) {
+      return {StatusCode::invalid_argument, "the grammar allows no token of the vocabulary to come next"};
+    }
+  }
+  llama_sampler_apply(chain.get(), &array);
+  if (array.selected < 0 || static_cast<size_t>(array.selected) >= array.size) {
+    return {StatusCode::internal, "the sampler chain chose no token (sample/sampler.cpp)"};
+  }
+  return static_cast<Token>(array.data[array.selected].id);
+}
 
 Sampler::Sampler(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Sampler::~Sampler() = default;
 
-Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options) {
+namespace {
+
+Result<Chain> make_grammar(const SamplerOptions& options, const Tokenizer* tokenizer) {
+  if (Status s = check_grammar(options.grammar); !s.ok()) return s;
+  if (tokenizer == nullptr) return {StatusCode::invalid_argument, "a grammar needs the model's tokenizer"};
+  const LlamaAbortGuard guard;
+  clear_llama_error();
+  try {
+    Chain grammar(llama_sampler_init_grammar(vocabulary(*tokenizer), options.grammar.c_str(), "root"));
+    if (grammar) return grammar;
+    return {StatusCode::invalid_argument, "the grammar cannot be used: " + llama_error()};
+  } catch (const std::exception&) {
+    return {StatusCode::invalid_argument, "the grammar cannot be used: " + llama_error()};
+  }
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, const Tokenizer* tokenizer) {
   if (Status status = check(options); !status.ok()) return status;
   auto impl = std::make_unique<Impl>();
+  if (!options.grammar.empty()) {
+    Result<Chain> grammar = make_grammar(options, tokenizer);
+    if (!grammar.ok()) return grammar.status();
+    impl->grammar = std::move(*grammar);
+  }
   llama_sampler_chain_params params = llama_sampler_chain_default_params();
   params.no_perf = true;
   impl->chain.reset(llama_sampler_chain_init(params));
-  const bool penalties = options.repeat_penalty != 1.0F && options.repeat_last_n > 0;
-  impl->plain_greedy = options.temperature == 0.0F && !penalties;
+  impl->has_penalties =
+      options.repeat_last_n > 0 && (options.repeat_penalty != 1.0F || options.presence_penalty != 0.0F ||
+                                    options.frequency_penalty != 0.0F);
+  impl->plain_greedy = options.temperature == 0.0F && !impl->has_penalties && options.logit_bias.empty();
 
-  if (penalties) {
+  if (!options.logit_bias.empty()) {
+    const int64_t n_vocab = tokenizer != nullptr ? tokenizer->n_vocab() : 0;
+    std::vector<llama_logit_bias> biases;
+    for (const LogitBias& b : options.logit_bias) {
+      if (b.token < 0 || b.token >= n_vocab || std::isnan(b.bias) || b.bias > kMaxBias) {
+        return {StatusCode::invalid_argument,
+                fmt::format("a bias of {} on token {} is out of range, the vocabulary has {} tokens", b.bias,
+                            b.token, n_vocab)};
+      }
+      biases.push_back({b.token, b.bias});
+    }
+    add(impl->chain, llama_sampler_init_logit_bias(static_cast<int32_t>(n_vocab),
+                                                   static_cast<int32_t>(biases.size()), biases.data()));
+  }
+  if (impl->has_penalties) {
     // The vocabulary's size is asked for the sake of samplers that run in the graph; this chain runs on plain
     // logits.
     constexpr int32_t kVocabNotUsed = 0;
-    add(impl->chain, llama_sampler_init_penalties(kVocabNotUsed, options.repeat_last_n,
-                                                  options.repeat_penalty, 0.0F, 0.0F));
+    add(impl->chain,
+        llama_sampler_init_penalties(kVocabNotUsed, options.repeat_last_n, options.repeat_penalty,
+                                     options.frequency_penalty, options.presence_penalty));
   }
   if (options.temperature == 0.0F) {
     add(impl->chain, llama_sampler_init_greedy());
@@ -118,6 +205,7 @@ Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options) 
 }
 
 Result<Token> Sampler::sample(std::span<const float> logits) {
+  if (!impl_->failed.ok()) return impl_->failed;
   const std::optional<size_t> best = largest(logits);
   if (!best) {
     return {StatusCode::non_finite,
@@ -126,18 +214,12 @@ Result<Token> Sampler::sample(std::span<const float> logits) {
                 "-infinity",
                 logits.size())};
   }
-  if (impl_->plain_greedy) return static_cast<Token>(*best);
+  const LlamaAbortGuard guard;
   try {
-    impl_->candidates.resize(logits.size());
-    for (size_t i = 0; i < logits.size(); ++i) {
-      impl_->candidates[i] = {static_cast<llama_token>(i), logits[i], 0.0F};
-    }
-    llama_token_data_array array = {impl_->candidates.data(), impl_->candidates.size(), kNoIndex, false};
-    llama_sampler_apply(impl_->chain.get(), &array);
-    if (array.selected < 0 || static_cast<size_t>(array.selected) >= array.size) {
-      return {StatusCode::internal, "the sampler chain chose no token (sample/sampler.cpp)"};
-    }
-    return static_cast<Token>(array.data[array.selected].id);
+    Result<Token> token =
+        impl_->plain_greedy ? Result<Token>(static_cast<Token>(*best)) : impl_->choose(logits, false);
+    if (!token.ok() || !impl_->grammar || impl_->grammar_allows(*token)) return token;
+    return impl_->choose(logits, true);
   } catch (const std::bad_alloc&) {
     return {StatusCode::out_of_memory, fmt::format("no memory to sample from {} logits", logits.size())};
   } catch (const std::exception& error) {
@@ -146,6 +228,18 @@ Result<Token> Sampler::sample(std::span<const float> logits) {
   }
 }
 
-void Sampler::accept(Token token) { llama_sampler_accept(impl_->chain.get(), token); }
+void Sampler::accept(Token token) {
+  accept_prompt(token);
+  if (!impl_->grammar) return;
+  const LlamaAbortGuard guard;
+  try {
+    llama_sampler_accept(impl_->grammar.get(), token);
+  } catch (const std::exception&) {
+    impl_->failed =
+        Status(StatusCode::invalid_argument, "the grammar does not allow the token that was drawn");
+  }
+}
+
+void Sampler::accept_prompt(Token token) { llama_sampler_accept(impl_->chain.get(), token); }
 
 }  // namespace narrows

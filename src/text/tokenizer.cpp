@@ -15,6 +15,7 @@
 #include "base/utf8.h"
 #include "narrows/text.h"
 #include "text/llama_log.h"
+#include "text/vocabulary.h"
 
 namespace narrows {
 namespace {
@@ -162,6 +163,8 @@ std::string Tokenizer::decode(std::span<const Token> tokens, bool special) const
 bool Tokenizer::is_end(Token token) const {
   return token >= 0 && token < impl_->n_vocab && llama_vocab_is_eog(impl_->vocab, token);
 }
+
+const llama_vocab* vocabulary(const Tokenizer& tokenizer) { return tokenizer.impl().vocab; }
 
 int64_t Tokenizer::n_vocab() const { return impl_->n_vocab; }
 

@@ -99,7 +99,10 @@ TEST(Layout, WindowHoldsWhatIsRecent) {
   for (const int64_t unit : {16, 32}) {
     for (const int64_t n_sink : {0, 5, 16}) {
       for (const int64_t n_recent : {0, 1, 40, 64}) {
-        const WindowPlan plan{n_sink, n_recent, unit};
+        WindowPlan plan;
+        plan.n_sink = n_sink;
+        plan.n_recent = n_recent;
+        plan.unit = unit;
         for (int64_t n = 0; n < 400; ++n) {
           const int64_t pages = plan.in_pages(n);
           const int64_t window = n - n_sink - pages;
