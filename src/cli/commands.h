@@ -21,5 +21,6 @@ Command make_eval_command(CLI::App& app);
 Command make_bench_command(CLI::App& app);
 Command make_calibrate_command(CLI::App& app);
 Command make_inspect_command(CLI::App& app);
+Command make_serve_command(CLI::App& app);
 
 }  // namespace narrows::cli

@@ -23,7 +23,8 @@ namespace {
 
 /// In the order of the help text.
 constexpr Command (*kMakers[])(CLI::App&) = {
-    make_run_command, make_eval_command, make_bench_command, make_calibrate_command, make_inspect_command,
+    make_run_command,   make_serve_command,     make_eval_command,
+    make_bench_command, make_calibrate_command, make_inspect_command,
 };
 
 constexpr const char* kFooter =

@@ -1,0 +1,222 @@
+// `narrows serve`: the model behind an OpenAI-compatible HTTP server.
+#include <fmt/format.h>
+#include <signal.h>
+
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "base/file.h"
+#include "base/utf8.h"
+#include "cli/commands.h"
+#include "cli/engine_flags.h"
+#include "cli/output.h"
+#include "server/http_server.h"
+#include "server/scheduler.h"
+
+namespace narrows::cli {
+namespace {
+
+constexpr int64_t kMaxKeyFile = int64_t{1} << 20;
+constexpr int64_t kMegabyte = 1'000'000;
+/// What requests at work get to finish in when the server is asked to end.
+constexpr std::chrono::seconds kPatience{10};
+
+constexpr const char* kFooter =
+    R"(Serves /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /props, /tokenize, /detokenize,
+/apply-template, /slots, and a chat page at /. docs/server_api.md has the fields. One line of JSON a request goes to standard error.
+SIGTERM or Ctrl-C ends it: requests at work have 10 seconds to finish.
+
+Examples:
+  narrows serve -m model.gguf                                  then open http://127.0.0.1:8080
+  narrows serve -m model.gguf --slots 8 --ctx 16384 --kv klt-10x --session-dir sessions
+  narrows serve -m model.gguf --host 0.0.0.0 --api-key-file keys.txt
+  curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" \
+    -d '{"messages": [{"role": "user", "content": "Hello"}]}')";
+
+struct ServeFlags {
+  ModelFlags model;
+  SessionFlags session;
+  server::HttpOptions http;
+  server::SchedulerOptions scheduler;
+  std::string api_key_file;
+  std::optional<int64_t> cache_mb;
+  std::optional<int64_t> prefix_mb;
+  int64_t body_mb = 64;
+  int64_t timeout_s = 3600;
+};
+
+/// One key a line; empty lines and those that begin with '#' are none.
+Result<std::vector<std::string>> read_keys(const std::string& path) {
+  const Result<std::string> text = read_file(path, kMaxKeyFile);
+  if (!text.ok()) return text.status();
+  std::vector<std::string> keys;
+  size_t begin = 0;
+  while (begin < text->size()) {
+    const size_t end = std::min(text->find('\n', begin), text->size());
+    std::string key = text->substr(begin, end - begin);
+    begin = end + 1;
+    while (!key.empty() && (key.back() == '\r' || key.back() == ' ' || key.back() == '\t')) key.pop_back();
+    if (!key.empty() && key[0] != '#') keys.push_back(std::move(key));
+  }
+  if (keys.empty())
+    return Status(StatusCode::invalid_file,
+                  fmt::format("{} holds no API key: write one a line", quote(path)));
+  return keys;
+}
+
+Status check_folder(const std::string& path) {
+  std::error_code failed;
+  if (!std::filesystem::is_directory(path, failed))
+    return {StatusCode::invalid_argument,
+            fmt::format("--session-dir {} is no folder; make it first", quote(path))};
+  return check_writable(path + "/session");
+}
+
+/// Lines from any thread, whole.
+server::LogSink log_to_stderr() {
+  return [mutex = std::make_shared<std::mutex>()](const std::string& line) {
+    const std::lock_guard<std::mutex> lock(*mutex);
+    note(line);
+  };
+}
+
+/// SIGTERM and SIGINT wait until wait() takes them; threads that are made later wait too.
+class EndSignals {
+ public:
+  EndSignals() {
+    (void)::sigemptyset(&set_);
+    (void)::sigaddset(&set_, SIGTERM);
+    (void)::sigaddset(&set_, SIGINT);
+    (void)::pthread_sigmask(SIG_BLOCK, &set_, nullptr);
+  }
+  int wait() const {
+    int number = 0;
+    while (::sigwait(&set_, &number) != 0) {
+    }
+    return number;
+  }
+  /// The next one ends the process.
+  void let_go() const {
+    (void)::signal(SIGTERM, SIG_DFL);
+    (void)::signal(SIGINT, SIG_DFL);
+    (void)::pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
+  }
+
+ private:
+  sigset_t set_{};
+};
+
+Outcome serve(const ServeFlags& flags) {
+  Result<SessionOptions> session = flags.session.parse();
+  if (!session.ok()) return session.status();
+  server::HttpOptions http = flags.http;
+  if (!flags.api_key_file.empty()) {
+    Result<std::vector<std::string>> keys = read_keys(flags.api_key_file);
+    if (!keys.ok()) return keys.status();
+    http.api_keys = std::move(*keys);
+  }
+  if (!http.session_dir.empty()) {
+    if (Status s = check_folder(http.session_dir); !s.ok()) return s;
+  }
+  if (Status s = check_readable(flags.model.path); !s.ok()) return s;
+  http.max_body_bytes = static_cast<size_t>(flags.body_mb * kMegabyte);
+  http.request_timeout = std::chrono::seconds(flags.timeout_s);
+  http.model_name = std::filesystem::path(flags.model.path).stem().string();
+  server::SchedulerOptions scheduling = flags.scheduler;
+  scheduling.session = *session;
+  scheduling.memory_bytes = flags.cache_mb.value_or(0) * kMegabyte;
+  scheduling.store_bytes = flags.prefix_mb ? *flags.prefix_mb * kMegabyte : -1;
+
+  const EndSignals signals;
+  const server::LogSink log = log_to_stderr();
+  Result<std::unique_ptr<server::HttpServer>> listening = server::HttpServer::start(http, log);
+  if (!listening.ok()) return listening.status();
+  server::HttpServer& web = **listening;
+  const auto say = [&](nlohmann::ordered_json fields) { log(fields.dump()); };
+  say({{"event", "listening"},
+       {"url", fmt::format("http://{}:{}", http.host, web.port())},
+       {"keys", http.api_keys.size()},
+       {"sessions", http.session_dir}});
+  Result<std::shared_ptr<const Model>> model = flags.model.load();
+  if (!model.ok()) return model.status();
+  Result<std::unique_ptr<server::Scheduler>> scheduler =
+      server::Scheduler::create(*model, scheduling, &web.metrics());
+  if (!scheduler.ok()) return scheduler.status();
+  web.serve(*model, scheduler->get());
+  say({{"event", "ready"},
+       {"model", http.model_name},
+       {"kv", session->kv.name},
+       {"n_ctx", (*scheduler)->n_ctx()},
+       {"slots", scheduling.n_slots},
+       {"cache_limit_bytes", (*scheduler)->memory_limit()}});
+
+  const int number = signals.wait();
+  signals.let_go();
+  say({{"event", "ending"}, {"signal", number}});
+  web.stop(kPatience);
+  say({{"event", "ended"}});
+  return {};
+}
+
+}  // namespace
+
+Command make_serve_command(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("serve", "Serve the model over HTTP, as OpenAI's API does");
+  auto flags = std::make_shared<ServeFlags>();
+  flags->model.add_to(*command);
+  command->add_option("--host", flags->http.host, "address to listen on")
+      ->type_name("ADDRESS")
+      ->capture_default_str();
+  command->add_option("--port", flags->http.port, "port to listen on; 0: any free one")
+      ->type_name("N")
+      ->check(whole_number(0, 65535))
+      ->capture_default_str();
+  command->add_option("--slots", flags->scheduler.n_slots, "requests that are answered at the same time")
+      ->type_name("N")
+      ->check(whole_number(1, DecodeBatch::kMaxSessions))
+      ->capture_default_str();
+  command->add_option("--queue", flags->scheduler.max_waiting, "requests that may wait for a slot")
+      ->type_name("N")
+      ->check(whole_number(0, 100'000))
+      ->capture_default_str();
+  flags->session.add_to(*command);
+  command
+      ->add_option("--cache-mb", flags->cache_mb,
+                   "most memory of all caches (default: four fifths of what is free when the model is there)")
+      ->type_name("MB")
+      ->check(whole_number(1, 100'000'000));
+  command
+      ->add_option("--prefix-mb", flags->prefix_mb,
+                   "of it, what may be kept of prompts that no slot works on (default: a quarter)")
+      ->type_name("MB")
+      ->check(whole_number(0, 100'000'000));
+  command->add_option("--session-dir", flags->http.session_dir, "folder where slots are saved and restored")
+      ->type_name("FOLDER");
+  command->add_option("--api-key-file", flags->api_key_file, "file with the keys that are let in, one a line")
+      ->type_name("FILE");
+  command
+      ->add_option("--cors-origin", flags->http.cors_origin,
+                   "web pages from this origin may use the server (default: none but its own)")
+      ->type_name("ORIGIN");
+  command->add_option("--connections", flags->http.max_connections, "connections at work at the same time")
+      ->type_name("N")
+      ->check(whole_number(1, 4096))
+      ->capture_default_str();
+  command->add_option("--body-mb", flags->body_mb, "largest body of a request")
+      ->type_name("MB")
+      ->check(whole_number(1, 2000))
+      ->capture_default_str();
+  command->add_option("--timeout", flags->timeout_s, "longest time of a request in seconds")
+      ->type_name("S")
+      ->check(whole_number(1, 1'000'000))
+      ->capture_default_str();
+  command->add_flag("--log-prompts", flags->http.log_prompts, "write prompts and answers to the log too");
+  command->footer(kFooter);
+  return {command, [flags] { return serve(*flags); }};
+}
+
+}  // namespace narrows::cli

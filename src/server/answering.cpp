@@ -1,0 +1,158 @@
+// What a slot does with its turns: from the prompt to the last token of the answer.
+#include <algorithm>
+
+#include "server/scheduler.h"
+
+namespace narrows::server {
+
+namespace {
+
+constexpr double kProgressEvery_s = 0.1;
+
+Event event_of(Event::Kind kind, int choice) {
+  Event event;
+  event.kind = kind;
+  event.choice = choice;
+  return event;
+}
+
+}  // namespace
+
+/// The session of the slot holds n_cached tokens of the prompt. A failure leaves the slot idle.
+Status Scheduler::begin(Slot& slot, const Waiting& waiting, int64_t n_cached) {
+  const GenerationRequest& request = waiting.job->request;
+  SamplerOptions sampling = request.sampling;
+  // Choices of one prompt differ by their seeds; the last seed of all is libllama's "draw one".
+  sampling.seed = static_cast<uint32_t>(
+      (uint64_t{sampling.seed} + static_cast<uint64_t>(waiting.choice % request.n)) % 0xFFFFFFFF);
+  sampling.grammar = request.grammar;
+  Result<std::unique_ptr<Sampler>> sampler = Sampler::create(sampling, &model_->tokenizer());
+  if (!sampler.ok()) return sampler.status();
+  const std::vector<Token>& prompt = waiting.job->prompt_of(waiting.choice);
+  if (Status s = slot.held.session->begin_prefill(std::span(prompt).subspan(static_cast<size_t>(n_cached)));
+      !s.ok())
+    return s;
+
+  slot.job = waiting.job;
+  slot.choice = waiting.choice;
+  slot.sampler = std::move(*sampler);
+  slot.writer = std::make_unique<Writer>(model_->tokenizer(), request);
+  slot.result = {};
+  slot.result.slot = slot.id;
+  slot.result.n_prompt = static_cast<int64_t>(prompt.size());
+  slot.result.n_cached = n_cached;
+  slot.result.queue_s = seconds_since(waiting.job->arrived);
+  slot.result.kv = waiting.job->profile.name;
+  slot.begun = slot.last_progress = Clock::now();
+  slot.state = SlotState::reading;
+  metrics_->prompt_tokens += static_cast<uint64_t>(slot.result.n_prompt);
+  metrics_->cached_tokens += static_cast<uint64_t>(n_cached);
+  return {};
+}
+
+void Scheduler::report_progress(Slot& slot) {
+  if (!slot.job->request.return_progress || seconds_since(slot.last_progress) < kProgressEvery_s) return;
+  slot.last_progress = Clock::now();
+  Event event = event_of(Event::Kind::progress, slot.choice);
+  event.n_prompt = slot.result.n_prompt;
+  event.n_cached = slot.result.n_cached;
+  event.done = slot.held.session->prefill_done();
+  event.seconds = seconds_since(slot.begun);
+  slot.job->channel.push(std::move(event));
+}
+
+void Scheduler::prompt_is_read(Slot& slot) {
+  slot.last_progress = {};
+  report_progress(slot);
+  slot.held.tokens = slot.prompt();
+  slot.result.prefill_s = seconds_since(slot.begun);
+  slot.begun = Clock::now();
+  slot.state = SlotState::writing;
+  for (const Token token : slot.prompt()) slot.sampler->accept_prompt(token);
+  if (slot.job->request.max_tokens == 0) {
+    finish(slot, "length");
+  } else {
+    draw(slot);
+  }
+}
+
+/// The next token from the session's logits, and what comes of it.
+void Scheduler::draw(Slot& slot) {
+  const std::span<const float> logits = slot.held.session->logits();
+  const Result<Token> token = slot.sampler->sample(logits);
+  if (!token.ok()) {
+    fail(slot, to_api_error(token.status()));
+    return;
+  }
+  const bool is_end = model_->tokenizer().is_end(*token);
+  if (is_end && !slot.job->request.ignore_eos) {
+    finish(slot, "stop");
+    return;
+  }
+  slot.sampler->accept(*token);
+  slot.next = *token;
+  ++slot.result.n_generated;
+  ++metrics_->generated_tokens;
+  Event event = event_of(Event::Kind::text, slot.choice);
+  const bool goes_on = slot.writer->add(*token, logits, event);
+  if (!event.text.empty() || !event.logprobs.empty()) slot.job->channel.push(std::move(event));
+  if (!goes_on) {
+    finish(slot, "stop");
+  } else if (slot.job->request.max_tokens == slot.result.n_generated ||
+             slot.held.session->n_past() >= n_ctx_) {
+    finish(slot, "length");
+  }
+}
+
+void Scheduler::finish(Slot& slot, const char* reason) {
+  Event rest = event_of(Event::Kind::text, slot.choice);
+  slot.writer->flush(rest);
+  if (slot.writer->stopped()) reason = "stop";  // a stop string that ended with the last token
+  if (!rest.text.empty() || !rest.logprobs.empty()) slot.job->channel.push(std::move(rest));
+
+  Event event = event_of(Event::Kind::finished, slot.choice);
+  const Session& session = *slot.held.session;
+  slot.result.finish_reason = reason;
+  slot.result.decode_s = seconds_since(slot.begun);
+  slot.result.cache = session.cache_stats();
+  const KvProfile& kv = session.profile();
+  const int64_t n = session.n_past();
+  const bool sparse =
+      (kv.kind == KvKind::klt || kv.kind == KvKind::sals) && slot.result.cache.bytes_pages > 0;
+  slot.result.budget = sparse ? kv.budget_at(n) : KvProfile::kBudgetAll;
+  slot.result.n_read = sparse && kv.budget != KvProfile::kBudgetAll
+                           ? std::min(n, kv.n_sink + kv.budget_at(n) + kv.n_recent)
+                           : n;
+  event.result = slot.result;
+  slot.job->channel.push(std::move(event));
+  leave(slot, true);
+}
+
+void Scheduler::fail(const Waiting& waiting, const ApiError& error) {
+  Event event = event_of(Event::Kind::failed, waiting.choice);
+  event.error = error;
+  ++metrics_->failed;
+  waiting.job->channel.push(std::move(event));
+}
+
+void Scheduler::fail(Slot& slot, const ApiError& error) {
+  fail(Waiting{slot.job, slot.choice}, error);
+  leave(slot, false);
+}
+
+/// The slot is idle. Its session stays as it is, to be saved or to serve a prompt that begins as this one,
+/// unless it stands in the middle of something.
+void Scheduler::leave(Slot& slot, bool keeps) {
+  if (!keeps) {
+    slot.held.session->reset();
+    slot.held.tokens.clear();
+  }
+  slot.state = SlotState::idle;
+  slot.job.reset();
+  slot.sampler.reset();
+  slot.writer.reset();
+  slot.reserved_bytes = 0;
+  slot.last_used = Clock::now();
+}
+
+}  // namespace narrows::server

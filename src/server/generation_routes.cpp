@@ -1,0 +1,219 @@
+// /v1/chat/completions and /v1/completions: from the body to a job, and from its events to a reply or a
+// stream.
+#include <fmt/format.h>
+
+#include "server/http_impl.h"
+#include "server/replies.h"
+
+namespace narrows::server {
+
+namespace {
+
+/// How soon a client that has gone is noticed.
+constexpr std::chrono::milliseconds kLook{200};
+/// A comment that keeps proxies and clients from giving up while a long prompt is read.
+constexpr double kPingEvery_s = 2;
+/// An error that comes this early is told by the HTTP code; later, the stream has begun.
+constexpr std::chrono::milliseconds kEarly{150};
+
+std::string sse(const std::string& data) { return "data: " + data + "\n\n"; }
+
+/// Cancels the job when the handler is left, however that happens.
+struct CancelAtEnd {
+  std::shared_ptr<Job> job;
+  ~CancelAtEnd() { job->channel.cancel(); }
+};
+
+}  // namespace
+
+void HttpServer::Impl::add_generation_routes() {
+  const auto chat = [this](const httplib::Request& req, httplib::Response& res) { generate(req, res, true); };
+  const auto completion = [this](const httplib::Request& req, httplib::Response& res) {
+    generate(req, res, false);
+  };
+  for (const char* path : {"/v1/chat/completions", "/chat/completions"}) http.Post(path, chat);
+  for (const char* path : {"/v1/completions", "/completions"}) http.Post(path, completion);
+}
+
+std::shared_ptr<Job> HttpServer::Impl::make_job(const httplib::Request& req, bool chat, ApiError& error) {
+  if (!has_json_body(req, error)) return nullptr;
+  const Tokenizer& tokenizer = model->tokenizer();
+  RequestDefaults defaults;
+  defaults.n_vocab = tokenizer.n_vocab();
+  std::optional<GenerationRequest> request =
+      chat ? parse_chat(req.body, defaults, error) : parse_completion(req.body, defaults, error);
+  if (!request) return nullptr;
+
+  auto job = std::make_shared<Job>();
+  job->id = next_id(chat ? "chatcmpl" : "cmpl");
+  job->profile = scheduler.load()->options().session.kv;
+  if (!request->kv.empty()) {
+    Result<KvProfile> profile = KvProfile::parse(request->kv);
+    if (!profile.ok()) {
+      error = bad_request(profile.status().message(), "narrows.kv");
+      return nullptr;
+    }
+    job->profile = std::move(*profile);
+  }
+  const auto encode = [&](const std::string& text) {
+    Result<std::vector<Token>> tokens = tokenizer.encode(text, true, true);
+    if (tokens.ok()) {
+      job->prompts.push_back(std::move(*tokens));
+      return true;
+    }
+    error = to_api_error(tokens.status());
+    return false;
+  };
+  if (chat) {
+    const Result<std::string> text = tokenizer.apply_chat_template(request->messages, true);
+    if (!text.ok()) {
+      error = to_api_error(text.status());
+      return nullptr;
+    }
+    if (!encode(*text)) return nullptr;
+  } else {
+    for (Prompt& prompt : request->prompts) {
+      if (prompt.is_tokens) {
+        job->prompts.push_back(std::move(prompt.tokens));
+      } else if (!encode(prompt.text)) {
+        return nullptr;
+      }
+    }
+  }
+  job->request = std::move(*request);
+  return job;
+}
+
+void HttpServer::Impl::generate(const httplib::Request& req, httplib::Response& res, bool chat) {
+  ApiError error;
+  const std::shared_ptr<Job> job = make_job(req, chat, error);
+  if (job == nullptr) {
+    ++metrics.refused;
+    reply(res, error);
+    return;
+  }
+  if (options.log_prompts) log({{"event", "prompt"}, {"id", job->id}, {"body", req.body}});
+  if (const std::optional<ApiError> refused = scheduler.load()->submit(job)) {
+    reply(res, *refused);
+    return;
+  }
+  if (job->request.stream) {
+    stream(job, req, res);
+  } else {
+    answer_whole(job, req, res);
+  }
+}
+
+void HttpServer::Impl::log_job(const Job& job, const ChoiceResult& r, const char* outcome) const {
+  log({{"event", "generation"},
+       {"id", job.id},
+       {"outcome", outcome},
+       {"kv", r.kv},
+       {"prompt_tokens", r.n_prompt},
+       {"cached_tokens", r.n_cached},
+       {"generated_tokens", r.n_generated},
+       {"queue_s", r.queue_s},
+       {"prefill_s", r.prefill_s},
+       {"decode_s", r.decode_s},
+       {"cache_bytes", r.cache.bytes}});
+}
+
+void HttpServer::Impl::answer_whole(const std::shared_ptr<Job>& job, const httplib::Request& req,
+                                    httplib::Response& res) {
+  const CancelAtEnd guard{job};
+  Replies replies(*job, options.model_name);
+  int n_open = job->n_choice();
+  while (n_open > 0) {
+    const std::optional<Event> event = job->channel.pop(kLook);
+    if (!event) {
+      if (req.is_connection_closed()) {
+        log_job(*job, {}, "client gone");
+        res.status = 499;
+        return;
+      }
+      if (seconds_since(job->arrived) > static_cast<double>(options.request_timeout.count())) {
+        reply(res, http_error(504, "the answer took longer than this server allows"));
+        return;
+      }
+      continue;
+    }
+    if (event->kind == Event::Kind::failed) {
+      log_job(*job, {}, "failed");
+      reply(res, event->error);
+      return;
+    }
+    replies.add(*event);
+    if (event->kind != Event::Kind::finished) continue;
+    log_job(*job, event->result, event->result.finish_reason);
+    --n_open;
+  }
+  const Json whole = replies.whole();
+  if (options.log_prompts) log({{"event", "answer"}, {"id", job->id}, {"choices", whole["choices"]}});
+  reply(res, whole);
+}
+
+void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& /*req*/,
+                              httplib::Response& res) {
+  std::optional<Event> first = job->channel.pop(kEarly);
+  if (first && first->kind == Event::Kind::failed) {
+    job->channel.cancel();
+    reply(res, first->error);
+    return;
+  }
+  struct State {
+    CancelAtEnd guard;
+    Replies replies;
+    std::optional<Event> next;
+    int n_open;
+    Clock::time_point last_write = Clock::now();
+  };
+  auto state = std::make_shared<State>(
+      State{{job}, Replies(*job, options.model_name), std::move(first), job->n_choice()});
+  res.set_header("Cache-Control", "no-cache");
+  res.set_header("X-Accel-Buffering", "no");  // a proxy should pass on every token
+  res.set_chunked_content_provider(
+      "text/event-stream; charset=utf-8", [this, state](size_t, httplib::DataSink& sink) {
+        State& s = *state;
+        const Job& of = *s.guard.job;
+        const auto write = [&](const std::string& text) {
+          s.last_write = Clock::now();
+          return sink.write(text.data(), text.size());
+        };
+        std::optional<Event> event = std::move(s.next);
+        s.next.reset();
+        if (!event) event = s.guard.job->channel.pop(kLook);
+        if (!event) {
+          if (!sink.is_writable()) {
+            log_job(of, {}, "client gone");
+            return false;
+          }
+          if (seconds_since(of.arrived) > static_cast<double>(options.request_timeout.count())) {
+            (void)write(sse(to_json(http_error(504, "the answer took longer than this server allows"))));
+            sink.done();
+            return true;
+          }
+          return seconds_since(s.last_write) < kPingEvery_s || write(": ping\n\n");
+        }
+        if (event->kind == Event::Kind::failed) {
+          log_job(of, {}, "failed");
+          (void)write(sse(to_json(event->error)));
+          sink.done();
+          return true;
+        }
+        const Json chunk = s.replies.chunk(*event);
+        if (!chunk.is_null() && !write(sse(dump(chunk)))) {
+          log_job(of, {}, "client gone");
+          return false;
+        }
+        if (event->kind != Event::Kind::finished) return true;
+        log_job(of, event->result, event->result.finish_reason);
+        if (--s.n_open > 0) return true;
+        std::string end = of.request.include_usage ? sse(dump(s.replies.usage_chunk())) : "";
+        end += sse("[DONE]");
+        if (!write(end)) return false;
+        sink.done();
+        return true;
+      });
+}
+
+}  // namespace narrows::server

@@ -1,0 +1,60 @@
+// The inside of HttpServer, for the files that register its routes.
+#pragma once
+
+#include <httplib.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "server/http_server.h"
+#include "server/json_fields.h"
+
+namespace narrows::server {
+
+struct HttpServer::Impl {
+  Impl(const HttpOptions& options, LogSink log);
+
+  // http_server.cpp
+  void set_up();
+  void allow_cors(const httplib::Request& req, httplib::Response& res) const;
+  bool let_in(const httplib::Request& req) const;
+  void log_request(const httplib::Request& req, const httplib::Response& res);
+  void log(Json fields) const;
+  std::string next_id(const char* prefix);
+
+  // generation_routes.cpp, small_routes.cpp, slot_routes.cpp
+  void add_generation_routes();
+  void add_small_routes();
+  void add_slot_routes();
+  void generate(const httplib::Request& req, httplib::Response& res, bool chat);
+  std::shared_ptr<Job> make_job(const httplib::Request& req, bool chat, ApiError& error);
+  void stream(std::shared_ptr<Job> job, const httplib::Request& req, httplib::Response& res);
+  void answer_whole(const std::shared_ptr<Job>& job, const httplib::Request& req, httplib::Response& res);
+  void log_job(const Job& job, const ChoiceResult& result, const char* outcome) const;
+
+  bool ready() const { return scheduler.load() != nullptr; }
+
+  HttpOptions options;
+  LogSink sink;
+  Metrics metrics;
+  httplib::Server http;
+  int port = 0;
+  std::thread thread;
+  std::shared_ptr<const Model> model;  ///< set before scheduler
+  std::atomic<Scheduler*> scheduler{nullptr};
+  std::atomic<bool> stopping{false};
+  std::atomic<uint64_t> n_id{0};
+};
+
+/// Sends JSON.
+void reply(httplib::Response& res, const Json& json, int code = 200);
+void reply(httplib::Response& res, const ApiError& error);
+
+/// True if the body may be read as JSON: application/json, or no type at all (as curl -d without -H has
+/// another, a form in a foreign web page cannot send this without the browser asking first).
+bool has_json_body(const httplib::Request& req, ApiError& error);
+
+}  // namespace narrows::server

@@ -1,0 +1,222 @@
+// Start and stop, keys, CORS, limits, errors of HTTP itself, the log.
+#include "server/http_server.h"
+
+#include <fmt/format.h>
+
+#include <random>
+
+#include "server/http_impl.h"
+#include "server/replies.h"
+
+namespace narrows::server {
+
+namespace {
+
+/// Paths that need no key: whether the server lives, and the page that asks for one.
+bool is_public(const std::string& path) {
+  return path == "/health" || path == "/" || path == "/index.html" || path == "/chat.js" ||
+         path == "/chat.css";
+}
+
+const char* reason_of(int code) {
+  switch (code) {
+    case 400:
+      return "the request is no well-formed HTTP";
+    case 404:
+      return "there is no such path";
+    case 405:
+      return "this path does not take that method";
+    case 413:
+      return "the body is larger than this server takes";
+    case 414:
+      return "the path is longer than this server takes";
+    case 415:
+      return "the body must be application/json";
+    case 431:
+      return "the headers are larger than this server takes";
+    default:
+      return "the request could not be answered";
+  }
+}
+
+}  // namespace
+
+bool equal_in_constant_time(const std::string& a, const std::string& b) {
+  size_t difference = a.size() ^ b.size();
+  for (size_t i = 0; i < a.size(); ++i)
+    difference |= static_cast<size_t>(static_cast<unsigned char>(a[i]) ^
+                                      static_cast<unsigned char>(b.empty() ? 0 : b[i % b.size()]));
+  return difference == 0;
+}
+
+Status check_session_name(const std::string& name) {
+  const auto good = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' ||
+           c == '-' || c == '_';
+  };
+  if (!name.empty() && name.size() <= 200 && name[0] != '.' && std::all_of(name.begin(), name.end(), good))
+    return {};
+  return {StatusCode::invalid_argument,
+          "filename must have 1 to 200 letters, digits, '.', '-' and '_', and not begin with '.'"};
+}
+
+void reply(httplib::Response& res, const Json& json, int code) {
+  res.status = code;
+  res.set_content(dump(json) + "\n", "application/json; charset=utf-8");
+}
+
+void reply(httplib::Response& res, const ApiError& error) {
+  res.status = error.http_code;
+  res.set_content(to_json(error) + "\n", "application/json; charset=utf-8");
+}
+
+bool has_json_body(const httplib::Request& req, ApiError& error) {
+  std::string type = req.get_header_value("Content-Type");
+  type = type.substr(0, type.find(';'));
+  while (!type.empty() && type.back() == ' ') type.pop_back();
+  for (char& c : type) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  if (type.empty() || type == "application/json") return true;
+  error = http_error(415, reason_of(415));
+  return false;
+}
+
+HttpServer::Impl::Impl(const HttpOptions& o, LogSink log) : options(o), sink(std::move(log)) {}
+
+std::string HttpServer::Impl::next_id(const char* prefix) {
+  static const uint32_t start = std::random_device()();
+  return fmt::format("{}-{:08x}{:06x}", prefix, start, n_id.fetch_add(1));
+}
+
+void HttpServer::Impl::log(Json fields) const {
+  if (!sink) return;
+  Json line = {
+      {"time", std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count()}};
+  line.update(fields);
+  sink(dump(line));
+}
+
+void HttpServer::Impl::log_request(const httplib::Request& req, const httplib::Response& res) {
+  const double ms =
+      req.start_time_ == std::chrono::steady_clock::time_point::min()
+          ? 0
+          : std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - req.start_time_)
+                .count();
+  log({{"event", "request"},
+       {"method", req.method},
+       {"path", req.path},
+       {"status", res.status},
+       {"client", req.remote_addr},
+       {"request_bytes", req.body.size()},
+       {"ms", ms}});
+}
+
+bool HttpServer::Impl::let_in(const httplib::Request& req) const {
+  if (options.api_keys.empty() || is_public(req.path)) return true;
+  constexpr std::string_view kBearer = "Bearer ";
+  const std::string header = req.get_header_value("Authorization");
+  const std::string key = header.compare(0, kBearer.size(), kBearer) == 0 ? header.substr(kBearer.size())
+                                                                          : req.get_header_value("X-Api-Key");
+  bool found = false;
+  for (const std::string& known : options.api_keys) found = equal_in_constant_time(key, known) || found;
+  return found;
+}
+
+void HttpServer::Impl::allow_cors(const httplib::Request& req, httplib::Response& res) const {
+  if (options.cors_origin.empty()) return;
+  res.set_header("Access-Control-Allow-Origin", options.cors_origin);
+  res.set_header("Vary", "Origin");
+  if (req.method != "OPTIONS") return;
+  res.set_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS");
+  res.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type");
+}
+
+void HttpServer::Impl::set_up() {
+  const auto n = static_cast<size_t>(options.max_connections);
+  http.new_task_queue = [n] { return new httplib::ThreadPool(std::min<size_t>(n, 8), n, n); };
+  http.set_payload_max_length(options.max_body_bytes);
+  http.set_read_timeout(options.io_timeout);
+  http.set_write_timeout(options.io_timeout);
+  http.set_keep_alive_timeout(5);
+  http.set_tcp_nodelay(true);  // a token should not wait for the next
+  http.set_pre_routing_handler([this](const httplib::Request& req, httplib::Response& res) {
+    allow_cors(req, res);
+    res.set_header("X-Content-Type-Options", "nosniff");
+    if (req.method == "OPTIONS" && !options.cors_origin.empty()) {
+      res.status = 204;
+      return httplib::Server::HandlerResponse::Handled;
+    }
+    if (!let_in(req)) {
+      reply(res, http_error(401, "this server asks for an API key: send it as Authorization: Bearer KEY"));
+      return httplib::Server::HandlerResponse::Handled;
+    }
+    if (!ready() && !is_public(req.path)) {
+      reply(res, http_error(503, "the model is still being loaded"));
+      return httplib::Server::HandlerResponse::Handled;
+    }
+    return httplib::Server::HandlerResponse::Unhandled;
+  });
+  http.set_error_handler([](const httplib::Request&, httplib::Response& res) {
+    // Our own errors have a body already.
+    if (res.body.empty()) reply(res, http_error(res.status, reason_of(res.status)));
+  });
+  http.set_exception_handler(
+      [this](const httplib::Request& req, httplib::Response& res, std::exception_ptr thrown) {
+        std::string what = "unknown";
+        bool memory = false;
+        try {
+          std::rethrow_exception(thrown);
+        } catch (const std::bad_alloc&) {
+          memory = true;
+        } catch (const std::exception& e) {
+          what = e.what();
+        } catch (...) {
+        }
+        log({{"event", "exception"}, {"path", req.path}, {"what", memory ? "out of memory" : what}});
+        reply(res, memory ? to_api_error({StatusCode::out_of_memory, "no memory to answer the request"})
+                          : http_error(500, "an internal error; the log says more"));
+      });
+  http.set_logger(
+      [this](const httplib::Request& req, const httplib::Response& res) { log_request(req, res); });
+  add_generation_routes();
+  add_small_routes();
+  add_slot_routes();
+}
+
+HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+HttpServer::~HttpServer() { stop(std::chrono::milliseconds(0)); }
+
+Result<std::unique_ptr<HttpServer>> HttpServer::start(const HttpOptions& options, LogSink log) {
+  auto impl = std::make_unique<Impl>(options, std::move(log));
+  impl->set_up();
+  impl->port = options.port;
+  const bool bound = options.port == 0 ? (impl->port = impl->http.bind_to_any_port(options.host)) > 0
+                                       : impl->http.bind_to_port(options.host, options.port);
+  if (!bound) {
+    return Status(StatusCode::invalid_argument,
+                  fmt::format("cannot listen on {} port {}: it is in use, or not an address of this machine",
+                              options.host, options.port));
+  }
+  Impl* raw = impl.get();
+  impl->thread = std::thread([raw] { (void)raw->http.listen_after_bind(); });
+  impl->http.wait_until_ready();
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
+}
+
+int HttpServer::port() const { return impl_->port; }
+Metrics& HttpServer::metrics() { return impl_->metrics; }
+
+void HttpServer::serve(std::shared_ptr<const Model> model, Scheduler* scheduler) {
+  impl_->model = std::move(model);
+  impl_->scheduler = scheduler;
+}
+
+void HttpServer::stop(std::chrono::milliseconds patience) {
+  impl_->stopping = true;
+  if (!impl_->thread.joinable()) return;
+  impl_->http.stop();  // no new connections; those at work go on
+  if (Scheduler* scheduler = impl_->scheduler.load()) scheduler->stop(patience);
+  impl_->thread.join();
+}
+
+}  // namespace narrows::server

@@ -1,0 +1,76 @@
+// What a client asks for: the bodies of /v1/chat/completions, /v1/completions and the small endpoints, parsed
+// and checked. docs/server_api.md lists the fields.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "narrows/sampling.h"
+#include "narrows/text.h"
+#include "server/json_fields.h"
+
+namespace narrows::server {
+
+/// Limits of one request, beside the size of its body.
+inline constexpr int kMaxChoices = 16;        ///< n
+inline constexpr int kMaxPrompts = 64;        ///< prompts of a completion
+inline constexpr size_t kMaxStops = 16;       ///< stop strings
+inline constexpr size_t kMaxStopBytes = 512;  ///< of one stop string
+inline constexpr int kMaxTopLogprobs = 20;
+inline constexpr size_t kMaxGrammarBytes = size_t{1} << 16;  ///< of a grammar or schema
+inline constexpr size_t kMaxMessages = 4096;
+
+/// One prompt of a completion: a text, or tokens.
+struct Prompt {
+  std::string text;
+  std::vector<Token> tokens;
+  bool is_tokens = false;
+};
+
+struct GenerationRequest {
+  bool chat = false;
+  std::vector<ChatMessage> messages;  ///< chat
+  std::vector<Prompt> prompts;        ///< completion
+  std::string model;                  ///< as the client calls it; any name is served
+  std::string kv;                     ///< narrows.kv; "": the server's profile
+  int n = 1;                          ///< choices a prompt
+  std::optional<int64_t> max_tokens;  ///< nothing: until the model ends or the context is full
+  SamplerOptions sampling;            ///< of the first choice; the i-th takes seed + i
+  std::vector<std::string> stops;
+  std::optional<int> logprobs;  ///< alternatives to report beside each token's own; nothing: none at all
+  std::string grammar;          ///< GBNF; "": free text
+  bool echo = false;            ///< completion: the prompt comes before the answer
+  bool ignore_eos = false;      ///< goes on where the model would end
+  bool cache_prompt = true;     ///< may use what other requests left
+  bool stream = false;
+  bool include_usage = false;    ///< stream: one more chunk with the counts
+  bool return_progress = false;  ///< stream: events while the prompt is read
+};
+
+/// What a body may be judged by.
+struct RequestDefaults {
+  SamplerOptions sampling;
+  int64_t n_vocab = 0;
+};
+
+/// nothing: error says what is wrong. Seeds that are not given are drawn here.
+std::optional<GenerationRequest> parse_chat(std::string_view body, const RequestDefaults& defaults,
+                                            ApiError& error);
+std::optional<GenerationRequest> parse_completion(std::string_view body, const RequestDefaults& defaults,
+                                                  ApiError& error);
+
+struct TokenizeRequest {
+  std::string content;
+  bool add_special = false;
+  bool parse_special = true;
+  bool with_pieces = false;
+};
+std::optional<TokenizeRequest> parse_tokenize(std::string_view body, ApiError& error);
+std::optional<std::vector<Token>> parse_detokenize(std::string_view body, int64_t n_vocab, ApiError& error);
+std::optional<std::vector<ChatMessage>> parse_apply_template(std::string_view body, ApiError& error);
+/// The file name of a slot action; no check of what it names.
+std::optional<std::string> parse_file_name(std::string_view body, ApiError& error);
+
+}  // namespace narrows::server

@@ -1,0 +1,302 @@
+// The loop of the engine's thread.
+#include "server/scheduler.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <future>
+
+#include "base/memory.h"
+
+namespace narrows::server {
+
+namespace {
+
+/// A turn of steps that came late may be made up for, but not more than this.
+constexpr double kMostCredit_s = 0.1;
+
+uint64_t microseconds(double s) { return static_cast<uint64_t>(s * 1e6); }
+
+}  // namespace
+
+Scheduler::Scheduler(std::shared_ptr<const Model> model, const SchedulerOptions& options, Metrics* metrics)
+    : model_(std::move(model)),
+      options_(options),
+      metrics_(metrics),
+      memory_limit_(options.memory_bytes > 0 ? options.memory_bytes : available_memory_bytes() / 5 * 4),
+      store_(options.store_bytes >= 0 ? options.store_bytes : memory_limit_ / 4) {
+  options_.session.segments = true;
+}
+
+Result<std::unique_ptr<Scheduler>> Scheduler::create(std::shared_ptr<const Model> model,
+                                                     const SchedulerOptions& options, Metrics* metrics) {
+  std::unique_ptr<Scheduler> s(new Scheduler(std::move(model), options, metrics));
+  Result<std::unique_ptr<DecodeBatch>> batch =
+      DecodeBatch::create(s->model_, options.n_slots, options.session.n_threads);
+  if (!batch.ok()) return batch.status();
+  s->batch_ = std::move(*batch);
+  for (int i = 0; i < options.n_slots; ++i) {
+    s->slots_.emplace_back();
+    s->slots_.back().id = i;
+  }
+  // One session now: whatever is wrong with the options shows before the first request.
+  Result<std::unique_ptr<Session>> first = s->fresh_session(options.session.kv);
+  if (!first.ok()) return first.status();
+  s->n_ctx_ = (*first)->n_ctx();
+  s->slots_.front().held.session = std::move(*first);
+  s->thread_ = std::thread([raw = s.get()] { raw->run(); });
+  return s;
+}
+
+Scheduler::~Scheduler() { stop(std::chrono::milliseconds(0)); }
+
+std::optional<ApiError> Scheduler::submit(std::shared_ptr<Job> job) {
+  std::optional<ApiError> error = refusal(*job);
+  if (!error) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) {
+      error = http_error(503, "the server is shutting down");
+    } else if (n_waiting_ + job->n_choice() > options_.max_waiting + options_.n_slots) {
+      error = http_error(429, fmt::format("{} requests wait already, the queue holds {}; try again later",
+                                          n_waiting_, options_.max_waiting));
+    } else {
+      n_waiting_ += job->n_choice();
+      arrived_.push_back(std::move(job));
+    }
+  }
+  ++(error ? metrics_->refused : metrics_->requests);
+  wake_.notify_one();
+  return error;
+}
+
+void Scheduler::on_engine(const std::function<void()>& work) {
+  std::promise<void> done;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!ended_) {
+      commands_.push_back([&] {
+        work();
+        done.set_value();
+      });
+    } else {
+      work();  // nobody else is there any more
+      done.set_value();
+    }
+  }
+  wake_.notify_one();
+  done.get_future().wait();
+}
+
+void Scheduler::stop(std::chrono::milliseconds patience) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+    deadline_ = Clock::now() + patience;
+  }
+  wake_.notify_one();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Scheduler::take_commands(bool may_wait) {
+  std::vector<std::function<void()>> commands;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto news = [this] { return closed_ || !arrived_.empty() || !commands_.empty(); };
+    // What waits while no slot works waits for a session that is being saved.
+    if (may_wait && waiting_.empty()) wake_.wait(lock, news);
+    if (may_wait && !waiting_.empty()) wake_.wait_for(lock, std::chrono::milliseconds(10), news);
+    for (std::shared_ptr<Job>& job : arrived_) {
+      for (int c = 0; c < job->n_choice(); ++c) waiting_.push_back({job, c});
+    }
+    arrived_.clear();
+    commands.swap(commands_);
+  }
+  for (const auto& command : commands) command();
+}
+
+void Scheduler::drop_cancelled() {
+  std::erase_if(waiting_, [](const Waiting& w) { return w.job->channel.cancelled(); });
+  for (Slot& slot : slots_) {
+    if (!slot.busy() || !slot.job->channel.cancelled()) continue;
+    ++metrics_->cancelled;
+    leave(slot, slot.state == SlotState::writing);
+  }
+}
+
+void Scheduler::run() {
+  while (true) {
+    const auto busy = [this] {
+      return std::any_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.busy(); });
+    };
+    take_commands(!busy());
+    drop_cancelled();
+    place_waiting();
+    bool over = false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      n_waiting_ = static_cast<int>(waiting_.size());
+      for (const auto& job : arrived_) n_waiting_ += job->n_choice();
+      over = closed_ && (Clock::now() >= *deadline_ || (!busy() && waiting_.empty() && arrived_.empty()));
+    }
+    if (over) break;
+    const bool reading = read_prompts();
+    if (!reading || decode_credit_s_ > 0) write_answers();
+  }
+
+  const ApiError error = http_error(503, "the server is shutting down");
+  for (Slot& slot : slots_) {
+    if (slot.busy()) fail(slot, error);
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const std::shared_ptr<Job>& job : arrived_) {
+    for (int c = 0; c < job->n_choice(); ++c) waiting_.push_back({job, c});
+  }
+  arrived_.clear();
+  for (const Waiting& w : waiting_) fail(w, error);
+  waiting_.clear();
+  for (const auto& command : commands_) command();
+  commands_.clear();
+  ended_ = true;
+}
+
+/// A piece of one prompt: in turn the one that came first and the one that has least left, so that a short
+/// prompt need not wait for a long one, nor a long one for any number of short ones.
+bool Scheduler::read_prompts() {
+  Slot* oldest = nullptr;
+  Slot* shortest = nullptr;
+  const auto left = [](const Slot& s) {
+    return (1 - s.held.session->prefill_done()) * static_cast<double>(s.result.n_prompt - s.result.n_cached);
+  };
+  for (Slot& slot : slots_) {
+    if (slot.state != SlotState::reading) continue;
+    if (oldest == nullptr || slot.job->arrived < oldest->job->arrived) oldest = &slot;
+    if (shortest == nullptr || left(slot) < left(*shortest)) shortest = &slot;
+  }
+  if (oldest == nullptr) {
+    decode_credit_s_ = 0;
+    return false;
+  }
+  Slot& slot = ++turn_ % 2 == 0 ? *oldest : *shortest;
+  const auto begin = Clock::now();
+  const Status status = slot.held.session->prefill_step();
+  const double seconds = seconds_since(begin);
+  metrics_->prefill_us += microseconds(seconds);
+  decode_credit_s_ = std::min(
+      kMostCredit_s, decode_credit_s_ + seconds * options_.decode_share / (1 - options_.decode_share));
+  if (!status.ok()) {
+    fail(slot, to_api_error(status));
+  } else if (slot.held.session->prefill_done() == 1) {
+    prompt_is_read(slot);
+  } else {
+    report_progress(slot);
+  }
+  return true;
+}
+
+void Scheduler::write_answers() {
+  std::vector<Slot*> writing;
+  std::vector<Session*> sessions;
+  std::vector<Token> tokens;
+  for (Slot& slot : slots_) {
+    if (slot.state != SlotState::writing) continue;
+    writing.push_back(&slot);
+    sessions.push_back(slot.held.session.get());
+    tokens.push_back(slot.next);
+  }
+  if (writing.empty()) return;
+  const auto begin = Clock::now();
+  std::vector<Status> each(writing.size());
+  // A failure of the whole step is in each of them too.
+  const Status status = batch_->decode(sessions, tokens, each);
+  for (size_t i = 0; i < writing.size(); ++i) {
+    Slot& slot = *writing[i];
+    const Status& s = each[i].ok() ? status : each[i];
+    if (!s.ok()) {
+      fail(slot, to_api_error(s));
+      continue;
+    }
+    slot.held.tokens.push_back(tokens[i]);
+    draw(slot);
+  }
+  const double seconds = seconds_since(begin);
+  ++metrics_->decode_steps;
+  metrics_->decode_us += microseconds(seconds);
+  decode_credit_s_ -= seconds;
+}
+
+std::optional<Held> Scheduler::hold(int id, ApiError& error) {
+  std::optional<Held> held;
+  on_engine([&] {
+    if (id < 0 || id >= options_.n_slots) {
+      error = http_error(
+          404, fmt::format("there is no slot {}, the server has 0 to {}", id, options_.n_slots - 1));
+      return;
+    }
+    Slot& slot = slots_[static_cast<size_t>(id)];
+    if (slot.state != SlotState::idle) {
+      error = http_error(409, fmt::format("slot {} is at work; try again when it is idle", id));
+      return;
+    }
+    slot.state = SlotState::held;
+    held = std::move(slot.held);
+    slot.held = {};
+  });
+  return held;
+}
+
+void Scheduler::release(int id, Held held) {
+  on_engine([&] {
+    Slot& slot = slots_[static_cast<size_t>(id)];
+    slot.held = std::move(held);
+    slot.state = SlotState::idle;
+    slot.last_used = Clock::now();
+  });
+}
+
+std::vector<SlotInfo> Scheduler::slots() {
+  std::vector<SlotInfo> all;
+  on_engine([&] {
+    for (const Slot& slot : slots_) {
+      SlotInfo info;
+      info.id = slot.id;
+      info.state = slot.state;
+      info.n_ctx = n_ctx_;
+      info.kv = options_.session.kv.name;
+      if (slot.held.session != nullptr) {
+        info.kv = slot.held.session->profile().name;
+        info.n_tokens = slot.held.session->n_past();
+        info.prefill_done = slot.held.session->prefill_done();
+        info.cache = slot.held.session->cache_stats();
+      }
+      if (slot.busy()) {
+        info.job_id = slot.job->id;
+        info.n_prompt = slot.result.n_prompt;
+        info.n_generated = slot.result.n_generated;
+      }
+      all.push_back(std::move(info));
+    }
+  });
+  return all;
+}
+
+Gauges Scheduler::gauges() {
+  Gauges g;
+  on_engine([&] {
+    g.n_slots = options_.n_slots;
+    g.n_waiting = static_cast<int64_t>(waiting_.size());
+    g.memory_limit = memory_limit_;
+    g.store_bytes = store_.bytes();
+    g.n_stored = store_.size();
+    g.cache_bytes = g.store_bytes;
+    for (const Slot& slot : slots_) {
+      if (slot.state != SlotState::idle) ++g.n_busy;
+      if (slot.held.session == nullptr) continue;
+      const CacheStats stats = slot.held.session->cache_stats();
+      g.cache_bytes += stats.bytes;
+      g.cache_bytes_f16 += stats.bytes_f16;
+    }
+  });
+  return g;
+}
+
+}  // namespace narrows::server

@@ -1,0 +1,137 @@
+// The engine's thread: slots decode together, prompts are read in pieces between their steps, choices that
+// wait get a slot when one is free and memory holds. Continuous batching, without HTTP or JSON.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "narrows/engine.h"
+#include "server/job.h"
+#include "server/metrics.h"
+#include "server/prefix_store.h"
+#include "server/slot.h"
+
+namespace narrows::server {
+
+struct SchedulerOptions {
+  SessionOptions session;  ///< profile (the default of requests), context, threads, basis
+  int n_slots = 4;
+  int max_waiting = 64;      ///< choices without a slot
+  int64_t memory_bytes = 0;  ///< most bytes of all caches; 0: four fifths of what is free at the start
+  int64_t store_bytes = -1;  ///< most bytes of kept prefixes; -1: a quarter of memory_bytes
+  /// Of the time while prompts are read, the part that steps of other slots may take; the rest is the
+  /// prompt's.
+  double decode_share = 1.0 / 3;
+};
+
+/// One slot as /slots shows it.
+struct SlotInfo {
+  int id = 0;
+  SlotState state = SlotState::idle;
+  std::string job_id;
+  std::string kv;
+  int64_t n_ctx = 0;
+  int64_t n_tokens = 0;  ///< in its cache
+  int64_t n_prompt = 0;
+  int64_t n_generated = 0;
+  double prefill_done = 0;
+  CacheStats cache;
+};
+
+class Scheduler {
+ public:
+  static Result<std::unique_ptr<Scheduler>> create(std::shared_ptr<const Model> model,
+                                                   const SchedulerOptions& options, Metrics* metrics);
+  /// As stop() with no patience.
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  /// What would refuse the job: prompts that do not fit the context, more memory than the limit, too many
+  /// that wait. Takes it if there is nothing: its channel then gets events until every choice is finished or
+  /// has failed, or the job is cancelled. From any thread.
+  std::optional<ApiError> submit(std::shared_ptr<Job> job);
+
+  /// Takes the session out of an idle slot, to be saved or replaced by this thread; give it back with
+  /// release(). Nothing: error says why. From any thread.
+  std::optional<Held> hold(int slot, ApiError& error);
+  void release(int slot, Held held);
+
+  std::vector<SlotInfo> slots();
+  Gauges gauges();
+  int64_t memory_limit() const { return memory_limit_; }
+  const SchedulerOptions& options() const { return options_; }
+  int64_t n_ctx() const { return n_ctx_; }
+
+  /// Takes no more jobs, lets those that run finish for `patience`, then fails the rest, and ends the thread.
+  void stop(std::chrono::milliseconds patience);
+
+ private:
+  /// A choice without a slot.
+  struct Waiting {
+    std::shared_ptr<Job> job;
+    int choice;
+  };
+
+  Scheduler(std::shared_ptr<const Model> model, const SchedulerOptions& options, Metrics* metrics);
+
+  // scheduler.cpp: the loop
+  void run();
+  void take_commands(bool may_wait);
+  void drop_cancelled();
+  bool read_prompts();
+  void write_answers();
+  /// Runs on the engine thread, between two turns; waits for it.
+  void on_engine(const std::function<void()>& work);
+
+  // placing.cpp: which choice gets which slot
+  void place_waiting();
+  enum class Placing { placed, later, no_memory };
+  Placing place(const Waiting& waiting);
+  bool will_be_read(const Waiting& waiting, int64_t n_now) const;
+  bool make_room(int64_t bytes);
+  int64_t bytes_needed(const Job& job, int choice) const;
+  Result<std::unique_ptr<Session>> fresh_session(const KvProfile& profile);
+  std::optional<ApiError> refusal(const Job& job) const;
+
+  // answering.cpp: what a slot does with its turn
+  Status begin(Slot& slot, const Waiting& waiting, int64_t n_cached);
+  void prompt_is_read(Slot& slot);
+  void draw(Slot& slot);
+  void finish(Slot& slot, const char* reason);
+  void fail(Slot& slot, const ApiError& error);
+  void fail(const Waiting& waiting, const ApiError& error);
+  void leave(Slot& slot, bool keeps);
+  void report_progress(Slot& slot);
+
+  std::shared_ptr<const Model> model_;
+  SchedulerOptions options_;
+  Metrics* metrics_;
+  int64_t n_ctx_ = 0;
+  int64_t memory_limit_ = 0;
+  std::unique_ptr<DecodeBatch> batch_;
+  std::vector<Slot> slots_;
+  PrefixStore store_;
+  std::deque<Waiting> waiting_;
+  double decode_credit_s_ = 0;  ///< time that steps may take before prompts have their turn again
+  uint64_t turn_ = 0;
+
+  std::mutex mutex_;  ///< of what follows
+  std::condition_variable wake_;
+  std::vector<std::shared_ptr<Job>> arrived_;
+  std::vector<std::function<void()>> commands_;
+  int n_waiting_ = 0;  ///< choices arrived or waiting
+  bool closed_ = false;
+  std::optional<Clock::time_point> deadline_;  ///< when patience ends
+  bool ended_ = false;
+  std::thread thread_;
+};
+
+}  // namespace narrows::server

@@ -1,0 +1,392 @@
+// The server over real sockets, on a tiny model: what clients get, and what bad ones cannot do.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <httplib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "server/http_server.h"
+#include "support/session.h"
+
+namespace narrows::server {
+namespace {
+
+using narrows::testing::LoadedTiny;
+using narrows::testing::TinyModel;
+using nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+const LoadedTiny& tiny() {
+  static const LoadedTiny loaded([] {
+    TinyModel m;
+    m.n_layer = 4;
+    m.n_ctx = 8192;
+    return m;
+  }());
+  return loaded;
+}
+
+class Served {
+ public:
+  explicit Served(HttpOptions http = {}, int n_slots = 2) {
+    http.port = 0;
+    http.model_name = "tiny";
+    auto started = HttpServer::start(http, [this](const std::string& line) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      log_ += line + "\n";
+    });
+    if (!started.ok()) {
+      ADD_FAILURE() << started.status().message();
+      std::abort();
+    }
+    server_ = std::move(*started);
+    n_slots_ = n_slots;
+  }
+  void load() {
+    SchedulerOptions o;
+    o.n_slots = n_slots_;
+    o.session.kv = narrows::testing::kv("klt");
+    o.session.n_threads = 2;
+    auto made = Scheduler::create(tiny().model, o, &server_->metrics());
+    ASSERT_TRUE(made.ok()) << made.status().message();
+    scheduler_ = std::move(*made);
+    server_->serve(tiny().model, scheduler_.get());
+  }
+  HttpServer& server() { return *server_; }
+  Scheduler& scheduler() { return *scheduler_; }
+  std::string log() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return log_;
+  }
+  httplib::Client client() const {
+    httplib::Client c("127.0.0.1", server_->port());
+    c.set_read_timeout(60);
+    return c;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::string log_;
+  int n_slots_ = 0;
+  std::unique_ptr<Scheduler> scheduler_;  // after the server's threads have ended
+  std::unique_ptr<HttpServer> server_;
+};
+
+constexpr const char* kJson = "application/json";
+
+json body_of(const httplib::Result& r) {
+  EXPECT_TRUE(r) << httplib::to_string(r.error());
+  return r ? json::parse(r->body, nullptr, false) : json();
+}
+
+std::string chat_body(const std::string& fields = "", const std::string& content = "hello") {
+  json body = {{"messages", {{{"role", "user"}, {"content", content}}}},
+               {"temperature", 0},
+               {"ignore_eos", true},
+               {"max_tokens", 8}};
+  body.update(json::parse("{" + fields + "}"));
+  return body.dump();
+}
+
+/// The JSON of all events of a stream; "[DONE]" as a string.
+std::vector<json> events_of(const std::string& body) {
+  std::vector<json> events;
+  std::istringstream lines(body);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("data: ", 0) != 0) continue;
+    const std::string data = line.substr(6);
+    events.push_back(data == "[DONE]" ? json(data) : json::parse(data));
+  }
+  return events;
+}
+
+TEST(Http, IsThereBeforeTheModel) {
+  Served s;
+  auto c = s.client();
+  EXPECT_EQ(c.Get("/health")->status, 503);
+  EXPECT_EQ(c.Post("/v1/chat/completions", chat_body(), kJson)->status, 503);
+  EXPECT_EQ(c.Get("/")->status, 200);
+  s.load();
+  EXPECT_EQ(c.Get("/health")->status, 200);
+  EXPECT_EQ(c.Post("/v1/chat/completions", chat_body(), kJson)->status, 200);
+}
+
+TEST(Http, ChatWholeAndStreamed) {
+  Served s;
+  s.load();
+  auto c = s.client();
+  const json whole =
+      body_of(c.Post("/v1/chat/completions", chat_body(R"("logprobs":true,"top_logprobs":2)"), kJson));
+  EXPECT_EQ(whole["object"], "chat.completion");
+  EXPECT_EQ(whole["model"], "tiny");
+  EXPECT_EQ(whole["choices"][0]["message"]["role"], "assistant");
+  EXPECT_EQ(whole["choices"][0]["finish_reason"], "length");
+  EXPECT_EQ(whole["choices"][0]["logprobs"]["content"].size(), 8U);
+  EXPECT_EQ(whole["usage"]["completion_tokens"], 8);
+  EXPECT_EQ(whole["usage"]["total_tokens"], 8 + whole["usage"]["prompt_tokens"].get<int>());
+  EXPECT_EQ(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+  EXPECT_EQ(whole["narrows"]["kv"], "klt");
+  EXPECT_GT(whole["narrows"]["cache_bytes"], 0);
+
+  const auto r = c.Post(
+      "/v1/chat/completions",
+      chat_body(R"("stream":true,"stream_options":{"include_usage":true},"return_progress":true)"), kJson);
+  EXPECT_THAT(r->get_header_value("Content-Type"), HasSubstr("text/event-stream"));
+  const auto events = events_of(r->body);
+  ASSERT_GE(events.size(), 4U);
+  EXPECT_EQ(events.back(), "[DONE]");
+  EXPECT_EQ(events[events.size() - 2]["usage"]["completion_tokens"], 8);
+  std::string text, role;
+  bool progress = false;
+  for (size_t i = 0; i + 2 < events.size(); ++i) {
+    EXPECT_EQ(events[i]["object"], "chat.completion.chunk");
+    EXPECT_EQ(events[i]["id"], events[0]["id"]);
+    progress = progress || (events[i].contains("narrows") && events[i]["narrows"].contains("progress"));
+    if (events[i]["choices"].empty()) continue;
+    const json& delta = events[i]["choices"][0]["delta"];
+    text += delta.value("content", "");
+    role += delta.value("role", "");
+  }
+  EXPECT_EQ(text, whole["choices"][0]["message"]["content"]);
+  EXPECT_EQ(role, "assistant");
+  EXPECT_TRUE(progress);
+}
+
+TEST(Http, CompletionsOfSeveralPrompts) {
+  Served s;
+  s.load();
+  auto c = s.client();
+  const json r = body_of(c.Post(
+      "/v1/completions",
+      R"({"prompt":["abc",[65,66]],"max_tokens":4,"temperature":0,"n":2,"echo":true,"ignore_eos":true})",
+      kJson));
+  ASSERT_EQ(r["choices"].size(), 4U);
+  EXPECT_EQ(r["object"], "text_completion");
+  EXPECT_EQ(r["choices"][0]["text"].get<std::string>().substr(0, 3), "abc");
+  EXPECT_EQ(r["choices"][0]["text"], r["choices"][1]["text"]);  // greedy
+  EXPECT_EQ(r["usage"]["completion_tokens"], 16);
+  EXPECT_EQ(r["usage"]["prompt_tokens"], 5);
+  EXPECT_EQ(r["narrows"]["choices"].size(), 4U);
+}
+
+TEST(Http, SmallEndpoints) {
+  Served s;
+  s.load();
+  auto c = s.client();
+  EXPECT_EQ(body_of(c.Get("/v1/models"))["data"][0]["id"], "tiny");
+  EXPECT_EQ(body_of(c.Get("/props"))["total_slots"], 2);
+  EXPECT_EQ(body_of(c.Post("/tokenize", R"({"content":"hehx"})", kJson))["tokens"], json({257, 'h', 'x'}));
+  EXPECT_EQ(
+      body_of(c.Post("/tokenize", R"({"content":"he","with_pieces":true})", kJson))["tokens"][0]["piece"],
+      "he");
+  EXPECT_EQ(body_of(c.Post("/detokenize", R"({"tokens":[257,120,255]})", kJson))["content"],
+            "hex\xEF\xBF\xBD");
+  EXPECT_EQ(
+      body_of(c.Post("/apply-template", R"({"messages":[{"role":"user","content":"hi"}]})", kJson))["prompt"],
+      "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
+  EXPECT_EQ(body_of(c.Get("/slots")).size(), 2U);
+  (void)c.Post("/v1/chat/completions", chat_body(), kJson);
+  const auto metrics = c.Get("/metrics");
+  EXPECT_THAT(metrics->body, HasSubstr("narrows_generated_tokens_total 8\n"));
+  EXPECT_THAT(metrics->body, HasSubstr("# TYPE narrows_slots gauge"));
+  for (const char* path : {"/", "/chat.js", "/chat.css"}) {
+    const auto page = c.Get(path);
+    EXPECT_EQ(page->status, 200);
+    EXPECT_THAT(page->get_header_value("Content-Security-Policy"), HasSubstr("default-src 'none'"));
+    EXPECT_THAT(page->body, Not(HasSubstr("http")));  // nothing from elsewhere
+  }
+}
+
+TEST(Http, ErrorsAreJson) {
+  HttpOptions http;
+  http.max_body_bytes = 100'000;
+  Served s(http);
+  s.load();
+  auto c = s.client();
+  const auto expect_error = [&](const httplib::Result& r, int code, const std::string& word) {
+    const json e = body_of(r)["error"];
+    EXPECT_EQ(r->status, code) << r->body;
+    EXPECT_EQ(e["code"], code);
+    EXPECT_THAT(e["message"].get<std::string>(), HasSubstr(word));
+    EXPECT_TRUE(e["type"].is_string());
+  };
+  const char* chat = "/v1/chat/completions";
+  expect_error(c.Get("/nowhere"), 404, "no such path");
+  expect_error(c.Post(chat, "{", kJson), 400, "JSON");
+  expect_error(c.Post(chat, "", kJson), 400, "JSON");
+  expect_error(c.Post(chat, chat_body(), "text/plain"), 415, "application/json");
+  expect_error(c.Post(chat, "a=b", "application/x-www-form-urlencoded"), 415, "application/json");
+  expect_error(c.Post(chat, chat_body(R"("temperature":-1)"), kJson), 400, "temperature");
+  expect_error(c.Post(chat, chat_body(R"("narrows":{"kv":"nonsense"})"), kJson), 400, "nonsense");
+  expect_error(c.Post(chat, chat_body(R"("stream":true,"grammar":"root ::= other")"), kJson), 400, "other");
+  expect_error(c.Post(chat, chat_body("", std::string(150'000, 'a')), kJson), 413, "larger");
+  for (const char* stream : {"false", "true"}) {
+    const auto r =
+        c.Post(chat, chat_body(std::string(R"("stream":)") + stream, std::string(9000, 'a')), kJson);
+    expect_error(r, 400, "9");
+    const json e = body_of(r)["error"];
+    EXPECT_EQ(e["type"], "exceed_context_size_error");
+    EXPECT_EQ(e["n_ctx"], 8192);
+    EXPECT_GT(e["n_prompt_tokens"], 9000);
+  }
+  EXPECT_EQ(c.Post(chat, chat_body(), kJson)->status, 200);
+}
+
+TEST(Http, KeysAndOrigins) {
+  HttpOptions http;
+  http.api_keys = {"first", "second"};
+  Served s(http);
+  s.load();
+  auto c = s.client();
+  for (const char* path : {"/v1/models", "/slots", "/metrics", "/props"})
+    EXPECT_EQ(c.Get(path)->status, 401) << path;
+  for (const char* path : {"/health", "/", "/chat.js"}) EXPECT_EQ(c.Get(path)->status, 200) << path;
+  for (const char* key : {"", "firs", "first2", "Second"})
+    EXPECT_EQ(c.Get("/v1/models", {{"Authorization", std::string("Bearer ") + key}})->status, 401) << key;
+  EXPECT_EQ(c.Get("/v1/models", {{"Authorization", "Basic first"}})->status, 401);
+  EXPECT_EQ(c.Get("/v1/models", {{"Authorization", "Bearer second"}})->status, 200);
+  EXPECT_EQ(c.Get("/v1/models", {{"X-Api-Key", "first"}})->status, 200);
+  EXPECT_FALSE(c.Get("/health", {{"Origin", "http://evil"}})->has_header("Access-Control-Allow-Origin"));
+  EXPECT_THAT(s.log(), Not(HasSubstr("second")));
+
+  HttpOptions open;
+  open.cors_origin = "http://friend";
+  Served with(open);
+  with.load();
+  auto d = with.client();
+  EXPECT_EQ(d.Get("/health", {{"Origin", "http://friend"}})->get_header_value("Access-Control-Allow-Origin"),
+            "http://friend");
+  const auto preflight = d.Options("/v1/chat/completions");
+  EXPECT_EQ(preflight->status, 204);
+  EXPECT_THAT(preflight->get_header_value("Access-Control-Allow-Headers"), HasSubstr("Authorization"));
+}
+
+TEST(Http, SlotsSaveRestoreErase) {
+  const narrows::testing::TempDir dir;
+  HttpOptions http;
+  http.session_dir = dir.path("").substr(0, dir.path("").size() - 1);
+  Served s(http, 2);
+  s.load();
+  auto c = s.client();
+  const std::string text(2600, 'q');
+  const json first = body_of(c.Post("/v1/chat/completions", chat_body("", text), kJson));
+  const int slot = first["narrows"]["slot"];
+  const std::string base = "/slots/" + std::to_string(slot);
+  const json saved = body_of(c.Post(base + "?action=save", R"({"filename":"talk"})", kJson));
+  EXPECT_EQ(saved["n_saved"], first["narrows"]["cache_tokens"]);
+  EXPECT_GT(saved["n_written"], 1000);
+  EXPECT_EQ(body_of(c.Get("/sessions"))["data"][0]["filename"], "talk");
+  EXPECT_EQ(body_of(c.Post(base + "?action=erase", "{}", kJson))["n_erased"], saved["n_saved"]);
+
+  // Another server, as after a restart.
+  Served again(http, 2);
+  again.load();
+  auto d = again.client();
+  const json restored = body_of(d.Post("/slots/1?action=restore", R"({"filename":"talk"})", kJson));
+  EXPECT_EQ(restored["n_restored"], saved["n_saved"]);
+  const json second = body_of(d.Post("/v1/chat/completions", chat_body("", text), kJson));
+  EXPECT_GT(second["usage"]["prompt_tokens_details"]["cached_tokens"], 2000);
+  EXPECT_EQ(second["choices"][0]["message"]["content"], first["choices"][0]["message"]["content"]);
+
+  // What must not work.
+  const auto status = [&](const std::string& path, const std::string& body) {
+    return d.Post(path, body, kJson)->status;
+  };
+  for (const char* name : {"../x", "/etc/passwd", "..", "a/b", ".x", "", "a\\u0000b"}) {
+    const std::string body = std::string(R"({"filename":")") + name + "\"}";
+    EXPECT_EQ(status("/slots/0?action=save", body), 400) << name;
+    EXPECT_EQ(status("/slots/0?action=restore", body), 400) << name;
+  }
+  EXPECT_EQ(status("/slots/0?action=restore", R"({"filename":"none"})"), 400);
+  EXPECT_EQ(status("/slots/0?action=dance", R"({"filename":"x"})"), 400);
+  EXPECT_EQ(status("/slots/7?action=erase", "{}"), 404);
+  EXPECT_EQ(status("/slots/x?action=erase", "{}"), 404);
+  {
+    std::ofstream damage(dir.path("talk"), std::ios::binary | std::ios::in | std::ios::out);
+    damage.seekp(5000);
+    damage << "damage";
+  }
+  const auto r = d.Post("/slots/0?action=restore", R"({"filename":"talk"})", kJson);
+  EXPECT_EQ(r->status, 400);
+  EXPECT_THAT(r->body, HasSubstr("checksum"));
+  EXPECT_EQ(d.Post("/v1/chat/completions", chat_body(), kJson)->status, 200);
+
+  Served without;
+  without.load();
+  EXPECT_EQ(without.client().Post("/slots/0?action=save", R"({"filename":"x"})", kJson)->status, 501);
+}
+
+// While the answer is streamed, while it is waited for, while the prompt is read.
+TEST(Http, AClientThatLeavesFreesItsSlot) {
+  Served s({}, 1);
+  s.load();
+  const auto busy = [&] {
+    for (const SlotInfo& slot : s.scheduler().slots()) {
+      if (slot.state != SlotState::idle) return true;
+    }
+    return false;
+  };
+  for (const bool streams : {true, false}) {
+    for (const size_t n_prompt : {10, 7000}) {
+      auto c = s.client();
+      std::thread leaver([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        c.stop();
+      });
+      const std::string fields = streams ? R"("stream":true,"max_tokens":8000)" : R"("max_tokens":8000)";
+      (void)c.Post("/v1/chat/completions", chat_body(fields, std::string(n_prompt, 'z')), kJson);
+      leaver.join();
+      const auto begin = Clock::now();
+      while (busy() && seconds_since(begin) < 10) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      EXPECT_LT(seconds_since(begin), 2) << streams << " " << n_prompt;
+    }
+  }
+}
+
+TEST(Http, LogsNoPromptsUnlessAsked) {
+  for (const bool asked : {false, true}) {
+    HttpOptions http;
+    http.log_prompts = asked;
+    Served s(http);
+    s.load();
+    (void)s.client().Post("/v1/chat/completions", chat_body("", "my secret question"), kJson);
+    const auto begin = Clock::now();
+    while (s.log().find("\"request\"") == std::string::npos && seconds_since(begin) < 5)
+      std::this_thread::yield();
+    EXPECT_THAT(s.log(), HasSubstr("\"generation\""));
+    EXPECT_EQ(s.log().find("secret question") != std::string::npos, asked);
+    std::istringstream lines(s.log());
+    for (std::string line; std::getline(lines, line);)
+      EXPECT_TRUE(json::parse(line, nullptr, false).is_object()) << line;
+  }
+}
+
+TEST(Http, EndsWhileStreaming) {
+  Served s({}, 2);
+  s.load();
+  std::thread ender([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    s.server().stop(std::chrono::milliseconds(0));
+  });
+  auto c = s.client();
+  const auto r = c.Post("/v1/chat/completions", chat_body(R"("stream":true,"max_tokens":8000)"), kJson);
+  ender.join();
+  if (r) EXPECT_THAT(r->body, HasSubstr("shutting down"));
+  EXPECT_FALSE(s.client().Get("/health"));
+}
+
+TEST(Http, AnAddressInUseIsASentence) {
+  Served s;
+  HttpOptions http;
+  http.port = s.server().port();
+  const auto second = HttpServer::start(http, {});
+  EXPECT_EQ(second.status().code(), StatusCode::invalid_argument);
+  EXPECT_THAT(second.status().message(), HasSubstr(std::to_string(http.port)));
+}
+
+}  // namespace
+}  // namespace narrows::server

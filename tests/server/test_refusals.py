@@ -1,0 +1,177 @@
+"""What is wrong is refused with a sentence, whatever it is, and the server lives on."""
+
+import json
+import socket
+
+import pytest
+
+CHAT = "/v1/chat/completions"
+GOOD = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+
+
+def check_refusal(answer, status, *words):
+    code, reply = answer
+    assert code == status, reply
+    error = reply["error"]
+    assert error["code"] == status
+    assert error["type"]
+    for word in words:
+        assert str(word) in error["message"], error
+    return error
+
+
+def still_well(server):
+    assert server.post(CHAT, GOOD)[0] == 200
+
+
+@pytest.mark.parametrize("body", [
+    "", "{", "nonsense", "[]", "5", "null", '{"messages":}', '{"messages": [}', '{"a": 1e999}', '{"a": NaN}',
+    '{"messages": [{"role": "user", "content": "\\ud800"}]}', "{" * 10000, "[" * 10000, '{"a":' * 5000,
+    b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', '{"messages": [{"role": "user", "content": "x"}]} trailing',
+])
+def test_malformed_json(server, body):
+    check_refusal(server.post(CHAT, body), 400)
+    still_well(server)
+
+
+@pytest.mark.parametrize("field,value", [
+    ("temperature", -1), ("temperature", "hot"), ("temperature", float("1e308")), ("top_p", -0.5), ("top_p", 1.01), ("top_k", -1),
+    ("min_p", -1), ("max_tokens", -5), ("max_tokens", 1.5), ("max_tokens", "many"), ("n", 0), ("n", 1000), ("n", -1), ("seed", "x"),
+    ("seed", -7), ("presence_penalty", 5), ("frequency_penalty", -5), ("repeat_penalty", -1), ("stop", 7), ("stop", ["a"] * 100),
+    ("stop", "x" * 10000), ("logit_bias", {"9999999": 1}), ("logit_bias", {"a": 1}), ("logit_bias", {"5": 1e9}), ("logprobs", "yes"),
+    ("top_logprobs", 5), ("stream", 1), ("messages", []), ("messages", [{}]), ("messages", [{"role": "user"}, 5]),
+    ("messages", [{"role": "nobody", "content": "x"}]), ("messages", [{"role": "user", "content": {"a": 1}}]),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("response_format", {"type": "yaml"}),
+    ("response_format", {"type": "json_schema"}), ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}),
+    ("grammar", "root ::= ("), ("grammar", "root ::= missing"), ("grammar", "(" * 50000), ("narrows", {"kv": "zip"}), ("narrows", 3),
+])
+def test_fields_that_are_wrong(server, field, value):
+    error = check_refusal(server.post(CHAT, {**GOOD, field: value}), 400)
+    assert error["type"] == "invalid_request_error"
+    check_refusal(server.post(CHAT, {**GOOD, "stream": True, field: value}), 400)  # before any event
+
+
+def test_schemas_with_ill_will(server):
+    deep = {"type": "object"}
+    for _ in range(40):
+        deep = {"type": "object", "properties": {"a": deep}}
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
+    for schema in (deep, wide, {"$ref": "#"}, {"type": "string", "pattern": "(" * 1000}, {"type": "string", "pattern": "^(a+)+$" * 200},
+                   {"type": "array", "minItems": 10**9}, {"$ref": "file:///etc/passwd"}, {"$ref": "https://example.com/x.json"}):
+        status, _ = server.post(CHAT, {**GOOD, "json_schema": schema})
+        assert status in (200, 400)
+    still_well(server)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/xml"])
+def test_wrong_content_type(server, content_type):
+    status, reply = server.post(CHAT, json.dumps(GOOD), headers={"Content-Type": content_type})
+    assert status in (400, 415), reply
+    still_well(server)
+
+
+def test_huge_body_and_headers(start):
+    server = start("--body-mb", "1")
+    check_refusal(server.post(CHAT, {"messages": [{"role": "user", "content": "a" * 2_000_000}]}), 413)
+    status, _ = server.get("/health", headers={"X-Long": "a" * 100_000})
+    assert status in (400, 431)
+    with socket.create_connection(server.address) as s:  # a chunked body without end
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            for _ in range(300):
+                s.sendall(b"2000\r\n" + b"a" * 0x2000 + b"\r\n")
+            reply = s.recv(1000)
+        except (BrokenPipeError, ConnectionResetError):
+            reply = b"closed"
+        assert b"413" in reply or reply == b"closed" or reply == b""
+    still_well(server)
+
+
+@pytest.mark.parametrize("junk", [b"", b"\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x00" * 1000, b"POST /v1/chat/completions HTTP/1.1\r\n"
+                                  b"Content-Length: 99999999999999999999\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{",
+                                  b"GET /%00%ff%2e%2e/ HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\n\r\n"])
+def test_what_is_no_http(server, junk):
+    with socket.create_connection(server.address) as s:
+        s.sendall(junk)
+        s.shutdown(socket.SHUT_WR)
+        s.settimeout(20)
+        try:
+            while s.recv(65536):
+                pass
+        except (ConnectionResetError, TimeoutError):
+            pass
+    still_well(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_context_exceeded(start, stream):
+    server = start("--ctx", "500")
+    body = {"messages": [{"role": "user", "content": "word " * 600}], "stream": stream}
+    error = check_refusal(server.post(CHAT, body), 400, "500")
+    assert error["type"] == "exceed_context_size_error"
+    assert error["n_ctx"] == 500
+    assert error["n_prompt_tokens"] > 600
+    status, reply = server.post("/v1/completions", {"prompt": "word " * 600, "stream": stream})
+    assert reply["error"]["type"] == "exceed_context_size_error"
+    # What just fits ends with the context, and says so.
+    reply = server.post("/v1/completions", {"prompt": "word " * 480, "ignore_eos": True, "max_tokens": 1000, "temperature": 0})[1]
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["usage"]["total_tokens"] <= 501
+
+
+def test_memory_is_refused_with_figures(start):
+    server = start("--cache-mb", "60")
+    error = check_refusal(server.post(CHAT, {"messages": [{"role": "user", "content": "word " * 7000}]}), 503, "MB", "60 MB")
+    assert error["type"] == "out_of_memory_error"
+    still_well(server)
+
+
+def test_queue_is_bounded(start):
+    server = start("--slots", "1", "--queue", "1")
+    streams = [server.stream("word " * 3000, max_tokens=200, ignore_eos=True, messages=[{"role": "user", "content": f"{i} " + "word " * 3000}])
+               for i in range(4)]
+    import threading
+    results = []
+
+    def drain(s):
+        results.append(list(s))
+
+    threads = [threading.Thread(target=drain, args=(s,)) for s in streams]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    refused = [r for r in results if isinstance(r[0], dict) and "error" in r[0]]
+    assert len(refused) >= 1
+    assert all(r[0]["error"]["code"] == 429 for r in refused)
+    assert sum(r[-1] == "[DONE]" for r in results) == 4 - len(refused)
+
+
+def test_keys(start, tmp_path):
+    keys = tmp_path / "keys.txt"
+    keys.write_text("# the keys\nsk-first\n\nsk-second\n")
+    server = start("--api-key-file", str(keys))
+    assert server.get("/health")[0] == 200
+    assert server.get("/")[0] == 200
+    check_refusal(server.get("/v1/models"), 401)
+    check_refusal(server.post(CHAT, GOOD), 401)
+    for wrong in ("sk-firs", "sk-first ", "# the keys", "", "SK-FIRST"):
+        status, _ = server.get("/slots", headers={"Authorization": "Bearer " + wrong})
+        assert status == 401 or wrong.strip() == "sk-first"
+    status, _ = server.post(CHAT, GOOD, headers={"Authorization": "Bearer sk-second"})
+    assert status == 200
+    assert "sk-second" not in "".join(server.log)
+
+
+def test_no_cors_unless_told(server):
+    connection = server.connect()
+    connection.request("OPTIONS", CHAT, headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
+    response = connection.getresponse()
+    assert response.headers.get("Access-Control-Allow-Origin") is None
+    assert response.status != 204
+    connection.close()
+
+
+def test_listens_on_this_machine_alone(server):
+    assert server.url.startswith("http://127.0.0.1:")
