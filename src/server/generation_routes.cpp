@@ -172,24 +172,24 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
   res.set_header("Cache-Control", "no-cache");
   res.set_header("X-Accel-Buffering", "no");  // a proxy should pass on every token
   res.set_chunked_content_provider(
-      "text/event-stream; charset=utf-8", [this, state](size_t, httplib::DataSink& sink) {
+      "text/event-stream; charset=utf-8", [this, state](size_t, httplib::DataSink& to) {
         State& s = *state;
         const Job& of = *s.guard.job;
         const auto write = [&](const std::string& text) {
           s.last_write = Clock::now();
-          return sink.write(text.data(), text.size());
+          return to.write(text.data(), text.size());
         };
         std::optional<Event> event = std::move(s.next);
         s.next.reset();
         if (!event) event = s.guard.job->channel.pop(kLook);
         if (!event) {
-          if (!sink.is_writable()) {
+          if (!to.is_writable()) {
             log_job(of, {}, "client gone");
             return false;
           }
           if (seconds_since(of.arrived) > static_cast<double>(options.request_timeout.count())) {
             (void)write(sse(to_json(http_error(504, "the answer took longer than this server allows"))));
-            sink.done();
+            to.done();
             return true;
           }
           return seconds_since(s.last_write) < kPingEvery_s || write(": ping\n\n");
@@ -197,7 +197,7 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
         if (event->kind == Event::Kind::failed) {
           log_job(of, {}, "failed");
           (void)write(sse(to_json(event->error)));
-          sink.done();
+          to.done();
           return true;
         }
         const Json chunk = s.replies.chunk(*event);
@@ -211,7 +211,7 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
         std::string end = of.request.include_usage ? sse(dump(s.replies.usage_chunk())) : "";
         end += sse("[DONE]");
         if (!write(end)) return false;
-        sink.done();
+        to.done();
         return true;
       });
 }
