@@ -19,12 +19,14 @@ class Stopwatch {
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
-Outcome read_prompt(Session& session, std::span<const Token> prompt, Answer& answer) {
+Outcome read_prompt(Session& session, std::span<const Token> prompt, int64_t n_cached, Answer& answer) {
   const Stopwatch watch;
-  ProgressBar bar(static_cast<int64_t>(prompt.size()));
-  Status status = session.prefill(prompt, bar.callback());
+  const std::span<const Token> rest = prompt.subspan(static_cast<size_t>(n_cached));
+  ProgressBar bar(static_cast<int64_t>(rest.size()));
+  Status status = session.prefill(rest, bar.callback());
   answer.prefill_s = watch.seconds();
   answer.prompt_tokens = static_cast<int64_t>(prompt.size());
+  answer.cached_tokens = n_cached;
   if (status.ok()) return {};
   if (status.code() == StatusCode::cancelled) {
     return {Status(StatusCode::cancelled, "interrupted while reading the prompt"), Phase::at_work};
@@ -46,7 +48,8 @@ std::optional<StopReason> reason_to_stop(const Answer& answer, const GenerateOpt
 Outcome generate(Session& session, Sampler& sampler, std::span<const Token> prompt,
                  const GenerateOptions& options, Answer& answer) {
   answer = {};
-  if (Outcome outcome = read_prompt(session, prompt, answer); !outcome.status.ok()) return outcome;
+  if (Outcome outcome = read_prompt(session, prompt, options.n_cached, answer); !outcome.status.ok())
+    return outcome;
   for (const Token token : prompt) sampler.accept(token);
 
   const Tokenizer& tokenizer = session.model().tokenizer();
@@ -86,6 +89,7 @@ Outcome generate(Session& session, Sampler& sampler, std::span<const Token> prom
     if (!status.ok()) return {std::move(status), Phase::at_work};
     ++answer.decode_steps;
     answer.cached_text += special_piece;
+    answer.tokens_in_cache.push_back(*token);
   }
   if (Status status = show(stream.flush()); !status.ok()) return {status, Phase::at_work};
   return {};

@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "cli/exit_code.h"
 #include "narrows/engine.h"
@@ -27,7 +28,9 @@ struct Answer {
   std::string
       cached_text;       ///< bytes of the generated tokens that are in the cache, special tokens written out
   std::string all_text;  ///< the same of all generated tokens
+  std::vector<Token> tokens_in_cache;  ///< generated ones
   int64_t prompt_tokens = 0;
+  int64_t cached_tokens = 0;  ///< of them in the cache before
   int64_t generated_tokens = 0;
   int64_t decode_steps =
       0;                 ///< tokens computed after the prompt; at most one more or less than were generated
@@ -38,11 +41,13 @@ struct Answer {
 
 struct GenerateOptions {
   std::optional<int64_t> max_tokens;  ///< nothing: until the model ends or the context is full
+  int64_t n_cached = 0;               ///< tokens of the prompt that the session holds already
   std::function<Status(std::string_view text)> show;  ///< called with whole characters as they come
 };
 
-/// Runs the prompt on top of what the session holds. The phase of a failure tells a prompt that does not fit
-/// (before_work, the session is untouched) from one on the way (the session needs a reset).
+/// Runs the prompt, but for its first n_cached tokens, on top of what the session holds. The phase of a
+/// failure tells a prompt that does not fit (before_work, the session is untouched) from one on the way (the
+/// session needs a reset).
 Outcome generate(Session& session, Sampler& sampler, std::span<const Token> prompt,
                  const GenerateOptions& options, Answer& answer);
 

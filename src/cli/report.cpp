@@ -14,7 +14,9 @@ double rate(int64_t count, double seconds) { return seconds > 0 ? static_cast<do
 
 }  // namespace
 
-double RunReport::prefill_tok_s() const { return rate(answer.prompt_tokens, answer.prefill_s); }
+double RunReport::prefill_tok_s() const {
+  return rate(answer.prompt_tokens - answer.cached_tokens, answer.prefill_s);
+}
 double RunReport::decode_tok_s() const { return rate(answer.decode_steps, answer.decode_s); }
 double RunReport::compression() const {
   return cache.bytes > 0 ? static_cast<double>(cache.bytes_f16) / static_cast<double>(cache.bytes) : 0;
@@ -50,16 +52,17 @@ std::string stop_sentence(const RunReport& report) {
 std::string summary(const RunReport& report) {
   const Answer& a = report.answer;
   return fmt::format(
-      "[prompt {} tokens in {:.2f} s, {:.1f} tok/s | generated {} tokens in {:.2f} s, {:.1f} tok/s]\n"
+      "[prompt {} tokens{} in {:.2f} s, {:.1f} tok/s | generated {} tokens in {:.2f} s, {:.1f} tok/s]\n"
       "[cache {}: {} for {} tokens, f16 takes {}, ratio {:.2f} | seed {} | {}]",
-      a.prompt_tokens, a.prefill_s, report.prefill_tok_s(), a.generated_tokens, a.decode_s,
-      report.decode_tok_s(), report.profile, human_bytes(report.cache.bytes), report.cache.n_tokens,
+      a.prompt_tokens, a.cached_tokens > 0 ? fmt::format(", {} of them cached,", a.cached_tokens) : "",
+      a.prefill_s, report.prefill_tok_s(), a.generated_tokens, a.decode_s, report.decode_tok_s(),
+      report.profile, human_bytes(report.cache.bytes), report.cache.n_tokens,
       human_bytes(report.cache.bytes_f16), report.compression(), report.seed, stop_sentence(report));
 }
 
 std::string json_document(const RunReport& report) {
   const Answer& a = report.answer;
-  const nlohmann::ordered_json document = {
+  nlohmann::ordered_json document = {
       {"text", a.text},
       {"prompt_tokens", a.prompt_tokens},
       {"generated_tokens", a.generated_tokens},
@@ -74,6 +77,7 @@ std::string json_document(const RunReport& report) {
         {"compression", report.compression()}}},
       {"seed", report.seed},
   };
+  if (report.saved) document["cached_tokens"] = a.cached_tokens;
   // The text is UTF-8 (Utf8Stream); "replace" keeps dump() from throwing over the profile's name.
   return document.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }

@@ -16,6 +16,7 @@ struct RunReport {
   int64_t n_ctx = 0;
   int64_t n_ctx_train = 0;
   uint32_t seed = 0;
+  bool saved = false;  ///< the session goes to a file
 
   double prefill_tok_s() const;
   double decode_tok_s() const;
@@ -31,7 +32,8 @@ std::string summary(const RunReport& report);
 std::string stop_sentence(const RunReport& report);
 
 /// {"text","prompt_tokens","generated_tokens","prefill_s","decode_s","prefill_tok_s","decode_tok_s",
-///  "kv":{"profile","bytes","bytes_f16","compression"},"seed"} and a line break.
+///  "kv":{"profile","bytes","bytes_f16","compression"},"seed"} and a line break; with --session
+/// "cached_tokens" too.
 std::string json_document(const RunReport& report);
 
 }  // namespace narrows::cli

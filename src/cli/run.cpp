@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/file.h"
 #include "base/utf8.h"
 #include "cli/chat.h"
 #include "cli/commands.h"
@@ -12,6 +13,8 @@
 #include "cli/generate.h"
 #include "cli/output.h"
 #include "cli/report.h"
+#include "cli/saved_session.h"
+#include "narrows/session_file.h"
 
 namespace narrows::cli {
 namespace {
@@ -26,6 +29,7 @@ everything else to standard error. Ctrl-C stops an answer.
 Examples:
   narrows run -m model.gguf -f report.txt -p "What are the three main findings?" --kv klt-10x
   narrows run -m model.gguf -f report.txt                     chat about the file
+  narrows run -m model.gguf -f report.txt -p "And who wrote it?" --session report.session      the file is read once
   git diff | narrows run -m model.gguf -f /dev/stdin -p "Explain this change."
   narrows run -m model.gguf --raw -p "Once upon a time" -n 100 --seed 7 --json)";
 
@@ -37,6 +41,7 @@ struct RunFlags {
   std::optional<std::string> prompt;
   std::optional<int64_t> max_tokens;
   std::string system;
+  std::string session_file;
   bool raw = false;
   bool json = false;
 
@@ -53,6 +58,9 @@ Status check(const RunFlags& flags) {
   }
   if (flags.raw && !flags.system.empty()) {
     return {StatusCode::invalid_argument, "--system has no place in a --raw prompt: leave one of them out"};
+  }
+  if (!flags.session_file.empty() && flags.chats()) {
+    return {StatusCode::invalid_argument, "--session needs a prompt: give one with -p TEXT"};
   }
   for (const auto& [name, text] :
        {std::pair{"-p", flags.prompt.value_or("")}, std::pair{"--system", flags.system}}) {
@@ -85,31 +93,54 @@ Result<std::vector<Token>> prompt_tokens(const Tokenizer& tokenizer, const RunFl
   return tokenizer.encode(*rendered, true, true);
 }
 
-Outcome answer_once(const RunFlags& flags, Session& session, Sampler& sampler, const std::string& text,
+/// The session of --session, or a new one.
+Result<ResumedSession> open_session(const RunFlags& flags, const std::shared_ptr<const Model>& model,
+                                    const SessionOptions& options, std::span<const Token> prompt) {
+  if (!flags.session_file.empty()) return resume_session(model, options, flags.session_file, prompt);
+  Result<std::unique_ptr<Session>> made = Session::create(model, options);
+  if (!made.ok()) return made.status();
+  return ResumedSession{std::move(*made), 0};
+}
+
+Outcome answer_once(const RunFlags& flags, const std::shared_ptr<const Model>& model,
+                    const SessionOptions& session_options, Sampler& sampler, const std::string& text,
                     uint32_t seed) {
-  const Result<std::vector<Token>> tokens = prompt_tokens(session.model().tokenizer(), flags, text);
+  Result<std::vector<Token>> tokens = prompt_tokens(model->tokenizer(), flags, text);
   if (!tokens.ok()) return tokens.status();
   if (tokens->empty())
     return Status(StatusCode::invalid_argument, "the prompt has no tokens: give some text");
+  const Result<ResumedSession> resumed = open_session(flags, model, session_options, *tokens);
+  if (!resumed.ok()) return resumed.status();
+  Session& session = *resumed->session;
 
   GenerateOptions options;
+  options.n_cached = resumed->n_cached;
   options.max_tokens = flags.max_tokens;
   options.show = [&](std::string_view part) { return flags.json ? Status() : write_stdout(part); };
   Answer answer;
   if (Outcome outcome = generate(session, sampler, *tokens, options, answer); !outcome.status.ok())
     return outcome;
-  const RunReport report = make_report(session, answer, seed);
+  RunReport report = make_report(session, answer, seed);
+  report.saved = !flags.session_file.empty();
   Status status = write_stdout(flags.json ? json_document(report) : "\n");
   if (!status.ok()) return {std::move(status), Phase::at_work};
   note(summary(report));
+  if (flags.session_file.empty()) return {};
+  tokens->insert(tokens->end(), answer.tokens_in_cache.begin(), answer.tokens_in_cache.end());
+  if (Status s = save_session(session, *tokens, flags.session_file); !s.ok()) return {s, Phase::at_work};
+  note(fmt::format("[{} tokens saved in {}]", tokens->size(), quote(flags.session_file)));
   return {};
 }
 
 Outcome run(const RunFlags& flags) {
   if (Status status = check(flags); !status.ok()) return status;
   const SamplerOptions sampling = flags.sampler.resolve();
-  const Result<SessionOptions> session_options = flags.session.parse();
+  Result<SessionOptions> session_options = flags.session.parse();
   if (!session_options.ok()) return session_options.status();
+  if (!flags.session_file.empty()) {
+    if (Status s = check_writable(flags.session_file); !s.ok()) return s;
+    session_options->segments = true;
+  }
   const Result<std::unique_ptr<Sampler>> sampler = Sampler::create(sampling);
   if (!sampler.ok()) return sampler.status();
   Result<std::string> documents = read_documents(flags.files);
@@ -122,13 +153,13 @@ Outcome run(const RunFlags& flags) {
 
   Result<std::shared_ptr<const Model>> model = flags.model.load();
   if (!model.ok()) return model.status();
-  const Result<std::unique_ptr<Session>> session = Session::create(*model, *session_options);
-  if (!session.ok()) return session.status();
   if (flags.chats()) {
+    const Result<std::unique_ptr<Session>> session = Session::create(*model, *session_options);
+    if (!session.ok()) return session.status();
     return Chat(**session, **sampler, {flags.system, std::move(*documents), flags.max_tokens, sampling})
         .run();
   }
-  return answer_once(flags, **session, **sampler, text, sampling.seed);
+  return answer_once(flags, *model, *session_options, **sampler, text, sampling.seed);
 }
 
 }  // namespace
@@ -150,6 +181,11 @@ Command make_run_command(CLI::App& app) {
       ->type_name("TOKENS")
       ->check(whole_number(0, kMaxTokens));
   flags->session.add_to(*command);
+  command
+      ->add_option("--session", flags->session_file,
+                   "file that keeps the cache: what the prompt has in common with it is not read again, and "
+                   "the cache after the answer replaces it")
+      ->type_name("FILE");
   flags->sampler.add_to(*command);
   command->add_flag(
       "--raw", flags->raw,

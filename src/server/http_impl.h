@@ -21,6 +21,7 @@ struct HttpServer::Impl {
   void set_up();
   void allow_cors(const httplib::Request& req, httplib::Response& res) const;
   bool let_in(const httplib::Request& req) const;
+  bool is_from_foreign_page(const httplib::Request& req) const;
   void log_request(const httplib::Request& req, const httplib::Response& res);
   void log(Json fields) const;
   std::string next_id(const char* prefix);

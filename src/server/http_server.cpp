@@ -18,6 +18,19 @@ bool is_public(const std::string& path) {
          path == "/chat.css";
 }
 
+bool is_loopback(const std::string& host) {
+  const bool is_v4 =
+      host.compare(0, 4, "127.") == 0 && host.find_first_not_of("0123456789.") == std::string::npos;
+  return is_v4 || host == "localhost" || host == "::1" || host == "[::1]";
+}
+
+/// "name:80" and "[::1]:80" without the port.
+std::string without_port(const std::string& host) {
+  const size_t colon = host.rfind(':');
+  const bool has_port = colon != std::string::npos && host.find(']', colon) == std::string::npos;
+  return has_port ? host.substr(0, colon) : host;
+}
+
 const char* reason_of(int code) {
   switch (code) {
     case 400:
@@ -121,6 +134,18 @@ bool HttpServer::Impl::let_in(const httplib::Request& req) const {
   return found;
 }
 
+/// Web pages of others may not use the server through their readers' browsers: neither with requests that
+/// browsers send without asking (Origin is another), nor from a name that was pointed at this machine (Host).
+bool HttpServer::Impl::is_from_foreign_page(const httplib::Request& req) const {
+  const std::string host = req.get_header_value("Host");
+  const std::string origin = req.get_header_value("Origin");
+  const bool known = origin.empty() || origin == "http://" + host || origin == "https://" + host ||
+                     origin == options.cors_origin || options.cors_origin == "*";
+  if (!known) return true;
+  const bool may_be_renamed = is_loopback(options.host) && options.api_keys.empty() && !host.empty();
+  return may_be_renamed && !is_loopback(without_port(host));
+}
+
 void HttpServer::Impl::allow_cors(const httplib::Request& req, httplib::Response& res) const {
   if (options.cors_origin.empty()) return;
   res.set_header("Access-Control-Allow-Origin", options.cors_origin);
@@ -143,6 +168,11 @@ void HttpServer::Impl::set_up() {
     res.set_header("X-Content-Type-Options", "nosniff");
     if (req.method == "OPTIONS" && !options.cors_origin.empty()) {
       res.status = 204;
+      return httplib::Server::HandlerResponse::Handled;
+    }
+    if (is_from_foreign_page(req)) {
+      reply(res,
+            http_error(403, "web pages of other origins may not use this server; --cors-origin lets one in"));
       return httplib::Server::HandlerResponse::Handled;
     }
     if (!let_in(req)) {

@@ -67,6 +67,31 @@ TEST(Run, JsonHasTheKeysOfTheContractAndTheTextOfTheStream) {
   EXPECT_NE(streamed.err.find("stopped at -n"), std::string::npos);
 }
 
+TEST(Run, ASavedSessionIsNotReadAgain) {
+  const TempDir dir;
+  std::string words;
+  for (int i = 0; i < 300; ++i) words += "line " + std::to_string(i) + "\n";
+  const std::string file = dir.path("licence.session"), text = dir.file("text", words);
+  const auto ask = [&](const std::string& question, const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"-f", text, "-p", question, "-n", "8", "--temp", "0", "--json"};
+    all.insert(all.end(), more.begin(), more.end());
+    return json_of(all);
+  };
+  const Json first = ask("What is it?", {"--session", file});
+  EXPECT_EQ(first["cached_tokens"], 0);
+  ASSERT_GT(first["prompt_tokens"], 600);
+  const Json again = ask("What is it?", {"--session", file});
+  EXPECT_GT(again["cached_tokens"].get<int64_t>(), first["prompt_tokens"].get<int64_t>() - 256 - 128 - 20);
+  EXPECT_EQ(again["text"], first["text"]);
+  const Json other = ask("Who wrote that?", {"--session", file});
+  EXPECT_GT(other["cached_tokens"], 0);
+  EXPECT_EQ(other["text"], ask("Who wrote that?", {"--session", dir.path("new")})["text"]);
+
+  expect_refusal(run_model({"-p", "Hi", "--session", file, "--kv", "f16"}), 2, {"--kv klt"});
+  expect_refusal(run_model({"-p", "Hi", "--session", text}), 2, {"is not a saved session"});
+  expect_refusal(run_model({"--session", file}), 2, {"--session needs a prompt"});
+}
+
 TEST(Run, PrintedSeedIsTheOneThatWasUsed) {
   const std::vector<std::string> prompt = {"-p", "Invent a name for a boat.", "-n", "16", "--temp", "1.5"};
   const Finished random = run_model(prompt);

@@ -265,6 +265,31 @@ TEST(Http, KeysAndOrigins) {
   EXPECT_THAT(preflight->get_header_value("Access-Control-Allow-Headers"), HasSubstr("Authorization"));
 }
 
+// A page of another site, and a name of another site that was pointed at this machine.
+TEST(Http, ForeignPages) {
+  Served s;
+  s.load();
+  auto c = s.client();
+  const std::string own = "127.0.0.1:" + std::to_string(c.port());
+  const auto status = [&](const httplib::Headers& headers) { return c.Get("/v1/models", headers)->status; };
+  EXPECT_EQ(status({}), 200);
+  EXPECT_EQ(status({{"Origin", "http://" + own}}), 200);
+  for (const char* origin : {"http://evil.example", "null", "http://127.0.0.1:1"})
+    EXPECT_EQ(status({{"Origin", origin}}), 403) << origin;
+  for (const char* host : {"localhost", "localhost:80", "[::1]:80", "127.0.0.1"})
+    EXPECT_EQ(status({{"Host", host}}), 200) << host;
+  for (const char* host : {"evil.example", "127.evil.example:80", "localhost.evil.example"})
+    EXPECT_EQ(status({{"Host", host}}), 403) << host;
+  expect_error(c.Post("/slots/0?action=erase", {{"Origin", "http://evil.example"}}, "", ""), 403,
+               "--cors-origin");
+
+  HttpOptions keys;
+  keys.api_keys = {"key"};  // a foreign name knows none
+  Served with(keys);
+  with.load();
+  EXPECT_EQ(with.client().Get("/v1/models", {{"Host", "proxied"}, {"X-Api-Key", "key"}})->status, 200);
+}
+
 TEST(Http, SlotsSaveRestoreErase) {
   const narrows::testing::TempDir dir;
   HttpOptions http;

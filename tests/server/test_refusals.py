@@ -173,5 +173,11 @@ def test_no_cors_unless_told(server):
     connection.close()
 
 
+def test_pages_of_others_are_refused(server):
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
+        check_refusal(server.post(CHAT, GOOD, headers=headers), 403)
+    assert server.post(CHAT, GOOD, headers={"Origin": server.url})[0] == 200
+
+
 def test_listens_on_this_machine_alone(server):
     assert server.url.startswith("http://127.0.0.1:")
