@@ -16,6 +16,8 @@ constexpr double kPingEvery_s = 2;
 /// An error that comes this early is told by the HTTP code; later, the stream has begun.
 constexpr std::chrono::milliseconds kEarly{150};
 
+constexpr const char* kTooLong = "the answer took longer than this server allows";
+
 std::string sse(const std::string& data) { return "data: " + data + "\n\n"; }
 
 /// Cancels the job when the handler is left, however that happens.
@@ -104,6 +106,10 @@ void HttpServer::Impl::generate(const httplib::Request& req, httplib::Response& 
   }
 }
 
+bool HttpServer::Impl::took_too_long(const Job& job) const {
+  return seconds_since(job.arrived) > static_cast<double>(options.request_timeout.count());
+}
+
 void HttpServer::Impl::log_job(const Job& job, const ChoiceResult& r, const char* outcome) const {
   log({{"event", "generation"},
        {"id", job.id},
@@ -123,20 +129,23 @@ void HttpServer::Impl::answer_whole(const std::shared_ptr<Job>& job, const httpl
   const CancelAtEnd guard{job};
   Replies replies(*job, options.model_name);
   int n_open = job->n_choice();
+  Clock::time_point looked = Clock::now();
   while (n_open > 0) {
     const std::optional<Event> event = job->channel.pop(kLook);
-    if (!event) {
+    if (Clock::now() - looked >= kLook) {
+      looked = Clock::now();
       if (req.is_connection_closed()) {
         log_job(*job, {}, "client gone");
         res.status = 499;
         return;
       }
-      if (seconds_since(job->arrived) > static_cast<double>(options.request_timeout.count())) {
-        reply(res, http_error(504, "the answer took longer than this server allows"));
+      if (took_too_long(*job)) {
+        log_job(*job, {}, "timeout");
+        reply(res, http_error(504, kTooLong));
         return;
       }
-      continue;
     }
+    if (!event) continue;
     if (event->kind == Event::Kind::failed) {
       log_job(*job, {}, "failed");
       reply(res, event->error);
@@ -182,15 +191,16 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
         std::optional<Event> event = std::move(s.next);
         s.next.reset();
         if (!event) event = s.guard.job->channel.pop(kLook);
+        if (took_too_long(of)) {
+          log_job(of, {}, "timeout");
+          (void)write(sse(to_json(http_error(504, kTooLong))));
+          to.done();
+          return true;
+        }
         if (!event) {
           if (!to.is_writable()) {
             log_job(of, {}, "client gone");
             return false;
-          }
-          if (seconds_since(of.arrived) > static_cast<double>(options.request_timeout.count())) {
-            (void)write(sse(to_json(http_error(504, "the answer took longer than this server allows"))));
-            to.done();
-            return true;
           }
           return seconds_since(s.last_write) < kPingEvery_s || write(": ping\n\n");
         }

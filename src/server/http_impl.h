@@ -34,6 +34,7 @@ struct HttpServer::Impl {
   std::shared_ptr<Job> make_job(const httplib::Request& req, bool chat, ApiError& error);
   void stream(std::shared_ptr<Job> job, const httplib::Request& req, httplib::Response& res);
   void answer_whole(const std::shared_ptr<Job>& job, const httplib::Request& req, httplib::Response& res);
+  bool took_too_long(const Job& job) const;
   void log_job(const Job& job, const ChoiceResult& result, const char* outcome) const;
 
   bool ready() const { return scheduler.load() != nullptr; }
