@@ -21,9 +21,27 @@ constexpr const char* kTooLong = "the answer took longer than this server allows
 std::string sse(const std::string& data) { return "data: " + data + "\n\n"; }
 
 /// Cancels the job when the handler is left, however that happens.
-struct CancelAtEnd {
+class CancelAtEnd {
+ public:
+  explicit CancelAtEnd(std::shared_ptr<Job> job) : job_(std::move(job)) {}
+  ~CancelAtEnd() { job_->channel.cancel(); }
+  CancelAtEnd(const CancelAtEnd&) = delete;
+  CancelAtEnd& operator=(const CancelAtEnd&) = delete;
+
+ private:
+  std::shared_ptr<Job> job_;
+};
+
+/// A stream on its way.
+struct Streaming {
+  Streaming(const std::shared_ptr<Job>& of, const std::string& model_name, std::optional<Event> first)
+      : job(of), guard(of), replies(*of, model_name), next(std::move(first)), n_open(of->n_choice()) {}
   std::shared_ptr<Job> job;
-  ~CancelAtEnd() { job->channel.cancel(); }
+  CancelAtEnd guard;
+  Replies replies;
+  std::optional<Event> next;  ///< to be sent before what the channel gives
+  int n_open;                 ///< choices that have not ended
+  Clock::time_point last_write = Clock::now();
 };
 
 }  // namespace
@@ -126,7 +144,7 @@ void HttpServer::Impl::log_job(const Job& job, const ChoiceResult& r, const char
 
 void HttpServer::Impl::answer_whole(const std::shared_ptr<Job>& job, const httplib::Request& req,
                                     httplib::Response& res) {
-  const CancelAtEnd guard{job};
+  const CancelAtEnd guard(job);
   Replies replies(*job, options.model_name);
   int n_open = job->n_choice();
   Clock::time_point looked = Clock::now();
@@ -169,28 +187,20 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
     reply(res, first->error);
     return;
   }
-  struct State {
-    CancelAtEnd guard;
-    Replies replies;
-    std::optional<Event> next;
-    int n_open;
-    Clock::time_point last_write = Clock::now();
-  };
-  auto state = std::make_shared<State>(
-      State{{job}, Replies(*job, options.model_name), std::move(first), job->n_choice()});
+  auto state = std::make_shared<Streaming>(job, options.model_name, std::move(first));
   res.set_header("Cache-Control", "no-cache");
   res.set_header("X-Accel-Buffering", "no");  // a proxy should pass on every token
   res.set_chunked_content_provider(
       "text/event-stream; charset=utf-8", [this, state](size_t, httplib::DataSink& to) {
-        State& s = *state;
-        const Job& of = *s.guard.job;
+        Streaming& s = *state;
+        const Job& of = *s.job;
         const auto write = [&](const std::string& text) {
           s.last_write = Clock::now();
           return to.write(text.data(), text.size());
         };
         std::optional<Event> event = std::move(s.next);
         s.next.reset();
-        if (!event) event = s.guard.job->channel.pop(kLook);
+        if (!event) event = s.job->channel.pop(kLook);
         if (took_too_long(of)) {
           log_job(of, {}, "timeout");
           (void)write(sse(to_json(http_error(504, kTooLong))));

@@ -2,6 +2,7 @@
 #include "server/http_server.h"
 
 #include <fmt/format.h>
+#include <sys/socket.h>
 
 #include <random>
 
@@ -158,6 +159,11 @@ void HttpServer::Impl::allow_cors(const httplib::Request& req, httplib::Response
 void HttpServer::Impl::set_up() {
   const auto n = static_cast<size_t>(options.max_connections);
   http.new_task_queue = [n] { return new httplib::ThreadPool(std::min<size_t>(n, 8), n, n); };
+  // Not httplib's default, SO_REUSEPORT: another process could then listen on our port beside us.
+  http.set_socket_options([](socket_t socket) {
+    const int yes = 1;
+    (void)::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+  });
   http.set_payload_max_length(options.max_body_bytes);
   http.set_read_timeout(options.io_timeout);
   http.set_write_timeout(options.io_timeout);

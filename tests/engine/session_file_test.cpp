@@ -82,6 +82,12 @@ struct Saved {
   }
 };
 
+/// Rebuilt keys are a cache of the pages, not saved with them.
+int64_t bytes_kept(const Session& session) {
+  const CacheStats stats = session.cache_stats();
+  return stats.bytes - stats.bytes_hot;
+}
+
 class SessionFile : public ::testing::TestWithParam<std::string> {};
 
 // Before anything is encoded, with pages, and a prompt that makes the transforms only after the restore.
@@ -96,7 +102,7 @@ TEST_P(SessionFile, GoesOnToTheLastBit) {
       EXPECT_EQ(again.n_past(), n);
       EXPECT_EQ(again.profile().name, GetParam());
       EXPECT_EQ(max_difference(saved.session->logits(), again.logits()), 0);
-      EXPECT_EQ(saved.session->cache_stats().bytes, again.cache_stats().bytes);
+      EXPECT_EQ(bytes_kept(*saved.session), bytes_kept(again));
       EXPECT_EQ(saved.session->kept_prefix(n), again.kept_prefix(n));
       const auto more = random_tokens(150, 8);
       for (Session* s : {saved.session.get(), &again}) ASSERT_OK(s->prefill(std::span(more).first(130)));
@@ -105,7 +111,7 @@ TEST_P(SessionFile, GoesOnToTheLastBit) {
                                decode_all(again, std::span(more).last(20))),
                 0)
           << n << (segments ? " with segments" : "");
-      EXPECT_EQ(saved.session->cache_stats().bytes, again.cache_stats().bytes);
+      EXPECT_EQ(bytes_kept(*saved.session), bytes_kept(again));
     }
   }
 }

@@ -15,7 +15,9 @@ namespace {
 constexpr int64_t kVocab = 1000;
 enum Endpoint : char { chat, completion, tokenize, detokenize, apply_template, file_name, n_endpoint };
 
-Seed seed(Endpoint endpoint, const std::string& body) { return {endpoint + body, body.size() + 1}; }
+Seed seed(Endpoint endpoint, const std::string& body) {
+  return {static_cast<char>(endpoint) + body, body.size() + 1};
+}
 
 void check_error(const server::ApiError& error) {
   check(error.http_code >= 400 && error.http_code < 500, "a bad request is no client's error");

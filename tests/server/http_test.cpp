@@ -245,12 +245,15 @@ TEST(Http, KeysAndOrigins) {
   for (const char* path : {"/v1/models", "/slots", "/metrics", "/props"})
     EXPECT_EQ(c.Get(path)->status, 401) << path;
   for (const char* path : {"/health", "/", "/chat.js"}) EXPECT_EQ(c.Get(path)->status, 200) << path;
-  for (const char* key : {"", "firs", "first2", "Second"})
-    EXPECT_EQ(c.Get("/v1/models", {{"Authorization", std::string("Bearer ") + key}})->status, 401) << key;
-  EXPECT_EQ(c.Get("/v1/models", {{"Authorization", "Basic first"}})->status, 401);
-  EXPECT_EQ(c.Get("/v1/models", {{"Authorization", "Bearer second"}})->status, 200);
-  EXPECT_EQ(c.Get("/v1/models", {{"X-Api-Key", "first"}})->status, 200);
-  EXPECT_FALSE(c.Get("/health", {{"Origin", "http://evil"}})->has_header("Access-Control-Allow-Origin"));
+  for (const char* key : {"f", "firs", "first2", "Second"})
+    EXPECT_EQ(c.Get("/v1/models", httplib::Headers{{"Authorization", std::string("Bearer ") + key}})->status,
+              401)
+        << key;
+  EXPECT_EQ(c.Get("/v1/models", httplib::Headers{{"Authorization", "Basic first"}})->status, 401);
+  EXPECT_EQ(c.Get("/v1/models", httplib::Headers{{"Authorization", "Bearer second"}})->status, 200);
+  EXPECT_EQ(c.Get("/v1/models", httplib::Headers{{"X-Api-Key", "first"}})->status, 200);
+  EXPECT_FALSE(c.Get("/health", httplib::Headers{{"Origin", "http://evil"}})
+                   ->has_header("Access-Control-Allow-Origin"));
   EXPECT_THAT(s.log(), Not(HasSubstr("second")));
 
   HttpOptions open;
@@ -258,7 +261,8 @@ TEST(Http, KeysAndOrigins) {
   Served with(open);
   with.load();
   auto d = with.client();
-  EXPECT_EQ(d.Get("/health", {{"Origin", "http://friend"}})->get_header_value("Access-Control-Allow-Origin"),
+  EXPECT_EQ(d.Get("/health", httplib::Headers{{"Origin", "http://friend"}})
+                ->get_header_value("Access-Control-Allow-Origin"),
             "http://friend");
   const auto preflight = d.Options("/v1/chat/completions");
   EXPECT_EQ(preflight->status, 204);
@@ -300,7 +304,9 @@ TEST(Http, ForeignPages) {
   keys.api_keys = {"key"};  // a foreign name knows none
   Served with(keys);
   with.load();
-  EXPECT_EQ(with.client().Get("/v1/models", {{"Host", "proxied"}, {"X-Api-Key", "key"}})->status, 200);
+  EXPECT_EQ(
+      with.client().Get("/v1/models", httplib::Headers{{"Host", "proxied"}, {"X-Api-Key", "key"}})->status,
+      200);
 }
 
 TEST(Http, SlotsSaveRestoreErase) {
@@ -413,7 +419,9 @@ TEST(Http, EndsWhileStreaming) {
   auto c = s.client();
   const auto r = c.Post("/v1/chat/completions", chat_body(R"("stream":true,"max_tokens":8000)"), kJson);
   ender.join();
-  if (r) EXPECT_THAT(r->body, HasSubstr("shutting down"));
+  if (r) {
+    EXPECT_THAT(r->body, HasSubstr("shutting down"));
+  }
   EXPECT_FALSE(s.client().Get("/health"));
 }
 

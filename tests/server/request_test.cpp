@@ -40,7 +40,9 @@ void expect_refused(const std::optional<GenerationRequest>& r, const ApiError& e
   EXPECT_EQ(error.param, param) << body;
   EXPECT_FALSE(error.message.empty());
   EXPECT_NE(error.message.back(), '.') << error.message;
-  if (!param.empty()) EXPECT_THAT(error.message, HasSubstr(param));
+  if (!param.empty()) {
+    EXPECT_THAT(error.message, HasSubstr(param));
+  }
 }
 
 void expect_chat_refused(const std::string& fields, const std::string& param) {

@@ -166,8 +166,12 @@ TEST(Scheduler, CachedIsUncached) {
       const Answer want = run(fresh, job_of(prompt_with(2500, 2800, 2), 40, kv));
       EXPECT_EQ(got.text, want.text) << kv;
       EXPECT_EQ(want.result.n_cached, 0);
-      if (cache) EXPECT_GT(got.result.n_cached, 2500 - 257);
-      if (!cache) EXPECT_EQ(got.result.n_cached, 0);
+      if (cache) {
+        EXPECT_GT(got.result.n_cached, 2500 - 257);
+      }
+      if (!cache) {
+        EXPECT_EQ(got.result.n_cached, 0);
+      }
     }
     // The first one again, after the others: its own cache is still somewhere.
     const auto again = run(engine, job_of(prompt_with(2500, 2900, 1), 20, kv));
@@ -187,7 +191,9 @@ TEST(Scheduler, ConversationsTakeTurns) {
       const auto n_before = static_cast<int64_t>(talk.size());
       const Answer a = run(engine, job_of(talk, 10));
       ASSERT_FALSE(a.error);
-      if (round > 0) EXPECT_GT(a.result.n_cached, n_before - 300 - 128 - 256);
+      if (round > 0) {
+        EXPECT_GT(a.result.n_cached, n_before - 300 - 128 - 256);
+      }
       for (const Token t : random_tokens(290, static_cast<uint32_t>(n_before))) talk.push_back(t);
     }
   }
@@ -318,7 +324,11 @@ TEST(Scheduler, AFullQueueRefuses) {
   ASSERT_TRUE(refused);
   EXPECT_EQ(refused->http_code, 429);
   for (auto& job : jobs) job->channel.cancel();
-  EXPECT_FALSE(run(engine, job_of(random_tokens(10), 3)).error);  // the queue is free again
+  // The queue is free again as soon as the engine has had a turn.
+  Answer answer = run(engine, job_of(random_tokens(10), 3));
+  for (const auto begin = Clock::now(); answer.error && seconds_since(begin) < 5;)
+    answer = run(engine, job_of(random_tokens(10), 3));
+  EXPECT_FALSE(answer.error);
 }
 
 TEST(Scheduler, AClientThatGoesFreesItsSlotAtOnce) {
@@ -326,7 +336,9 @@ TEST(Scheduler, AClientThatGoesFreesItsSlotAtOnce) {
   for (const int64_t n_prompt : {20, 8000}) {  // while writing, while reading
     auto job = job_of(random_tokens(n_prompt), 8000 - n_prompt);
     ASSERT_FALSE(engine.scheduler->submit(job));
-    if (n_prompt == 20) EXPECT_TRUE(job->channel.pop(std::chrono::seconds(20)));
+    if (n_prompt == 20) {
+      EXPECT_TRUE(job->channel.pop(std::chrono::seconds(20)));
+    }
     job->channel.cancel();
     const auto begin = Clock::now();
     EXPECT_FALSE(run(engine, job_of(random_tokens(5), 2)).error);
@@ -385,7 +397,9 @@ TEST(Scheduler, EndsWhileMuchIsGoingOn) {
     for (auto& job : jobs) {
       const Answer a = wait_for(*job).front();
       EXPECT_EQ(a.error.has_value(), patience_ms == 0);
-      if (a.error) EXPECT_EQ(a.error->http_code, 503);
+      if (a.error) {
+        EXPECT_EQ(a.error->http_code, 503);
+      }
     }
     EXPECT_EQ(engine.scheduler->submit(job_of(random_tokens(5), 1))->http_code, 503);
     EXPECT_EQ(engine.scheduler->slots().size(), 2U);
@@ -405,7 +419,7 @@ TEST(Scheduler, ManyClients) {
     clients.emplace_back([&, c] {
       std::mt19937 random(static_cast<uint32_t>(c));
       for (int k = 0; k < 8; ++k) {
-        const uint32_t i = random() % 6;
+        const auto i = static_cast<uint32_t>(random() % 6);
         auto job = job_of(random_tokens(40 + 150 * i, i), 15);
         const bool leaves = random() % 3 == 0;
         if (engine.scheduler->submit(job)) continue;
