@@ -93,6 +93,7 @@ void KeyMoments::add_block(const float* keys, int64_t n) const {
 }
 
 void KeyMoments::add(const KeyMoments& other) {
+  other.add_waiting();
   for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += other.sum_[i];
   for (size_t i = 0; i < moments_.size(); ++i) moments_[i] += other.moments_[i];
   n_ += other.n_;
@@ -102,19 +103,24 @@ void KeyMoments::save(SnapshotWriter& out) const {
   out.number(n_);
   out.array(sum_);
   out.array(moments_);
+  out.number(static_cast<int64_t>(waiting_.size()) / width_);
+  out.array(waiting_);
 }
 
 void KeyMoments::load(SnapshotReader& in) {
   n_ = in.count(0, int64_t{1} << 40);
   std::vector<double> sum = in.array<double>(sum_.size());
   std::vector<double> moments = in.array<double>(moments_.size());
-  const auto finite = [](const std::vector<double>& x) {
-    return std::all_of(x.begin(), x.end(), [](double y) { return std::isfinite(y); });
+  const int64_t n_waiting = in.count(0, kWaiting - 1);
+  std::vector<float> waiting = in.array<float>(static_cast<uint64_t>(n_waiting * width_));
+  const auto finite = [](const auto& x) {
+    return std::all_of(x.begin(), x.end(), [](auto y) { return std::isfinite(y); });
   };
-  if (!finite(sum) || !finite(moments)) in.fail();
+  if (!finite(sum) || !finite(moments) || !finite(waiting) || n_waiting > n_) in.fail();
   if (!in.ok()) return;
   sum_ = std::move(sum);
   moments_ = std::move(moments);
+  waiting_ = std::move(waiting);
 }
 
 Result<LayerBasis> KeyMoments::leading(int64_t rank) const {

@@ -78,6 +78,13 @@ TEST(Basis, MomentsOfPiecesAreThoseOfTheWhole) {
   const double largest = *std::max_element(whole.moments().begin(), whole.moments().end());
   for (size_t i = 0; i < 100; ++i) EXPECT_NEAR(pieces.moments()[i], whole.moments()[i], 1e-6 * largest);
   for (size_t i = 0; i < 10; ++i) EXPECT_NEAR(pieces.sum()[i], whole.sum()[i], 1e-9 * 333 * 10);
+  KeyMoments sum(10), rest(10);  // of which tokens still wait
+  sum.add(tokens.k.data(), 103);
+  rest.add(tokens.k.data() + 103 * 10, 3);
+  sum.add(rest);
+  sum.add(tokens.k.data() + 106 * 10, 227);
+  EXPECT_EQ(sum.n_tokens(), 333);
+  for (size_t i = 0; i < 100; ++i) EXPECT_NEAR(sum.moments()[i], whole.moments()[i], 1e-6 * largest);
   const auto a = pieces.leading(4), b = whole.leading(4);
   ASSERT_TRUE(a.ok() && b.ok());
   EXPECT_NEAR(a->energy[0], b->energy[0], 1e-6);
