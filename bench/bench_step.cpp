@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "base/page_array.h"
+#include "bench/machine.h"
 #include "engine/session_impl.h"
 #include "narrows/engine.h"
 
@@ -18,34 +18,6 @@ namespace {
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-/// Bytes a second that all threads of a pool together read of memory that no cache holds.
-double read_speed(ThreadPool& pool) {
-  struct Read {
-    PageArray memory{int64_t{512} << 20};
-    std::vector<uint64_t> sums = std::vector<uint64_t>(1024);
-  } read;
-  std::fill_n(read.memory.data(), read.memory.size(), uint8_t{1});
-  double best = 0;
-  for (int i = 0; i < 8; ++i) {
-    const double start = seconds();
-    pool.run(
-        [](void* context, int ith, int n) {
-          Read& r = *static_cast<Read*>(context);
-          const auto* words = reinterpret_cast<const uint64_t*>(r.memory.data());
-          const int64_t all = r.memory.size() / 8, first = all * ith / n / 8 * 8,
-                        end = all * (ith + 1) / n / 8 * 8;
-          uint64_t sum[8] = {};
-          for (int64_t w = first; w < end; w += 8) {
-            for (int j = 0; j < 8; ++j) sum[j] += words[w + j];
-          }
-          for (const uint64_t s : sum) r.sums[static_cast<size_t>(ith)] += s;
-        },
-        &read);
-    best = std::max(best, static_cast<double>(read.memory.size()) / (seconds() - start));
-  }
-  return best;
 }
 
 int64_t bytes_of(std::initializer_list<const ggml_tensor*> all) {
@@ -81,21 +53,26 @@ int run(const std::string& path, int n_threads, const std::string& kv, int n_ste
     }
     if (Status s = (*session)->decode(1000 + i % 997); !s.ok()) return fail(s);
   }
-  const double us = (seconds() - start) / n_step * 1e6, speed = read_speed(*(*session)->impl().pool);
+  const double us = (seconds() - start) / n_step * 1e6;
+  const Result<MachineLimits> machine = measure_machine((*session)->n_threads());
+  if (!machine.ok()) return fail(machine.status());
+  const double speed = machine->read_bytes_s;
   const ModelWeights& weights = (*model)->weights();
   int64_t bytes[kStepStages] = {};
   for (int64_t l = 0; l < weights.hparams().n_layer; ++l) {
     const LayerWeights& w = weights.layer(l);
-    bytes[0] += bytes_of({w.wqkv, w.wq, w.wk, w.wv});
-    bytes[2] += bytes_of({w.wo});
-    bytes[3] += bytes_of({w.gate_up, w.gate, w.up});
-    bytes[4] += bytes_of({w.down});
+    const auto of = [&](StepStage stage) -> int64_t& { return bytes[static_cast<size_t>(stage)]; };
+    of(StepStage::qkv) += bytes_of({w.wqkv, w.wq, w.wk, w.wv});
+    of(StepStage::wo) += bytes_of({w.wo});
+    of(StepStage::gate_up) += bytes_of({w.gate_up, w.gate, w.up});
+    of(StepStage::down) += bytes_of({w.down});
   }
-  bytes[5] = bytes_of({weights.output()});
+  bytes[static_cast<size_t>(StepStage::logits)] = bytes_of({weights.output()});
   std::printf("%s, %d threads, %s, memory reading %.1f GB/s\n", path.c_str(), (*session)->n_threads(),
               kv.c_str(), speed / 1e9);
   std::printf("%-10s %10s %10s %12s %8s\n", "stage", "us", "MB", "us at least", "GB/s");
-  const char* const names[kStepStages] = {"qkv", "attention", "wo", "gate_up", "down", "logits"};
+  const char* const names[kStepStages] = {"qkv", "score",   "select", "rebuild", "attend",
+                                          "wo",  "gate_up", "down",   "logits"};
   double sum = 0;
   int64_t total = 0;
   for (size_t i = 0; i < kStepStages; ++i) {

@@ -12,5 +12,7 @@ int64_t available_memory_bytes();
 /// Resident set now and its peak, bytes; 0 if unknown.
 int64_t resident_bytes();
 int64_t peak_resident_bytes();
+/// The peak counts anew from here. Does nothing where the system has no such switch.
+void forget_peak_resident_bytes();
 
 }  // namespace narrows

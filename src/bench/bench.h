@@ -1,14 +1,16 @@
 // Speed of prefill and decode at given depths, ours and llama.cpp's in one process: same file, same tokens,
-// same threads, decode rounds interleaved so that a drift of the machine hits all engines alike; medians.
+// same threads, rounds interleaved so that a drift of the machine hits all engines alike; medians.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "bench/machine.h"
 #include "narrows/engine.h"
 
 namespace narrows {
@@ -20,29 +22,54 @@ struct BenchOptions {
   int n_threads = 0;
   PrefillProducts products = PrefillProducts::automatic;
   PrefillAttention attention = PrefillAttention::automatic;
-  int rounds = 5;   ///< interleaved decode rounds a depth
-  int tokens = 32;  ///< tokens decoded a round
+  int rounds = 5;          ///< interleaved decode rounds a depth
+  int tokens = 32;         ///< tokens decoded a round
+  int prefill_rounds = 1;  ///< interleaved prefills a depth; the cache of the last one is decoded on
   bool with_llama_cpp = false;
+  std::vector<std::string> peer_kv = {"f16"};  ///< caches of llama.cpp: f16, q8_0; ratios are to the first
+};
+
+/// Median of some rounds, with the slowest and the fastest.
+struct BenchSpeed {
+  double median = 0;  ///< tokens a second; 0: not measured
+  double min = 0;
+  double max = 0;
+  double vs_peer = 0;  ///< median over rounds of this / the peer's in the same round; 0 without peer
+  double share = 0;    ///< of the machine's limit
+};
+
+/// Milliseconds a decoded token, the mean of all rounds, as the first thread sees them, waiting included.
+struct StepMs {
+  double products = 0;  ///< with weights, norms and activations included
+  double score = 0;     ///< attention's stages: decode/*.cpp
+  double select = 0;
+  double rebuild = 0;
+  double attend = 0;
+  double rest = 0;  ///< embedding, room in the cache, encoding of blocks that leave the window
+  double total() const { return products + score + select + rebuild + attend + rest; }
 };
 
 struct BenchRow {
   std::string engine;  ///< "narrows" or "llama.cpp"
   std::string kv;
   int64_t context = 0;
-  double prefill_tok_s = 0;     ///< 0 at context 0; all profiles of narrows share one prefill
-  double decode_tok_s = 0;      ///< median of the rounds
-  double decode_tok_s_min = 0;  ///< slowest and fastest round
-  double decode_tok_s_max = 0;
-  double decode_vs_peer =
-      0;  ///< median over rounds of our rate / llama.cpp's in the same round; 0 without peer
+  BenchSpeed prefill;  ///< 0 at context 0; all profiles of narrows share one prefill. share: of flops_s
+  BenchSpeed decode;   ///< share: that of read_bytes_s at which the weights alone are read
+  std::optional<StepMs> step;  ///< of narrows
   int64_t kv_bytes = 0;
-  int64_t peak_rss_bytes = 0;  ///< of the whole process so far, all engines together
+  int64_t peak_rss_bytes = 0;  ///< of the whole process since run_bench() began, all engines together
+};
+
+struct BenchReport {
+  MachineLimits machine;  ///< measured first
+  int64_t weight_bytes = 0;
+  std::vector<BenchRow> rows;
 };
 
 /// text must have at least max(contexts) + (rounds + 1) * tokens + 1 tokens: a round warms up; decoding
 /// follows the text.
-Result<std::vector<BenchRow>> run_bench(std::shared_ptr<const Model> model, std::span<const Token> text,
-                                        const BenchOptions& options,
-                                        const std::function<bool(const std::string& what)>& progress);
+Result<BenchReport> run_bench(std::shared_ptr<const Model> model, std::span<const Token> text,
+                              const BenchOptions& options,
+                              const std::function<bool(const std::string& what)>& progress);
 
 }  // namespace narrows

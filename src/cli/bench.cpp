@@ -1,14 +1,13 @@
 // `narrows bench`: prefill and decode speed at given depths, beside llama.cpp in the same process.
 #include "bench/bench.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
+#include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "cli/bench_report.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/interrupt.h"
@@ -19,11 +18,19 @@ namespace {
 
 constexpr const char* kFooter =
     R"(Decoding goes in rounds, all engines and profiles in turn, after one round of warm-up; speeds are medians and the ratio
-to llama.cpp is the median of the ratios round by round. All profiles of narrows share one prefill. Tokens come
-from -f, or are ids that repeat a short pattern. peak RSS is that of the whole process, all engines together.
+to llama.cpp is the median of the ratios round by round, to its first cache. All profiles of narrows share one prefill; it
+is measured once unless --prefill-rounds says more. Tokens come from -f, or are ids that repeat a short pattern.
+
+The machine's limits are measured first: how fast all threads read memory, and how fast they multiply. "of limit" is, for
+prefill, the share of that speed at which a prompt's operations are done; for decoding, the share of the reading speed at
+which the weights alone pass by: what is missing to 100% goes to the cache, to waiting and to slow kernels. On a shared
+machine the limits drift, and a share may exceed 100%. The stages of a token of narrows are products (norms and
+activations with them), score, select, rebuild and attend of docs/klt.md, and the rest; waiting for other threads counts in
+each. peak RSS is that of the whole process, all engines together.
 
 Examples:
   narrows bench -m model.gguf --context 0,4096 --kv f16,klt --peer llama.cpp
+  narrows bench -m model.gguf --context 4096 --kv klt --peer llama.cpp --peer-kv f16,q8_0 --prefill-rounds 5 --format markdown
   narrows bench -m model.gguf --context 7600 -f report.txt --kv klt --json)";
 
 struct BenchFlags {
@@ -32,39 +39,9 @@ struct BenchFlags {
   std::vector<std::string> profiles = {"f16"};
   std::string peer;
   BenchOptions options;
+  BenchFormat format = BenchFormat::table;
   bool json = false;
 };
-
-std::string table(const std::vector<BenchRow>& rows) {
-  std::string out = fmt::format("{:<10}{:<14}{:>8}{:>15}{:>14}{:>17}{:>10}{:>12}\n", "engine", "kv",
-                                "context", "prefill tok/s", "decode tok/s", "(min - max)", "x peer", "kv");
-  for (const BenchRow& r : rows) {
-    out += fmt::format("{:<10}{:<14}{:>8}{:>15}{:>14.1f}{:>17}{:>10}{:>12}\n", r.engine, r.kv, r.context,
-                       r.prefill_tok_s > 0 ? fmt::format("{:.1f}", r.prefill_tok_s) : "-", r.decode_tok_s,
-                       fmt::format("({:.1f} - {:.1f})", r.decode_tok_s_min, r.decode_tok_s_max),
-                       r.decode_vs_peer > 0 ? fmt::format("{:.2f}", r.decode_vs_peer) : "-",
-                       human_bytes(r.kv_bytes));
-  }
-  return out +
-         fmt::format("peak resident memory of the process: {}\n", human_bytes(rows.back().peak_rss_bytes));
-}
-
-std::string json(const std::vector<BenchRow>& rows) {
-  nlohmann::ordered_json list = nlohmann::ordered_json::array();
-  for (const BenchRow& r : rows) {
-    list.push_back({{"engine", r.engine},
-                    {"kv", r.kv},
-                    {"context", r.context},
-                    {"prefill_tok_s", r.prefill_tok_s},
-                    {"decode_tok_s", r.decode_tok_s},
-                    {"decode_tok_s_min", r.decode_tok_s_min},
-                    {"decode_tok_s_max", r.decode_tok_s_max},
-                    {"decode_vs_peer", r.decode_vs_peer},
-                    {"kv_bytes", r.kv_bytes},
-                    {"peak_rss_bytes", r.peak_rss_bytes}});
-  }
-  return list.dump(2) + "\n";
-}
 
 /// Enough tokens of the file, repeated as often as needed, or a pattern of ordinary ids.
 Result<std::vector<Token>> bench_text(const BenchFlags& flags, const Model& model, int64_t n) {
@@ -103,9 +80,9 @@ Outcome bench(BenchFlags& flags) {
     if (stderr_is_terminal()) note("[" + what + "]");
     return !interrupted();
   };
-  const Result<std::vector<BenchRow>> rows = run_bench(*model, *text, flags.options, progress);
-  if (!rows.ok()) return rows.status();
-  return {write_stdout(flags.json ? json(*rows) : table(*rows)), Phase::at_work};
+  const Result<BenchReport> report = run_bench(*model, *text, flags.options, progress);
+  if (!report.ok()) return report.status();
+  return {write_stdout(bench_report(*report, flags.json ? BenchFormat::json : flags.format)), Phase::at_work};
 }
 
 }  // namespace
@@ -127,22 +104,41 @@ Command make_bench_command(CLI::App& app) {
       ->type_name("BASIS.gguf");
   command->add_option("-f,--file", flags->file, "text whose tokens are used (repeated if it is short)")
       ->type_name("FILE");
-  command->add_option("--peer", flags->peer, "measure this engine in the same rounds")
-      ->type_name("ENGINE")
-      ->check(CLI::IsMember({"llama.cpp"}));
+  CLI::Option* peer = command->add_option("--peer", flags->peer, "measure this engine in the same rounds")
+                          ->type_name("ENGINE")
+                          ->check(CLI::IsMember({"llama.cpp"}));
+  command
+      ->add_option("--peer-kv", flags->options.peer_kv,
+                   "caches of the peer, a row each: f16, q8_0 (default f16)")
+      ->type_name("CACHE[,CACHE]")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"f16", "q8_0"}))
+      ->needs(peer);
   command->add_option("--rounds", flags->options.rounds, "counted decode rounds (default 5)")
       ->type_name("N")
       ->check(CLI::Range(1, 1000));
   command->add_option("--tokens", flags->options.tokens, "tokens decoded a round (default 32)")
       ->type_name("N")
       ->check(CLI::Range(1, 100000));
+  command->add_option("--prefill-rounds", flags->options.prefill_rounds, "prefills a depth (default 1)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1000));
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
   add_products_option(*command, flags->options.products);
   add_attention_option(*command, flags->options.attention);
-  command->add_flag("--json", flags->json,
-                    "print one JSON document on standard output, and nothing else there");
+  const std::map<std::string, BenchFormat> formats = {{"table", BenchFormat::table},
+                                                      {"markdown", BenchFormat::markdown},
+                                                      {"csv", BenchFormat::csv},
+                                                      {"json", BenchFormat::json}};
+  CLI::Option* format =
+      command->add_option("--format", flags->format, "table (default), markdown, csv or json")
+          ->type_name("FORMAT")
+          ->transform(CLI::CheckedTransformer(formats));
+  command
+      ->add_flag("--json", flags->json, "print one JSON document on standard output, and nothing else there")
+      ->excludes(format);
   command->footer(kFooter);
   return {command, [flags] { return bench(*flags); }};
 }

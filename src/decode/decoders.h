@@ -60,26 +60,30 @@ class SalsDecoder final : public LayerDecoder {
   std::vector<int32_t> positions_;  ///< [n_selected_], those of the last step
 };
 
-/// klt layers. Phase 0: store the new token, attend to exact blocks, score. 1: pool, candidates. 2: select, a
-/// KV head a task. 3: rebuild what the hot keys lack, attend, a run of selected tokens a task. 4: merge. As
-/// with SALS, a layer that waits for its transforms has no pages.
+/// klt layers. Phases: store the new token, attend to exact blocks, score; pool, candidates; select, a KV
+/// head a task; rebuild what the hot keys lack, attend, a run of selected tokens a task; merge. Without a
+/// choice to make the second is left out, without pages all but the first and the last. As with SALS, a layer
+/// that waits for its transforms has no pages.
 class KltDecoder final : public LayerDecoder {
  public:
   KltDecoder(KltLayer& layer, const KvProfile& profile)
       : layer_(layer), profile_(profile), exact_{&layer.sinks(), &layer.window()} {}
 
   Status prepare(StepScratch& scratch) override;
-  int n_phase() const override { return 5; }
+  int n_phase() const override { return static_cast<int>(phases().size()); }
   void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) override;
   void finish() override;
   std::optional<std::span<const int32_t>> last_selection(int64_t head_kv) const override;
 
  private:
   /// How a step reads the pages: those tokens that matter; all, out of hot keys; all, rebuilt and forgotten.
-  enum class Way { sparse, hot, streamed };
+  enum class Way { no_pages, sparse, hot, streamed };
+  enum class Phase { score, pool, select, attend, merge };
 
+  std::span<const Phase> phases() const;
+  void score(const DecodeStep& step, StepScratch& scratch, int ith, int n_threads);
   void select(KltWork& work, KltWork::Thread& thread, int64_t head_kv);
-  void attend_runs(const float* q, KltWork& work, KltWork::Thread& thread);
+  void attend_runs(StepScratch::Thread& thread, KltWork& work, KltWork::Thread& mine);
   void attend_slice(StepScratch& scratch, int i, int ith);
 
   KltLayer& layer_;

@@ -11,6 +11,7 @@ Status DenseDecoder::prepare(StepScratch& scratch) {
 void DenseDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith,
                              int n_threads) {
   const AttentionShape& shape = cache_.shape();
+  scratch.thread(ith).clock.enter(AttentionStage::attend);
   if (phase == 0) {
     // The newest block always falls to the last slice (part_of rounds down), and that to the last thread:
     // nobody else reads where it writes.

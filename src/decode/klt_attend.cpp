@@ -104,15 +104,28 @@ int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free) {
 
 int64_t klt_n_run(int64_t n_selected) { return std::min<int64_t>(ceil_div(n_selected, kRunTokens), kSlices); }
 
+namespace {
+
+/// As indices into the selected.
+Part tokens_of_run(const KltWork& work, int64_t head_kv, int64_t run) {
+  const int64_t n_selected = work.n_selected[static_cast<size_t>(head_kv)];
+  return part_of(n_selected, static_cast<int>(run), static_cast<int>(klt_n_run(n_selected)));
+}
+
+}  // namespace
+
+void klt_rebuild_run(KltLayer& layer, int64_t head_kv, int64_t run, KltWork& work, KltWork::Thread& thread) {
+  const Part own = tokens_of_run(work, head_kv, run);
+  prefetch(layer, head_kv, own, work);
+  rebuild_missing(layer, head_kv, own, work, thread);
+}
+
 void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
                     KltWork::Thread& thread) {
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim, group = shape.group(), head = head_kv * group, at = head_kv * work.ld;
-  const int64_t n_selected = work.n_selected[static_cast<size_t>(head_kv)];
-  const Part own = part_of(n_selected, static_cast<int>(run), static_cast<int>(klt_n_run(n_selected)));
+  const Part own = tokens_of_run(work, head_kv, run);
   const int64_t n = own.end - own.begin;
-  prefetch(layer, head_kv, own, work);
-  rebuild_missing(layer, head_kv, own, work, thread);
   KltWork::Slice& slice = *work.slices[static_cast<size_t>(run)];
   float* score = thread.run_score.data();
   ops().score_rows_f16(layer.hot_keys(head_kv).rows(), work.slot.data() + at + own.begin, n, q + head * d,
@@ -208,14 +221,14 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWo
                Part heads, float* out) {
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim;
-  const bool has_pages = !layer.parts().empty();
+  const bool has_pages = layer.n_in_pages() > 0;  // else nobody has looked at the latent slices
   for (int64_t h = heads.begin; h < heads.end; ++h) {
     float top = -std::numeric_limits<float>::infinity();
     for (int i = 0; i < kSlices; ++i) {
       StepScratch::Slice& exact = scratch.slice(kSlices + i);
       const KltWork::Slice& latent = *work.slices[static_cast<size_t>(i)];
       if (exact.sum[h] != 0) top = std::fmax(top, exact.max[h]);
-      if (latent.sum[h] != 0) top = std::fmax(top, latent.max[h]);
+      if (has_pages && latent.sum[h] != 0) top = std::fmax(top, latent.max[h]);
     }
     float* y = out + h * d;
     std::fill_n(y, d, 0.0F);
@@ -233,7 +246,7 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWo
         for (int64_t c = 0; c < d; ++c) y[c] += weight * from[c];
       }
       const KltWork::Slice& latent = *work.slices[static_cast<size_t>(i)];
-      if (latent.sum[h] != 0) {
+      if (has_pages && latent.sum[h] != 0) {
         const float weight = std::exp(latent.max[h] - top);
         in_pages += weight * latent.sum[h];
         const float* from = latent.latent.data() + h * work.ld_latent;

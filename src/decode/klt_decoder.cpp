@@ -22,7 +22,7 @@ Status KltDecoder::prepare(StepScratch& scratch) {
   const int64_t n_free = n - layer_.n_kept();
   budget_ = std::min(n_free, count_selected(profile_, n, layer_.n_tokens() + 1));
   const int64_t n_hot = klt_hot_tokens(profile_, n, layer_.n_tokens() + 1);
-  way_ = budget_ < n_free ? Way::sparse : n_free <= n_hot ? Way::hot : Way::streamed;
+  way_ = n == 0 ? Way::no_pages : budget_ < n_free ? Way::sparse : n_free <= n_hot ? Way::hot : Way::streamed;
   try {
     if (!scratch.klt) {
       scratch.klt = std::make_unique<KltWork>(layer_, profile_, scratch.n_threads());
@@ -42,45 +42,66 @@ Status KltDecoder::prepare(StepScratch& scratch) {
   return {};
 }
 
+std::span<const KltDecoder::Phase> KltDecoder::phases() const {
+  static constexpr Phase kAll[] = {Phase::score, Phase::pool, Phase::select, Phase::attend, Phase::merge};
+  static constexpr Phase kNoChoice[] = {Phase::score, Phase::select, Phase::attend, Phase::merge};
+  static constexpr Phase kNoPages[] = {Phase::score, Phase::merge};
+  if (way_ == Way::no_pages) return kNoPages;
+  if (way_ == Way::sparse) return kAll;
+  return kNoChoice;
+}
+
 void KltDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) {
   const AttentionShape& shape = layer_.shape();
   StepScratch::Thread& thread = scratch.thread(ith);
   KltWork& work = *scratch.klt;
   KltWork::Thread& mine = *work.threads[static_cast<size_t>(ith)];
   const Part slices = part_of(kSlices, ith, n_threads);
-  switch (phase) {
-    case 0:
-      // The newest block always falls to the last slice, and that to the last thread.
-      if (ith == n_threads - 1) layer_.store_step(step.k, step.v);
-      if (ith == 0) {
-        query_ = step.q;
-        work.next_run = 0;
-      }
-      rotate_query(shape, layer_.rope(), step.q, layer_.n_tokens(), thread);
-      attend_exact_slices(shape, exact_, scratch, kSlices, slices, thread);
-      if (way_ != Way::sparse || slices.begin == slices.end) break;
-      klt_note_exact(shape, slices, scratch, work);
-      klt_score(layer_, profile_, thread.q.data(), slices, work, mine);
+  switch (phases()[static_cast<size_t>(phase)]) {
+    case Phase::score:
+      score(step, scratch, ith, n_threads);
       break;
-    case 1:
-      if (way_ == Way::sparse) klt_pool(layer_, profile_, slices, work, mine);
+    case Phase::pool:
+      thread.clock.enter(AttentionStage::select);
+      klt_pool(layer_, profile_, slices, work, mine);
       break;
-    case 2: {
+    case Phase::select: {
+      thread.clock.enter(AttentionStage::select);
       const Part heads = part_of(shape.n_head_kv, ith, n_threads);
       for (int64_t h = heads.begin; h < heads.end; ++h) select(work, mine, h);
       break;
     }
-    case 3:
+    case Phase::attend:
+      thread.clock.enter(AttentionStage::attend);
       if (way_ == Way::streamed) {
         for (int64_t i = slices.begin; i < slices.end; ++i) attend_slice(scratch, static_cast<int>(i), ith);
       } else {
-        attend_runs(thread.q.data(), work, mine);
+        attend_runs(thread, work, mine);
       }
       break;
-    default:
+    case Phase::merge:
       klt_merge(layer_, scratch, work, mine, part_of(shape.n_head, ith, n_threads), step.out);
       break;
   }
+}
+
+void KltDecoder::score(const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) {
+  const AttentionShape& shape = layer_.shape();
+  StepScratch::Thread& thread = scratch.thread(ith);
+  KltWork& work = *scratch.klt;
+  const Part slices = part_of(kSlices, ith, n_threads);
+  // The newest block always falls to the last slice, and that to the last thread.
+  if (ith == n_threads - 1) layer_.store_step(step.k, step.v);
+  if (ith == 0) {
+    query_ = step.q;
+    work.next_run = 0;
+  }
+  rotate_query(shape, layer_.rope(), step.q, layer_.n_tokens(), thread);
+  attend_exact_slices(shape, exact_, scratch, kSlices, slices, thread);
+  if (way_ != Way::sparse || slices.begin == slices.end) return;
+  thread.clock.enter(AttentionStage::score);
+  klt_note_exact(shape, slices, scratch, work);
+  klt_score(layer_, profile_, thread.q.data(), slices, work, *work.threads[static_cast<size_t>(ith)]);
 }
 
 void KltDecoder::select(KltWork& work, KltWork::Thread& thread, int64_t head_kv) {
@@ -104,7 +125,7 @@ void KltDecoder::select(KltWork& work, KltWork::Thread& thread, int64_t head_kv)
   for (int64_t i = 0; i < n; ++i) positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
 }
 
-void KltDecoder::attend_runs(const float* q, KltWork& work, KltWork::Thread& thread) {
+void KltDecoder::attend_runs(StepScratch::Thread& thread, KltWork& work, KltWork::Thread& mine) {
   const int64_t n_head_kv = layer_.shape().n_head_kv;
   int64_t total = 0;
   for (int64_t h = 0; h < n_head_kv; ++h) total += klt_n_run(work.n_selected[static_cast<size_t>(h)]);
@@ -113,7 +134,10 @@ void KltDecoder::attend_runs(const float* q, KltWork& work, KltWork::Thread& thr
     int64_t h = 0;
     for (; run >= klt_n_run(work.n_selected[static_cast<size_t>(h)]); ++h)
       run -= klt_n_run(work.n_selected[static_cast<size_t>(h)]);
-    klt_attend_run(layer_, h, run, q, work, thread);
+    thread.clock.enter(AttentionStage::rebuild);
+    klt_rebuild_run(layer_, h, run, work, mine);
+    thread.clock.enter(AttentionStage::attend);
+    klt_attend_run(layer_, h, run, thread.q.data(), work, mine);
   }
 }
 

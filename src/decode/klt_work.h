@@ -115,7 +115,9 @@ int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free);
 
 /// Runs of the selected tokens of a KV head, each a task with a slice of its own; at most kSlices.
 int64_t klt_n_run(int64_t n_selected);
-/// Attends to run `run` of a KV head: rebuilds what is missing of its keys, sums its values as latents.
+/// Rebuilds what is missing of the keys of run `run` of a KV head.
+void klt_rebuild_run(KltLayer& layer, int64_t head_kv, int64_t run, KltWork& work, KltWork::Thread& thread);
+/// Then attends to the run: sums its values as latents.
 void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
                     KltWork::Thread& thread);
 

@@ -54,6 +54,7 @@ class LayerDecoder {
 
   /// Serial, before each step: makes room in the cache, grows scratch. Everything that can fail.
   virtual Status prepare(StepScratch& scratch) = 0;
+  /// Of the step that was prepared.
   virtual int n_phase() const = 0;
   virtual void run_phase(int phase, const DecodeStep& step, StepScratch& scratch, int ith, int n_threads) = 0;
   /// Serial, after the last phase: the token counts.

@@ -32,6 +32,7 @@ void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, 
   for (size_t done = 0; done < selected.size(); done += kTileTokens) {
     const auto tile = tile_at(selected, done);
     const auto n = static_cast<int64_t>(tile.size());
+    thread.clock.enter(AttentionStage::rebuild);
     prefetch_selected(layer, selected.subspan(done + tile.size()));
     layer.gather_latents(tile.data(), n, thread.half.data(), kTile);
     for (int64_t t = 0; t < n; ++t) {
@@ -44,9 +45,12 @@ void attend_selected(const SalsLayer& layer, std::span<const int32_t> selected, 
       layer.rebuild_keys(thread.latent.data(), kTile, n, h, thread.key_t.data());
       ops.rope_tile(thread.key_t.data(), kTile, n, shape.head_dim, n_rot, thread.cos.data(),
                     thread.sin.data(), kTile);
+      thread.clock.enter(AttentionStage::attend);
       attend_tile(shape, h, thread.value.data(), n, thread);
+      thread.clock.enter(AttentionStage::rebuild);
     }
   }
+  thread.clock.enter(AttentionStage::attend);
 }
 
 }  // namespace narrows

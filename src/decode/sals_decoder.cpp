@@ -41,11 +41,13 @@ void SalsDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scra
     case 0:
       if (ith == 0) layer_.store_step(step.k, step.v);
       if (!reads_all()) {
+        scratch.thread(ith).clock.enter(AttentionStage::score);
         score_pages(layer_, step.q, part_of(layer_.n_page(), ith, n_threads), scratch.thread(ith),
                     scratch.scores.data());
       }
       break;
     case 1:
+      scratch.thread(ith).clock.enter(AttentionStage::select);
       rotate_query(shape, layer_.rope(), step.q, layer_.n_tokens(), scratch.thread(ith));
       if (ith == 0) {
         select_tokens(scratch.scores.data(), layer_.n_in_pages(), n_selected_, scratch.selected.data(),
@@ -60,6 +62,7 @@ void SalsDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scra
       }
       break;
     case 2:
+      scratch.thread(ith).clock.enter(AttentionStage::attend);
       attend_slices(scratch, part_of(kSlices, ith, n_threads), scratch.thread(ith));
       break;
     default:

@@ -4,6 +4,7 @@
 
 #include "base/aligned.h"
 #include "decode/layer_decoder.h"
+#include "decode/stage_clock.h"
 #include "kernels/ops.h"
 
 namespace narrows {
@@ -33,6 +34,7 @@ struct StepScratch::Thread {
   explicit Thread(const AttentionShape& shape);
 
   Slice* slice = nullptr;  ///< where attention adds up now
+  StageClock clock;        ///< decoders tell it which stage they begin
 
   AlignedArray<float> q;         ///< [n_head, head_dim] rotated, scaled by shape.scale
   AlignedArray<float> joint;     ///< [D] query heads of a KV head summed, before RoPE

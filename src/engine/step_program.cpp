@@ -1,20 +1,14 @@
 #include "engine/step_program.h"
 
 #include <algorithm>
-#include <chrono>
 
+#include "decode/scratch.h"
 #include "decode/stages.h"
 #include "kernels/ops.h"
 
 namespace narrows {
 
 namespace {
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 const float* floats(const ggml_tensor* t) {
   return t == nullptr ? nullptr : static_cast<const float*>(t->data);
@@ -105,10 +99,10 @@ void StepProgram::plan() {
 
 void StepProgram::run(std::span<const DecodeLane> lanes) {
   lanes_ = lanes;
-  if (measure_) last_ns_ = now_ns();
+  if (measure_) last_ns_ = monotonic_ns();
   pool_.run([](void* program, int ith, int /*n*/) { static_cast<StepProgram*>(program)->run_thread(ith); },
             this);
-  if (measure_) times_[static_cast<size_t>(StepStage::logits)] += now_ns() - last_ns_;
+  if (measure_) times_[static_cast<size_t>(StepStage::logits)] += monotonic_ns() - last_ns_;
   lanes_ = {};
 }
 
@@ -185,6 +179,8 @@ void StepProgram::gate_and_up(const Layer& layer, int ith, Worker& worker) {
 void StepProgram::attention(size_t l, int ith) {
   const LayerWeights& w = *layers_[l].w;
   const int n_threads = pool_.n_threads();
+  const bool measured = measure_ && ith == 0;
+  if (measured) lanes_[0].scratch->thread(0).clock.start(last_ns_);
   if (w.q_norm != nullptr || w.k_norm != nullptr) {
     // Heads of q, then of k, of all lanes. A product's parts do not end where heads do, hence a stage of its
     // own.
@@ -211,17 +207,17 @@ void StepProgram::attention(size_t l, int ith) {
     }
     pool_.barrier();
   }
-  if (measure_ && ith == 0) {
-    const int64_t now = now_ns();
-    times_[static_cast<size_t>(StepStage::attention)] += now - last_ns_;
-    last_ns_ = now;
-  }
+  if (!measured) return;
+  last_ns_ = monotonic_ns();
+  const StageClock::Times& stages = lanes_[0].scratch->thread(0).clock.stop(last_ns_);
+  for (size_t i = 0; i < kAttentionStages; ++i)
+    times_[static_cast<size_t>(StepStage::score) + i] += stages[i];
 }
 
 void StepProgram::finish_stage(StepStage stage, int ith) {
   pool_.barrier();
   if (!measure_ || ith != 0) return;
-  const int64_t now = now_ns();
+  const int64_t now = monotonic_ns();
   times_[static_cast<size_t>(stage)] += now - last_ns_;
   last_ns_ = now;
 }

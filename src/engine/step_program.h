@@ -29,9 +29,11 @@ struct DecodeLane {
   StepScratch* scratch = nullptr;
 };
 
-/// What the time of a step goes to, as the first thread sees it, waiting included.
-enum class StepStage { qkv, attention, wo, gate_up, down, logits };
-inline constexpr size_t kStepStages = 6;
+/// What the time of a step goes to, as the first thread sees it, waiting included: products, and attention's
+/// stages in AttentionStage's order (of several sessions, all in the first one's).
+enum class StepStage { qkv, score, select, rebuild, attend, wo, gate_up, down, logits };
+inline constexpr size_t kStepStages = 9;
+constexpr bool is_product(StepStage s) { return s < StepStage::score || s > StepStage::attend; }
 
 class StepProgram {
  public:
