@@ -17,26 +17,28 @@ KltStatistics::KltStatistics(const AttentionShape& shape)
   query_.assign(static_cast<size_t>(shape.n_head_kv), KeyMoments(shape.head_dim));
 }
 
-void KltStatistics::add(const float* k, const float* v, int64_t n) {
+void KltStatistics::add(const float* k, const float* v, int64_t n, Workers* workers) {
   // Only now: layers that wait for tokens need room for queries alone.
   for (int64_t h = 0; key_.size() * static_cast<size_t>(heads_) < query_.size(); h += heads_) {
     key_.emplace_back(heads_ * shape_.head_dim);
     value_.emplace_back(heads_ * shape_.head_dim);
   }
-  for (size_t p = 0; p < key_.size(); ++p) {
-    const int64_t channel = static_cast<int64_t>(p) * heads_ * shape_.head_dim;
-    key_[p].add(k + channel, shape_.width(), n);
-    value_[p].add(v + channel, shape_.width(), n);
-  }
+  for_each(workers, 2 * static_cast<int64_t>(key_.size()), [&](int64_t task) {
+    const int64_t p = task / 2, channel = p * heads_ * shape_.head_dim;
+    CentredMoments& moments = task % 2 == 0 ? key_[static_cast<size_t>(p)] : value_[static_cast<size_t>(p)];
+    moments.add((task % 2 == 0 ? k : v) + channel, shape_.width(), n);
+  });
 }
 
-void KltStatistics::add_queries(const float* q, int64_t n) {
+void KltStatistics::add_queries(const float* q, int64_t n, Workers* workers) {
   const int64_t d = shape_.head_dim;
-  std::vector<float> rows(static_cast<size_t>(n * d));
-  for (int64_t h = 0; h < shape_.n_head; ++h) {
-    for (int64_t t = 0; t < n; ++t) std::copy_n(q + (t * shape_.n_head + h) * d, d, rows.data() + t * d);
-    query_[static_cast<size_t>(h / shape_.group())].add(rows.data(), n);
-  }
+  for_each(workers, shape_.n_head_kv, [&](int64_t h_kv) {
+    std::vector<float> rows(static_cast<size_t>(n * d));
+    for (int64_t h = h_kv * shape_.group(); h < (h_kv + 1) * shape_.group(); ++h) {
+      for (int64_t t = 0; t < n; ++t) std::copy_n(q + (t * shape_.n_head + h) * d, d, rows.data() + t * d);
+      query_[static_cast<size_t>(h_kv)].add(rows.data(), n);
+    }
+  });
   n_queries_ += n;
 }
 
@@ -56,26 +58,31 @@ void KltStatistics::load_queries(SnapshotReader& in) {
 }
 
 Result<KltLayerBasis> KltStatistics::basis(const DistanceAverage& distances,
-                                           const std::vector<double>& value_weight) const {
+                                           const std::vector<double>& value_weight, Workers* workers) const {
   const int64_t square = shape_.head_dim * shape_.head_dim;
-  KltLayerBasis out;
-  for (size_t p = 0; p < key_.size(); ++p) {
-    const size_t first = p * static_cast<size_t>(heads_);
+  const size_t n_part = key_.size();
+  KltLayerBasis out{std::vector<KltBasis>(n_part), std::vector<KltBasis>(n_part)};
+  std::vector<Status> status(2 * n_part);
+  for_each(workers, static_cast<int64_t>(status.size()), [&](int64_t task) {
+    const auto p = static_cast<size_t>(task / 2), first = p * static_cast<size_t>(heads_);
+    const bool is_key = task % 2 == 0;
     std::vector<double> weight;
-    for (size_t h = first; h < first + static_cast<size_t>(heads_); ++h) {
+    for (size_t h = first; is_key && h < first + static_cast<size_t>(heads_); ++h) {
       std::vector<double> c = query_[h].moments();
       for (double& x : c) x /= static_cast<double>(std::max<int64_t>(1, query_[h].n_tokens()));
       const std::vector<double> seen = distances.apply(c.data());
       weight.insert(weight.end(), seen.begin(), seen.end());
     }
-    Result<KltBasis> key = make_klt_basis(key_[p], weight, shape_.head_dim);
-    if (!key.ok()) return key.status();
-    out.key.push_back(std::move(*key));
-    const auto begin = value_weight.begin() + static_cast<int64_t>(first) * square;
-    weight.assign(begin, begin + heads_ * square);
-    Result<KltBasis> value = make_klt_basis(value_[p], weight, shape_.head_dim);
-    if (!value.ok()) return value.status();
-    out.value.push_back(std::move(*value));
+    if (!is_key) {
+      const auto begin = value_weight.begin() + static_cast<int64_t>(first) * square;
+      weight.assign(begin, begin + heads_ * square);
+    }
+    Result<KltBasis> made = make_klt_basis(is_key ? key_[p] : value_[p], weight, shape_.head_dim);
+    status[static_cast<size_t>(task)] = made.status();
+    if (made.ok()) (is_key ? out.key : out.value)[p] = std::move(*made);
+  });
+  for (const Status& s : status) {
+    if (!s.ok()) return s;
   }
   return out;
 }
@@ -122,7 +129,7 @@ void KltLayer::observe_queries(const float* q, int64_t n) {
     queries_.push_back({segment, std::make_shared<KltStatistics>(shape())});
   std::shared_ptr<KltStatistics>& sums = queries_.back().sums;
   if (sums.use_count() > 1) sums = std::make_shared<KltStatistics>(*sums);
-  sums->add_queries(q, n);
+  sums->add_queries(q, n, workers());
 }
 
 Status KltLayer::set_transforms(const KltLayerBasis& basis) {
@@ -174,11 +181,11 @@ Status KltLayer::make_codec(const Incoming& incoming) {
   }
   const int64_t skip = std::max<int64_t>(0, kKltBegin - n_held);
   if (end > n_held + skip)
-    statistics.add(incoming.k + skip * width, incoming.v + skip * width, end - n_held - skip);
+    statistics.add(incoming.k + skip * width, incoming.v + skip * width, end - n_held - skip, workers());
 
   std::vector<double> value_weight;
   if (Status s = value_weight_(layer_, value_weight); !s.ok()) return s;
-  const Result<KltLayerBasis> basis = statistics.basis(*distances_, value_weight);
+  const Result<KltLayerBasis> basis = statistics.basis(*distances_, value_weight, workers());
   if (!basis.ok()) return basis.status();
   return set_transforms(*basis);
 }

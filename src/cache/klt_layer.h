@@ -23,15 +23,16 @@ using ValueWeightFn = std::function<Status(int64_t layer, std::vector<double>& w
 class KltStatistics {
  public:
   explicit KltStatistics(const AttentionShape& shape);
-  void add(const float* k, const float* v, int64_t n);  ///< [n, D] each
-  void add_queries(const float* q, int64_t n);          ///< [n, n_head, head_dim]
-  void add_queries(const KltStatistics& other);         ///< those that another has seen
+  // The work is shared among workers, if there are any; the statistics do not depend on them.
+  void add(const float* k, const float* v, int64_t n, Workers* workers = nullptr);  ///< [n, D] each
+  void add_queries(const float* q, int64_t n, Workers* workers = nullptr);          ///< [n, n_head, head_dim]
+  void add_queries(const KltStatistics& other);  ///< those that another has seen
   int64_t n_queries() const { return n_queries_; }
   /// Of the queries alone: keys and values are seen only when the transforms are made.
   void save_queries(SnapshotWriter& out) const;
   void load_queries(SnapshotReader& in);
-  Result<KltLayerBasis> basis(const DistanceAverage& distances,
-                              const std::vector<double>& value_weight) const;
+  Result<KltLayerBasis> basis(const DistanceAverage& distances, const std::vector<double>& value_weight,
+                              Workers* workers = nullptr) const;
 
  private:
   AttentionShape shape_;

@@ -216,6 +216,10 @@ CacheStats KvCache::stats() const {
   return stats;
 }
 
+void KvCache::use_workers(Workers* workers) {
+  for (auto& layer : layers_) layer->use_workers(workers);
+}
+
 bool KvCache::wants_queries() const {
   return std::any_of(layers_.begin(), layers_.end(),
                      [](const auto& layer) { return layer->wants_queries(); });

@@ -29,6 +29,7 @@ class KvCache {
   const KvProfile& profile() const { return profile_; }
   int64_t n_tokens() const { return layers_.front()->n_tokens(); }
   CacheStats stats() const;
+  void use_workers(Workers* workers);  ///< see LayerCache
   /// True if a layer still gathers statistics of queries.
   bool wants_queries() const;
   void clear();

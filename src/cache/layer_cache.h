@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "base/workers.h"
 #include "cache/snapshot.h"
 #include "kernels/rope_table.h"
 #include "narrows/config.h"
@@ -63,6 +64,10 @@ class LayerCache {
   virtual void observe_queries(const float* /*q*/, int64_t /*n*/) {}
   virtual bool wants_queries() const { return false; }
 
+  /// Threads for append(); null (as made): the caller's alone. They outlive the layer. What is stored does
+  /// not depend on them.
+  void use_workers(Workers* workers) { workers_ = workers; }
+
   /// The end of a segment of a prompt that is not its last (WindowPlan::segmented): encodes every token that
   /// it can, recent ones too. `changed_from` becomes the first position that read() now gives otherwise.
   virtual Status seal(int64_t* changed_from) {
@@ -94,10 +99,12 @@ class LayerCache {
 
  protected:
   LayerCache(const AttentionShape& shape, const kernels::RopeTable* rope) : shape_(shape), rope_(rope) {}
+  Workers* workers() const { return workers_; }
 
  private:
   AttentionShape shape_;
   const kernels::RopeTable* rope_;  ///< outlives the cache
+  Workers* workers_ = nullptr;
 };
 
 }  // namespace narrows

@@ -49,10 +49,11 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const Hparams& hp = model->weights().hparams();
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
       model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
-      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w); },
+      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w, &runner); },
       options.segments);
   if (!made.ok()) return made.status();
   cache = std::move(*made);
+  cache->use_workers(&runner);
   scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
   for (int64_t i = 0; i < hp.n_layer; ++i)
     decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));

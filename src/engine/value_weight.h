@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/workers.h"
 #include "model/weights.h"
 #include "narrows/status.h"
 
@@ -13,6 +14,7 @@ namespace narrows {
 /// weight [n_head_kv, head_dim, head_dim]: for each KV head the sum of Wo_h^T Wo_h over its query heads h.
 /// Reads the projection from the model's file (a repacked weight cannot be read back); io_error if the file
 /// is gone.
-Status value_weight(const ModelWeights& weights, int64_t layer, std::vector<double>& weight);
+Status value_weight(const ModelWeights& weights, int64_t layer, std::vector<double>& weight,
+                    Workers* workers = nullptr);
 
 }  // namespace narrows

@@ -3,6 +3,10 @@
 
 #include <fmt/format.h>
 
+#include <atomic>
+#include <exception>
+#include <mutex>
+
 namespace narrows {
 
 namespace {
@@ -73,6 +77,51 @@ Status GraphRunner::run(ggml_cgraph* graph) {
   if (status == GGML_STATUS_SUCCESS) return {};
   return {StatusCode::internal,
           fmt::format("ggml could not compute a graph: {}", ggml_status_to_string(status))};
+}
+
+namespace {
+
+/// Tasks that threads take one by one.
+struct TaskList {
+  int64_t n;
+  const std::function<void(int64_t)>& task;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr thrown;  ///< the first; must not reach ggml's threads
+
+  void work() {
+    for (int64_t i = next++; i < n; i = next++) {
+      try {
+        task(i);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!thrown) thrown = std::current_exception();
+      }
+    }
+  }
+  static void op(ggml_tensor* /*dst*/, int /*ith*/, int /*nth*/, void* list) {
+    static_cast<TaskList*>(list)->work();
+  }
+};
+
+}  // namespace
+
+void GraphRunner::for_each(int64_t n, const std::function<void(int64_t)>& task) {
+  TaskList list{n, task, {}, {}, {}};
+  std::vector<uint8_t> memory(ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false));
+  ggml_context* ctx = ggml_init({memory.size(), memory.data(), true});
+  ggml_tensor* nothing = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
+  ggml_tensor* op =
+      ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &nothing, 1, &TaskList::op, GGML_N_TASKS_MAX, &list);
+  float cell[2] = {};
+  nothing->data = &cell[0];
+  op->data = &cell[1];
+  ggml_cgraph* graph = ggml_new_graph_custom(ctx, 4, false);
+  ggml_build_forward_expand(graph, op);
+  const Status status = run(graph);
+  ggml_free(ctx);
+  if (!status.ok()) list.work();  // all tasks are still there
+  if (list.thrown) std::rethrow_exception(list.thrown);
 }
 
 }  // namespace narrows

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/workers.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 #include "model/weights.h"
@@ -40,13 +41,16 @@ ggml_tensor* build_rest(ggml_context* ctx, const Hparams& hp, const LayerWeights
 ggml_tensor* build_logits(ggml_context* ctx, const ModelWeights& w, ggml_tensor* x,
                           Products* products = nullptr);
 
-/// Runs graphs whose tensors are allocated, on n_threads, keeping ggml's work buffer from run to run.
-class GraphRunner {
+/// Runs graphs whose tensors are allocated, on n_threads, keeping ggml's work buffer from run to run; between
+/// graphs its threads do other work.
+class GraphRunner final : public Workers {
  public:
   explicit GraphRunner(int n_threads) : n_threads_(n_threads) {}
   /// internal if ggml reports a failure.
   Status run(ggml_cgraph* graph);
-  int n_threads() const { return n_threads_; }
+  int n_threads() const override { return n_threads_; }
+  /// As a graph of one op: ggml's threads are awake, and others would only take their cores.
+  void for_each(int64_t n, const std::function<void(int64_t)>& task) override;
 
  private:
   int n_threads_;

@@ -44,7 +44,8 @@ bool in_bf16(const ModelWeights& weights, PrefillProducts how, int64_t n) {
 /// Everything that lives for one run. D = n_head_kv * head_dim. `tail`: tokens of the cache that share a tile
 /// with the first new one.
 struct Prefill::LayerBuffers {
-  LayerBuffers(const Hparams& hp, PrefillAttention how, int64_t n_new, int64_t past, int n_threads)
+  LayerBuffers(const Hparams& hp, PrefillAttention how, int64_t n_new, int64_t past, int n_threads,
+               bool wants_queries)
       : n(n_new),
         n_past(past),
         tail(past % kPrefillTile),
@@ -54,6 +55,7 @@ struct Prefill::LayerBuffers {
         v((tail + n) * hp.n_head_kv * hp.head_dim),
         past_v(kPrefillTile * hp.n_head_kv * hp.head_dim),
         q(std::min(n, kChunk) * hp.n_head * hp.head_dim),
+        q_raw(wants_queries ? q.size() : 0),
         attention(attention_kind(how), attention_sizes(hp), n_past + n, n_threads) {}
   LayerBuffers(const LayerBuffers&) = delete;
   LayerBuffers& operator=(const LayerBuffers&) = delete;
@@ -61,8 +63,8 @@ struct Prefill::LayerBuffers {
     if (allocator != nullptr) ggml_gallocr_free(allocator);
   }
   bool ok() const {
-    return hidden.ok() && k_raw.ok() && k_rotated.ok() && v.ok() && past_v.ok() && q.ok() && attention.ok() &&
-           allocator != nullptr;
+    return hidden.ok() && k_raw.ok() && k_rotated.ok() && v.ok() && past_v.ok() && q.ok() && q_raw.ok() &&
+           attention.ok() && allocator != nullptr;
   }
 
   int64_t n;  ///< new tokens
@@ -74,6 +76,7 @@ struct Prefill::LayerBuffers {
   AlignedArray<float> v;          ///< [tail + n, D]
   AlignedArray<float> past_v;     ///< [kPrefillTile, D]
   AlignedArray<float> q;          ///< [kChunk, n_head * head_dim] rotated
+  AlignedArray<float> q_raw;      ///< the same before RoPE, if somebody wants them
   PromptAttention attention;
 
   // Where the run stands.
@@ -98,8 +101,6 @@ struct Prefill::ChunkOp {
   int64_t first;        ///< index of the chunk's first token among the new ones
   int64_t n;            ///< tokens of the chunk
   int64_t attend_from;  ///< first row of the chunk that needs attention
-  int64_t layer = 0;
-  const std::function<void(int64_t, const float*, int64_t)>* queries = nullptr;
   std::atomic<int64_t> next_task{0};
 
   int64_t width() const { return hp->n_head_kv * hp->head_dim; }
@@ -120,18 +121,10 @@ struct Prefill::ChunkOp {
                  b->k_rotated.data() + (position() % kPrefillTile + r) * width());
     op.rope_rows(row(t.q), hp->n_head, hp->head_dim, hp->rope.n_rot, angle, angle + half, 0, false,
                  b->q.data() + r * hp->n_head * hp->head_dim);
-  }
-
-  /// One thread; rows of a joined product have the keys and values between them.
-  void pass_queries(const ggml_tensor* q) const {
-    const int64_t row = hp->n_head * hp->head_dim;
-    std::vector<float> rows(static_cast<size_t>(n * row));
-    for (int64_t r = 0; r < n; ++r) {
-      std::memcpy(rows.data() + r * row,
-                  static_cast<const char*>(q->data) + static_cast<size_t>(r) * q->nb[2],
-                  static_cast<size_t>(row) * sizeof(float));
+    if (b->q_raw.size() > 0) {
+      const int64_t width_q = hp->n_head * hp->head_dim;
+      std::memcpy(b->q_raw.data() + r * width_q, row(t.q), static_cast<size_t>(width_q) * sizeof(float));
     }
-    (*queries)(layer, rows.data(), n);
   }
 
   static void store(ggml_tensor* dst, int ith, int nth, void* userdata) {
@@ -140,7 +133,6 @@ struct Prefill::ChunkOp {
     std::vector<float> angle(static_cast<size_t>(op.hp->rope.n_rot));
     const int64_t from = op.n * ith / nth, to = op.n * (ith + 1) / nth;
     for (int64_t r = from; r < to; ++r) op.store_row(t, r, angle.data());
-    if (ith == nth - 1 && op.queries != nullptr) op.pass_queries(t.q);
   }
 
   /// Tiles of the chunk, the one in which it begins included: tasks of one tile of one KV head.
@@ -179,7 +171,7 @@ int64_t Prefill::bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_
   const Hparams& hp = weights.hparams();
   const int64_t width = hp.n_head_kv * hp.head_dim, chunk = std::min(n, kChunk);
   const int64_t floats = n * (hp.n_embd + 2 * width) + (2 * kPrefillTile + kChunk) * width +
-                         chunk * (4 * hp.n_embd + 3 * hp.n_ff + 4 * hp.n_head * hp.head_dim) + hp.n_vocab;
+                         chunk * (4 * hp.n_embd + 3 * hp.n_ff + 5 * hp.n_head * hp.head_dim) + hp.n_vocab;
   const int64_t more = in_bf16(weights, products, n) ? Bf16Products::bytes_needed(weights, n_threads)
                                                      : PackedProducts::bytes_needed(weights, chunk);
   return floats * static_cast<int64_t>(sizeof(float)) + more +
@@ -235,8 +227,6 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   ggml_cgraph* graph = ggml_new_graph_custom(ctx, kGraphTensors, false);
 
   ChunkOp op;
-  op.queries = hooks_.queries ? &hooks_.queries : nullptr;
-  op.layer = layer;
   op.hp = &hp;
   op.rope = &rope_;
   op.b = &b;
@@ -284,6 +274,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
       status = not_finite(layer, bad < 0 ? bad : b.n_past + bad, attention_);
     }
   }
+  if (status.ok() && hooks_.queries) hooks_.queries(layer, b.q_raw.data(), n);
   if (status.ok() && attends) {
     float* to = last_row_only ? logits_ : hidden;
     const int64_t count = last_row_only ? hp.n_vocab : n * hp.n_embd;
@@ -313,7 +304,7 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   hooks_ = std::move(hooks);
   logits_ = logits;
   auto buffers =
-      std::make_unique<LayerBuffers>(weights_.hparams(), attention_, n, n_past, runner_.n_threads());
+      std::make_unique<LayerBuffers>(weights_.hparams(), attention_, n, n_past, runner_.n_threads(), static_cast<bool>(hooks_.queries));
   if (!buffers->ok()) {
     const int64_t bytes = bytes_needed(weights_, n, n_past, runner_.n_threads(), how_, attention_);
     return {StatusCode::out_of_memory,
