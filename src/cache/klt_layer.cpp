@@ -10,6 +10,13 @@ namespace narrows {
 
 using kernels::ops;
 
+namespace {
+
+/// Pages that are worth an encoder of their own.
+constexpr int64_t kLeastRun = 4;
+
+}  // namespace
+
 // --- statistics ---
 
 KltStatistics::KltStatistics(const AttentionShape& shape)
@@ -334,6 +341,35 @@ class KltLayer::AnchorScan {
 };
 
 Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
+  std::optional<AnchorScan> scan;
+  if (options_.anchors > 0 && samples_.bytes() > 0) scan.emplace(*this, incoming);
+  int64_t n_anchor = n_kept();
+  for (int64_t token = first; token < last; token += kPageTokens) {  // whole pages: the plan's unit
+    const int64_t p = token / kPageTokens;
+    const AnchorBits anchors = scan ? scan->next(token, options_.anchors * (p + 1) - n_anchor) : 0;
+    for (int64_t t = 0; t < kPageTokens; ++t) {
+      if ((anchors >> t & 1) != 0) keep_exact(token + t);
+    }
+    n_anchor += std::popcount(anchors);
+    std::memcpy(mutable_page(p), &anchors, sizeof(anchors));
+  }
+
+  // Runs of pages, one a thread: an encoder costs as much as some pages.
+  const int64_t first_page = first / kPageTokens, n_pages = last / kPageTokens - first_page;
+  const int64_t n_run =
+      std::clamp<int64_t>(n_pages / kLeastRun, 1, workers() == nullptr ? 1 : workers()->n_threads());
+  std::vector<int64_t> bad(static_cast<size_t>(n_run), -1);
+  for_each(workers(), n_run, [&](int64_t run) {
+    bad[static_cast<size_t>(run)] =
+        encode_pages(first_page + n_pages * run / n_run, first_page + n_pages * (run + 1) / n_run, incoming);
+  });
+  for (const int64_t p : bad) {
+    if (p >= 0) return non_finite_token(n_sink() + p * kPageTokens);
+  }
+  return {};
+}
+
+int64_t KltLayer::encode_pages(int64_t first, int64_t last, const Incoming& incoming) {
   const int64_t width = shape().width();
   const int64_t n_held = n_tokens() - n_sink();  // as an index into the pages; may be negative
   std::vector<float> k(static_cast<size_t>(kPageTokens * width));
@@ -341,10 +377,8 @@ Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
   std::vector<KltEncoder> encoders;
   encoders.reserve(parts_->size());
   for (const KltPart& part : *parts_) encoders.emplace_back(part);
-  std::optional<AnchorScan> scan;
-  if (options_.anchors > 0 && samples_.bytes() > 0) scan.emplace(*this, incoming);
-  int64_t n_anchor = n_kept();
-  for (int64_t token = first; token < last; token += kPageTokens) {  // whole pages: the plan's unit
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t token = p * kPageTokens;
     const float* keys = k.data();
     const float* values = v.data();
     if (token >= n_held) {
@@ -353,19 +387,11 @@ Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
     } else {
       gather(token, kPageTokens, incoming, KeyForm::plain, k.data(), v.data());
     }
-    const int64_t p = token / kPageTokens;
-    const AnchorBits anchors = scan ? scan->next(token, options_.anchors * (p + 1) - n_anchor) : 0;
-    for (int64_t t = 0; t < kPageTokens; ++t) {
-      if ((anchors >> t & 1) != 0) keep_exact(token + t);
-    }
-    n_anchor += std::popcount(anchors);
-    std::memcpy(mutable_page(p), &anchors, sizeof(anchors));
     for (KltEncoder& encoder : encoders) {
-      if (!encoder.encode(keys, values, width, anchors, mutable_page(p)))
-        return non_finite_token(n_sink() + token);
+      if (!encoder.encode(keys, values, width, anchors(p), mutable_page(p))) return p;
     }
   }
-  return {};
+  return -1;
 }
 
 AnchorBits KltLayer::anchors(int64_t p) const {

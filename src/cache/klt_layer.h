@@ -119,6 +119,8 @@ class KltLayer final : public WindowedLayer {
   };
 
   Status set_transforms(const KltLayerBasis& basis);
+  /// Pages [first, last), whose anchors are set; the first that cannot be stored, or -1.
+  int64_t encode_pages(int64_t first, int64_t last, const Incoming& incoming);
   void read_pages(int64_t first, int64_t n, float* k, float* v) const;
 
   /// Looks for anchors page by page; keys are rotated once each.

@@ -366,8 +366,7 @@ void take_queries(const PrefillRows& a, int64_t row, int64_t n_row, const FlashT
 }
 
 template <class F, bool kShift>
-void give_rows(const PrefillRows& a, int64_t row, const FlashTile<F>& shape, const float* base,
-               const FlashBlock<F>& b) {
+void give_rows(const PrefillRows& a, int64_t row, const float* base, const FlashBlock<F>& b) {
   for (int64_t i = 0; i < b.n_row; ++i) {
     float* out = a.out + (row + i) * a.ldo;
     float factor = 1;
@@ -417,8 +416,7 @@ void flash_attend(const PrefillRows& a) {
           attend_tile<F, kShift>(shape, tiles + t * shape.words, base, b, view, p);
       }
     }
-    for (int64_t i = 0; i < n_block; ++i)
-      give_rows<F, kShift>(a, row + i * kQueryLanes, shape, base, blocks[i]);
+    for (int64_t i = 0; i < n_block; ++i) give_rows<F, kShift>(a, row + i * kQueryLanes, base, blocks[i]);
   }
 }
 
