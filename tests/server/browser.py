@@ -43,7 +43,8 @@ class Page:
         self.socket.send(json.dumps({"id": self.n_sent, "method": method, "params": params}))
         while True:
             reply = json.loads(self.socket.recv())
-            if reply.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            advice = reply.get("params", {}).get("entry", {}).get("level") in ("verbose", "info")
+            if reply.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded") and not advice:
                 self.problems.append(json.dumps(reply["params"]))
             if reply.get("id") == self.n_sent:
                 assert "error" not in reply, reply

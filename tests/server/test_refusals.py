@@ -77,7 +77,7 @@ def test_huge_body_and_headers(start):
     status, _ = server.get("/health", headers={"X-Long": "a" * 100_000})
     assert status in (400, 431)
     with socket.create_connection(server.address) as s:  # a chunked body without end
-        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
         try:
             for _ in range(300):
                 s.sendall(b"2000\r\n" + b"a" * 0x2000 + b"\r\n")
@@ -121,8 +121,8 @@ def test_context_exceeded(start, stream):
 
 
 def test_memory_is_refused_with_figures(start):
-    server = start("--cache-mb", "60")
-    error = check_refusal(server.post(CHAT, {"messages": [{"role": "user", "content": "word " * 7000}]}), 503, "MB", "60 MB")
+    server = start("--cache-mb", "20")
+    error = check_refusal(server.post(CHAT, {"messages": [{"role": "user", "content": "word " * 7000}]}), 503, "MB", "20 MB")
     assert error["type"] == "out_of_memory_error"
     still_well(server)
 
