@@ -6,6 +6,8 @@
 #include <json-schema-to-grammar.h>
 #include <llama-grammar.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <exception>
 #include <new>
 
@@ -33,6 +35,10 @@ int nesting(std::string_view text) {
   return deepest;
 }
 
+/// The parser copies what is repeated, and takes {5,2} for a number of copies without end.
+constexpr size_t kMaxCopies = 1'000'000;
+constexpr uint64_t kMaxTimes = 2000;  ///< its own limit
+
 Status wrong(const std::string& reason) {
   return {StatusCode::invalid_argument, fmt::format("the grammar cannot be used: {}", reason)};
 }
@@ -45,6 +51,66 @@ std::string short_reason(const char* what) {
   return quoted.substr(1, quoted.size() - 2);
 }
 
+/// Index behind a quoted text or a range of characters that begins at `at` and ends with `end`.
+size_t behind(std::string_view text, size_t at, char end) {
+  for (++at; at < text.size() && text[at] != end; ++at) {
+    if (text[at] == '\\') ++at;
+  }
+  return std::min(at + 1, text.size());
+}
+
+/// The numbers of "{m}", "{m,}" or "{m,n}"; false if `inside` is none of them. n without limit: UINT64_MAX.
+bool read_times(std::string_view inside, uint64_t& m, uint64_t& n) {
+  std::string digits[2];
+  int part = 0;
+  for (const char c : inside) {
+    if (c == ',' && part == 0) {
+      part = 1;
+    } else if (c >= '0' && c <= '9') {
+      digits[part] += c;
+    } else if (c != ' ' && c != '\t' && c != '\r' && c != '\n') {
+      return false;
+    }
+  }
+  const auto number = [](const std::string& s) { return s.size() > 9 ? 999'999'999 : std::stoull(s); };
+  if (digits[0].empty()) return false;
+  m = number(digits[0]);
+  n = part == 0 ? m : digits[1].empty() ? UINT64_MAX : number(digits[1]);
+  return true;
+}
+
+/// Repetitions before the parser meets them: bounds of each, and the copies of all together.
+Status check_repetitions(std::string_view text) {
+  size_t item = 1;  // elements of what a repetition here would repeat, at most
+  size_t copies = 0;
+  for (size_t at = 0; at < text.size();) {
+    const char c = text[at];
+    size_t next = at + 1;
+    if (c == '#') {
+      next = std::min(text.find('\n', at), text.size());
+    } else if (c == '"' || c == '[') {
+      next = behind(text, at, c == '"' ? '"' : ']');
+      item = next - at;
+    } else if (c == '{') {
+      const size_t end = text.find('}', at);
+      uint64_t m = 0, n = 0;
+      if (end == std::string_view::npos || !read_times(text.substr(at + 1, end - at - 1), m, n))
+        return wrong("a repetition must be {m}, {m,} or {m,n}");
+      if (m > n) return wrong(fmt::format("the repetition {{{},{}}} ends before it begins", m, n));
+      item *= std::clamp<uint64_t>(n <= kMaxTimes ? n : m, 1, kMaxTimes);
+      copies += item;
+      next = end + 1;
+    } else if (c == '*' || c == '+' || c == '?') {
+      copies += item;
+    } else if (c != ' ' && c != '\t' && c != '\r' && c != '\n') {
+      item = 1;  // a name or a bracket: the rest is a rule of its own
+    }
+    if (copies > kMaxCopies) return wrong("its repetitions are too many together");
+    at = next;
+  }
+  return {};
+}
+
 }  // namespace
 
 Status check_grammar(const std::string& gbnf) {
@@ -52,6 +118,7 @@ Status check_grammar(const std::string& gbnf) {
   if (gbnf.find('\0') != std::string::npos) return wrong("it holds a zero byte");
   if (nesting(gbnf) > kMaxNesting)
     return wrong(fmt::format("brackets are nested deeper than {}", kMaxNesting));
+  if (Status s = check_repetitions(gbnf); !s.ok()) return s;
   const LlamaAbortGuard guard;
   try {
     llama_grammar_parser parser;

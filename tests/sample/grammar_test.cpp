@@ -108,6 +108,21 @@ TEST(Grammar, RefusesWhatIsNone) {
   reason("\n \t# only a remark");
 }
 
+// The parser would make copies of these until the memory ends.
+TEST(Grammar, RefusesRepetitionsThatNeverEnd) {
+  const auto refusal = [](const std::string& gbnf) { return check_grammar(gbnf).message(); };
+  EXPECT_THAT(refusal(R"(root ::= "a"{5,2})"), HasSubstr("{5,2} ends before it begins"));
+  EXPECT_THAT(refusal("root ::= [a-z]{ 5 ,\n 4 }"), HasSubstr("{5,4} ends before it begins"));
+  EXPECT_THAT(refusal(R"(root ::= "a"{,5})"), HasSubstr("{m,n}"));
+  EXPECT_THAT(refusal("root ::= \"" + std::string(10'000, 'a') + "\"{1500}"), HasSubstr("too many"));
+  EXPECT_THAT(refusal(R"(root ::= "a"{1000}{1000}{1000})"), HasSubstr("too many"));
+  for (const char* good : {R"(root ::= "{5,2}" [{5,2}\]] "a"{2,5} # {5,2})",
+                           R"(root ::= ("ab" | "c"){0,20} [0-9]{3} "x"{2,})", R"(root ::= "a"{0,1000000})"})
+    EXPECT_TRUE(check_grammar(good).ok()) << good << ": " << refusal(good);
+  EXPECT_FALSE(
+      grammar_of_schema(R"({"type":"array","items":{"type":"integer"},"minItems":5,"maxItems":2})").ok());
+}
+
 TEST(Grammar, RefusesSchemasThatAreNone) {
   const auto reason = [](const std::string& schema) {
     const auto grammar = grammar_of_schema(schema);
