@@ -53,8 +53,8 @@ struct Key {
 };
 
 /// Of the attention mass beside sinks and recent tokens, klt's selection leaves out this much at most if its
-/// budget allows: a third of the tokens for a tenth of the error (docs/experiments.md).
-constexpr double kKltMass = 0.99;
+/// budget allows: half of the tokens for a tenth of the error (docs/experiments.md).
+constexpr double kKltMass = 0.98;
 
 constexpr std::array<Key, 9> kKeys = {{
     {"k", nullptr, &KvProfile::key_rate, 0, 8, false, false, false, true},

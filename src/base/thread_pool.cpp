@@ -18,14 +18,6 @@ constexpr int64_t kIdleSpinNs = 200'000;
 /// Looks at the value between two looks at the clock.
 constexpr int kLooks = 32;
 
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 }  // namespace
 
 Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads) {
@@ -38,6 +30,14 @@ Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads) {
     return Status(StatusCode::out_of_memory, "the system gives no more threads; give a smaller --threads");
   }
   return pool;
+}
+
+void ThreadPool::pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 ThreadPool::~ThreadPool() {

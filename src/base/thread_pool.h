@@ -27,6 +27,9 @@ class ThreadPool {
 
   int n_threads() const { return n_threads_; }
 
+  /// For loops that wait for another thread of the pool.
+  static void pause();
+
   /// What all threads run, thread ith of n_threads.
   using Work = void(void* context, int ith, int n_threads);
   /// Returns when all threads have returned from it; what they wrote is then visible. One caller at a time.

@@ -237,7 +237,7 @@ void KltLayer::share_codec(const WindowedLayer& other, int64_t n) {
 void KltLayer::save_codec(SnapshotWriter& out) const {
   out.number(int64_t{has_codec()});
   for (const KltPart& part : *parts_) {
-    part.key().save(out);
+    part.key_transform().save(out);
     part.value().save(out);
   }
   samples_.save(out);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernels/half.h"
+#include "kernels/bf16.h"
 
 namespace narrows {
 
@@ -60,11 +60,16 @@ KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, in
   layout_.rest = kernels::make_plane_row(key_.octet_bits.data() + index_octets,
                                          (layout_.n_key - layout_.n_index) / kOctet);
   layout_.value = kernels::make_plane_row(value_.octet_bits.data(), layout_.n_value / kOctet);
+  std::vector<float> decode(key_.decode.size());
+  ops().f16_to_f32(key_.decode.data(), decode.data(), static_cast<int64_t>(decode.size()));
+  key_pairs_.resize(static_cast<size_t>(key_.n_coord / 2 * width()));
+  ops().pack_bf16(decode.data(), width(), key_.n_coord, width(), key_pairs_.data(), width());
+  std::vector<kernels::f16_t>().swap(key_.decode);
+  decode = decode_of_pairs();
   score_basis_.resize(static_cast<size_t>(width() * ld_score()));
   for (int64_t i = 0; i < width(); ++i) {
     float* row = score_basis_.data() + i * ld_score();
-    for (int64_t c = 0; c < layout_.n_index; ++c)
-      row[c] = kernels::half_to_float(key_.decode[static_cast<size_t>(c * width() + i)]);
+    for (int64_t c = 0; c < layout_.n_index; ++c) row[c] = decode[static_cast<size_t>(c * width() + i)];
     row[layout_.n_index] = key_.mean[static_cast<size_t>(i)];
   }
   for (int64_t c = 0; c < layout_.n_index; ++c) {
@@ -77,16 +82,41 @@ KltPart::KltPart(int64_t first_channel, KltTransform key, KltTransform value, in
   }
 }
 
+std::vector<float> KltPart::decode_of_pairs() const {
+  std::vector<float> decode(static_cast<size_t>(key_.n_coord * width()));
+  for (int64_t c = 0; c < key_.n_coord; ++c) {
+    const uint32_t* words = key_pairs_.data() + c / 2 * width();
+    float* row = decode.data() + c * width();
+    const int shift = c % 2 == 0 ? 0 : 16;
+    for (int64_t i = 0; i < width(); ++i)
+      row[i] = kernels::bf16_to_float(static_cast<uint16_t>(words[i] >> shift));
+  }
+  return decode;
+}
+
+KltTransform KltPart::key_transform() const {
+  // Rounding to bfloat16 may have left the range of halves, by less than it takes to come back.
+  constexpr float kLargestHalf = 65504.0F;
+  std::vector<float> decode = decode_of_pairs();
+  for (float& x : decode) x = std::clamp(x, -kLargestHalf, kLargestHalf);
+  KltTransform whole = key_;
+  whole.decode.resize(decode.size());
+  ops().f32_to_f16(decode.data(), whole.decode.data(), static_cast<int64_t>(decode.size()));
+  return whole;
+}
+
 int64_t KltPart::bytes() const {
   const size_t floats = score_step_.capacity() + score_centre_.capacity() + full_step_.capacity() +
                         full_centre_.capacity() + score_basis_.capacity();
-  return key_.bytes() + value_.bytes() + static_cast<int64_t>(floats * sizeof(float));
+  return key_.bytes() + value_.bytes() +
+         static_cast<int64_t>(floats * sizeof(float) + key_pairs_.capacity() * sizeof(uint32_t));
 }
 
 // --- writing
 
-KltEncoder::Forward::Forward(const KltTransform& t, int64_t ldz)
-    : transform(t), project(static_cast<size_t>(t.width * ldz), 0.0F) {
+KltEncoder::Forward::Forward(KltTransform of, int64_t ldz)
+    : transform(std::move(of)), project(static_cast<size_t>(transform.width * ldz), 0.0F) {
+  const KltTransform& t = transform;
   // decode^T, then times the weight, block by block.
   std::vector<float> turned(project.size(), 0.0F);
   std::vector<float> row(static_cast<size_t>(t.width));
@@ -106,7 +136,7 @@ KltEncoder::Forward::Forward(const KltTransform& t, int64_t ldz)
 KltEncoder::KltEncoder(const KltPart& part)
     : part_(part),
       ldz_(std::max(pad_latent(part.key_.n_coord), pad_latent(part.value_.n_coord))),
-      key_(part.key_, ldz_),
+      key_(part.key_transform(), ldz_),
       value_(part.value_, ldz_),
       centred_(static_cast<size_t>(kPageTokens * part.width())),
       z_(static_cast<size_t>(kPageTokens * ldz_)),
@@ -184,13 +214,12 @@ void KltPart::read_keys(const std::byte* page, const int32_t* slots, int64_t n, 
     op.expand_index(index(page), key_.octet_bits.data(), layout_.n_index / kOctet, kernels::kMaxBits,
                     scratch.codes.data());
   }
-  const auto* const rest = reinterpret_cast<const uint8_t*>(page) + layout_.rest_offset();
   for (int64_t i = 0; i < n; ++i) {
     float* z = scratch.key.data() + (row + i) * scratch.ld;
     op.read_index(scratch.codes.data(), slots[i], layout_.n_index, full_step_.data(), full_centre_.data(),
                   scratch.key_amplitude.data(), z);
-    op.unpack_planes(rest + slots[i] * layout_.rest.bytes, layout_.rest,
-                     scratch.key_amplitude.data() + layout_.n_index, z + layout_.n_index);
+    op.unpack_planes(rest_row(page, slots[i]), layout_.rest, scratch.key_amplitude.data() + layout_.n_index,
+                     z + layout_.n_index);
   }
 }
 
@@ -207,7 +236,7 @@ void KltPart::read_rows(const std::byte* page, const int32_t* slots, int64_t n, 
 void KltPart::rebuild_keys(const float* latent, int64_t ld, int64_t n, int64_t channel, int64_t count,
                            float* k, int64_t ldk) const {
   for (int64_t i = 0; i < n; ++i) std::copy_n(key_.mean.data() + channel, count, k + i * ldk);
-  ops().gemm_f16(n, count, key_.n_coord, latent, ld, key_.decode.data() + channel, key_.width, k, ldk, true);
+  ops().gemm_bf16(n, count, key_.n_coord, latent, ld, key_pairs_.data() + channel, width(), k, ldk, true);
 }
 
 void KltPart::rebuild_values(const float* latent, int64_t ld, int64_t n, float* v, int64_t ldv) const {

@@ -72,7 +72,10 @@ class KltPart {
   const KltLayout& layout() const { return layout_; }
   int64_t first_channel() const { return first_channel_; }
   int64_t width() const { return key_.width; }
+  /// Its decode is empty: key_transform() has it.
   const KltTransform& key() const { return key_; }
+  /// All of it, to write or to encode with; decode is as rebuilding knows it, in bfloat16.
+  KltTransform key_transform() const;
   const KltTransform& value() const { return value_; }
   int64_t bytes() const;
 
@@ -82,6 +85,10 @@ class KltPart {
   /// The keys of them alone.
   void read_keys(const std::byte* page, const int32_t* slots, int64_t n, int64_t row,
                  KltScratch& scratch) const;
+  /// One token's row of planes of the key coordinates that are not in the index, of shape layout().rest.
+  const uint8_t* rest_row(const std::byte* page, int64_t slot) const {
+    return reinterpret_cast<const uint8_t*>(page) + layout_.rest_offset() + slot * layout_.rest.bytes;
+  }
   /// One token's row of planes of the value, of shape layout().value, and the amplitudes
   /// [pad_latent(n_value)] of its page.
   const uint8_t* value_row(const std::byte* page, int64_t slot) const {
@@ -114,6 +121,7 @@ class KltPart {
   int64_t ld_score() const { return layout_.n_index + 1; }
 
  private:
+  std::vector<float> decode_of_pairs() const;  ///< [n_coord, width]
   const uint8_t* value_scales(const std::byte* page) const { return key_scales(page) + layout_.n_key; }
   int64_t first_channel_;
   KltTransform key_;
@@ -121,6 +129,7 @@ class KltPart {
   KltLayout layout_;
   std::vector<float> score_step_, score_centre_;  ///< [n_index]
   std::vector<float> score_basis_;
+  std::vector<uint32_t> key_pairs_;             ///< decode, [n_coord / 2, width] as pack_bf16() writes it
   std::vector<float> full_step_, full_centre_;  ///< [n_index] of all bits
 };
 
@@ -138,8 +147,8 @@ class KltEncoder {
  private:
   /// z = (x - mean) project, a column a coordinate.
   struct Forward {
-    Forward(const KltTransform& t, int64_t ldz);
-    const KltTransform& transform;
+    Forward(KltTransform of, int64_t ldz);
+    KltTransform transform;
     std::vector<float> project;  ///< [width, ldz]
   };
 

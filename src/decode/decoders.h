@@ -60,8 +60,8 @@ class SalsDecoder final : public LayerDecoder {
   std::vector<int32_t> positions_;  ///< [n_selected_], those of the last step
 };
 
-/// klt layers. Phases: store the new token, attend to exact blocks, score; pool, candidates; select, a KV
-/// head a task; rebuild what the hot keys lack, attend, a run of selected tokens a task; merge. Without a
+/// klt layers. Phases: store the new token, attend to exact blocks, score; pool, candidates; select, two
+/// tasks a KV head; rebuild what the hot keys lack, attend, a slice of the pages a task; merge. Without a
 /// choice to make the second is left out, without pages all but the first and the last. As with SALS, a layer
 /// that waits for its transforms has no pages.
 class KltDecoder final : public LayerDecoder {
@@ -82,8 +82,10 @@ class KltDecoder final : public LayerDecoder {
 
   std::span<const Phase> phases() const;
   void score(const DecodeStep& step, StepScratch& scratch, int ith, int n_threads);
-  void select(KltWork& work, KltWork::Thread& thread, int64_t head_kv);
-  void attend_runs(StepScratch::Thread& thread, KltWork& work, KltWork::Thread& mine);
+  void select(KltWork& work, KltWork::Thread& thread);
+  void choose(KltWork& work, const KltWork::Thread& thread, int64_t head_kv);
+  void hold(KltWork& work, int64_t head_kv);
+  void attend_slices(StepScratch::Thread& thread, int n_threads, KltWork& work, KltWork::Thread& mine);
   void attend_slice(StepScratch& scratch, int i, int ith);
 
   KltLayer& layer_;

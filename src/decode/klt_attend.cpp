@@ -15,8 +15,9 @@ using kernels::ops;
 
 namespace {
 
-/// Tokens of a run, at least: enough for a good product of those that are to be rebuilt.
-constexpr int64_t kRunTokens = 64;
+/// Pages whose amplitudes are held at once.
+constexpr int64_t kAmplitudePages = 16;
+static_assert(kAmplitudePages <= kernels::kTile);  // rows of KltWork::Thread::amplitude
 
 /// Calls read(page, slots, n, row) for the runs of tokens [n] that share a page; row: index of their first.
 template <class Read>
@@ -51,13 +52,35 @@ void rebuild(const KltLayer& layer, int64_t head_kv, std::span<const int32_t> to
   ops().f32_to_f16(thread.key.data(), thread.half.data(), n * d);
 }
 
-/// Fills the rows of hot keys that are missing among selected tokens [run.begin, run.end).
-void rebuild_missing(KltLayer& layer, int64_t head_kv, Part run, KltWork& work, KltWork::Thread& thread) {
+/// Tokens of a KV head that are selected in a slice, as indices into the selected.
+Part selected_in(const KltLayer& layer, int64_t head_kv, int slice, const KltWork& work) {
+  const Part pages = part_of(layer.n_page(), slice, kAttendSlices);
+  const int32_t* begin = work.selected.data() + head_kv * work.ld;
+  const int32_t* end = begin + work.n_selected[static_cast<size_t>(head_kv)];
+  const int32_t* first = std::lower_bound(begin, end, static_cast<int32_t>(pages.begin * kPageTokens));
+  const int32_t* last = std::lower_bound(first, end, static_cast<int32_t>(pages.end * kPageTokens));
+  return {first - begin, last - begin};
+}
+
+/// Those of them whose rebuilt keys are missing, as indices into the selected.
+std::span<const int32_t> missing_in(int64_t head_kv, Part own, const KltWork& work) {
+  const int32_t* begin = work.missing.data() + head_kv * work.ld;
+  const int32_t* end = begin + work.n_missing[static_cast<size_t>(head_kv)];
+  const int32_t* first = std::lower_bound(begin, end, static_cast<int32_t>(own.begin));
+  return {first, std::lower_bound(first, end, static_cast<int32_t>(own.end))};
+}
+
+void ask(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+  __builtin_prefetch(static_cast<const char*>(p) + bytes - 1);
+}
+
+/// Fills the rows of hot keys that are missing among selected tokens [own.begin, own.end).
+void rebuild_missing(KltLayer& layer, int64_t head_kv, Part own, KltWork& work, KltWork::Thread& thread) {
   const int64_t at = head_kv * work.ld, d = layer.shape().head_dim;
-  const int32_t* first = work.missing.data() + at;
-  const int32_t* last = first + work.n_missing[static_cast<size_t>(head_kv)];
-  first = std::lower_bound(first, last, static_cast<int32_t>(run.begin));
-  last = std::lower_bound(first, last, static_cast<int32_t>(run.end));
+  const std::span<const int32_t> missing = missing_in(head_kv, own, work);
+  const int32_t* first = missing.data();
+  const int32_t* last = first + missing.size();
   const KltPart& part = layer.part_of_head(head_kv);
   KltHotKeys& hot = layer.hot_keys(head_kv);
   int32_t tokens[kTile];
@@ -75,23 +98,6 @@ void rebuild_missing(KltLayer& layer, int64_t head_kv, Part run, KltWork& work, 
   }
 }
 
-/// Asks for the rows that a run is going to read: selected tokens lie scattered over more than the CPU's
-/// caches.
-void prefetch(KltLayer& layer, int64_t head_kv, Part run, const KltWork& work) {
-  const KltPart& part = layer.part_of_head(head_kv);
-  KltHotKeys& hot = layer.hot_keys(head_kv);
-  const int64_t key_bytes = layer.shape().head_dim * int64_t{sizeof(kernels::f16_t)};
-  const int64_t value_bytes = part.layout().value.bytes;
-  const auto ask = [](const void* p, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
-  };
-  for (int64_t i = head_kv * work.ld + run.begin; i < head_kv * work.ld + run.end; ++i) {
-    const int32_t token = work.selected[static_cast<size_t>(i)];
-    ask(hot.row(work.slot[static_cast<size_t>(i)]), key_bytes);
-    ask(part.value_row(layer.page(token / kPageTokens), token % kPageTokens), value_bytes + 63);
-  }
-}
-
 }  // namespace
 
 int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free) {
@@ -102,55 +108,96 @@ int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free) {
   return n;
 }
 
-int64_t klt_n_run(int64_t n_selected) { return std::min<int64_t>(ceil_div(n_selected, kRunTokens), kSlices); }
+void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work) {
+  const int64_t key_bytes = layer.shape().head_dim * int64_t{sizeof(kernels::f16_t)};
+  for (int64_t h = 0; h < layer.shape().n_head_kv; ++h) {
+    const KltPart& part = layer.part_of_head(h);
+    const KltLayout& layout = part.layout();
+    KltHotKeys& hot = layer.hot_keys(h);
+    const Part own = selected_in(layer, h, slice, work);
+    const int32_t* token = work.selected.data() + h * work.ld;
+    int64_t last_page = -1;
+    for (const int32_t i : missing_in(h, own, work)) {
+      const int64_t p = token[i] / kPageTokens;
+      const std::byte* page = layer.page(p);
+      if (p != last_page) ask(part.key_scales(page), layout.n_key);
+      if (p != last_page && layout.index_bytes > 0) ask(part.index(page), layout.index_bytes);
+      last_page = p;
+      if (layout.rest.bytes > 0) ask(part.rest_row(page, token[i] % kPageTokens), layout.rest.bytes);
+    }
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      ask(hot.row(work.slot[static_cast<size_t>(h * work.ld + i)]), key_bytes);
+      ask(part.value_row(layer.page(token[i] / kPageTokens), token[i] % kPageTokens), layout.value.bytes);
+    }
+  }
+}
+
+void klt_rebuild_slice(KltLayer& layer, int slice, KltWork& work, KltWork::Thread& thread) {
+  for (int64_t h = 0; h < layer.shape().n_head_kv; ++h)
+    rebuild_missing(layer, h, selected_in(layer, h, slice, work), work, thread);
+}
 
 namespace {
 
-/// As indices into the selected.
-Part tokens_of_run(const KltWork& work, int64_t head_kv, int64_t run) {
-  const int64_t n_selected = work.n_selected[static_cast<size_t>(head_kv)];
-  return part_of(n_selected, static_cast<int>(run), static_cast<int>(klt_n_run(n_selected)));
+/// Weights of a KV head's tokens [own.begin, own.end) of the selected: weight [group, ld], relative to what
+/// the slice's state then says.
+void weigh_tokens(KltLayer& layer, int64_t head_kv, Part own, const float* q, const KltWork& work,
+                  float* weight, int64_t ld, KltWork::Slice& slice) {
+  const AttentionShape& shape = layer.shape();
+  const int64_t d = shape.head_dim, group = shape.group(), head = head_kv * group, n = own.end - own.begin;
+  ops().score_rows_f16(layer.hot_keys(head_kv).rows(), work.slot.data() + head_kv * work.ld + own.begin, n,
+                       q + head * d, group, d, weight, ld);
+  for (int64_t r = 0; r < group; ++r)
+    ops().softmax_part(weight + r * ld, n, &slice.max[head + r], &slice.sum[head + r]);
 }
 
 }  // namespace
 
-void klt_rebuild_run(KltLayer& layer, int64_t head_kv, int64_t run, KltWork& work, KltWork::Thread& thread) {
-  const Part own = tokens_of_run(work, head_kv, run);
-  prefetch(layer, head_kv, own, work);
-  rebuild_missing(layer, head_kv, own, work, thread);
-}
-
-void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
-                    KltWork::Thread& thread) {
+void klt_attend_slice(KltLayer& layer, int i, const float* q, KltWork& work, KltWork::Thread& thread) {
   const AttentionShape& shape = layer.shape();
-  const int64_t d = shape.head_dim, group = shape.group(), head = head_kv * group, at = head_kv * work.ld;
-  const Part own = tokens_of_run(work, head_kv, run);
-  const int64_t n = own.end - own.begin;
-  KltWork::Slice& slice = *work.slices[static_cast<size_t>(run)];
-  float* score = thread.run_score.data();
-  ops().score_rows_f16(layer.hot_keys(head_kv).rows(), work.slot.data() + at + own.begin, n, q + head * d,
-                       group, d, score, n);
-  for (int64_t r = 0; r < group; ++r)
-    ops().softmax_part(score + r * n, n, &slice.max[head + r], &slice.sum[head + r]);
-
-  const KltPart& part = layer.part_of_head(head_kv);
+  const int64_t group = shape.group(), ld = work.ld_run;
+  KltWork::Slice& slice = *work.slices[static_cast<size_t>(i)];
+  const Part pages = part_of(layer.n_page(), i, kAttendSlices);
+  Part* own = thread.own.data();
+  for (int64_t h = 0; h < shape.n_head_kv; ++h) {
+    own[h] = selected_in(layer, h, i, work);
+    if (own[h].begin < own[h].end)
+      weigh_tokens(layer, h, own[h], q, work, thread.weights.data() + h * group * ld, ld, slice);
+  }
+  const int64_t heads = layer.heads_of_a_part();
   const uint8_t* rows[kTile];
   const float* amplitudes[kTile];
-  for (int64_t done = 0; done < n; done += kTile) {
-    const int64_t m = std::min(kTile, n - done);
-    float* amplitude = thread.amplitude.data();
-    const int32_t* selected = work.selected.data() + at + own.begin + done;
-    by_page({selected, static_cast<size_t>(m)},
-            [&](int64_t page, const int32_t* slots, int64_t count, int64_t row) {
-              part.value_amplitudes(layer.page(page), amplitude);
-              for (int64_t i = 0; i < count; ++i) {
-                rows[row + i] = part.value_row(layer.page(page), slots[i]);
-                amplitudes[row + i] = amplitude;
-              }
-              amplitude += work.ld_latent;
-            });
-    ops().sum_planes(rows, amplitudes, m, part.layout().value, score + done, n, group, done > 0,
-                     slice.latent.data() + head * work.ld_latent, work.ld_latent);
+  for (int64_t first = 0; first < shape.n_head_kv; first += heads) {
+    const KltPart& part = layer.part_of_head(first);
+    std::copy_n(own + first, heads, thread.left.data());
+    // Pages outside, heads inside: the amplitudes of a page serve all heads, and so does what is in the
+    // caches.
+    for (int64_t p = pages.begin; p < pages.end; p += kAmplitudePages) {
+      const int64_t end = std::min(p + kAmplitudePages, pages.end);
+      uint32_t known = 0;
+      for (int64_t h = first; h < first + heads; ++h) {
+        const int32_t* token = work.selected.data() + h * work.ld;
+        Part& left = thread.left[static_cast<size_t>(h - first)];
+        while (left.begin < left.end && token[left.begin] < end * kPageTokens) {
+          int64_t n = 0;
+          for (; n < kTile && left.begin + n < left.end; ++n) {
+            const int64_t page = token[left.begin + n] / kPageTokens;
+            if (page >= end) break;
+            float* amplitude = thread.amplitude.data() + (page - p) * work.ld_latent;
+            if ((known >> (page - p) & 1) == 0) part.value_amplitudes(layer.page(page), amplitude);
+            known |= 1U << (page - p);
+            rows[n] = part.value_row(layer.page(page), token[left.begin + n] % kPageTokens);
+            amplitudes[n] = amplitude;
+          }
+          const Part all = own[h];
+          ops().sum_planes(rows, amplitudes, n, part.layout().value,
+                           thread.weights.data() + h * group * ld + (left.begin - all.begin), ld, group,
+                           left.begin > all.begin, work.latents(h * group, i),
+                           kAttendSlices * work.ld_latent);
+          left.begin += n;
+        }
+      }
+    }
   }
 }
 
@@ -158,10 +205,11 @@ namespace {
 
 /// One KV head over a tile whose latents are in thread.tile.
 void attend_head(const KltLayer& layer, int64_t head_kv, std::span<const int32_t> tokens, const float* q,
-                 const KltWork& work, KltWork::Thread& thread, KltWork::Slice& slice) {
+                 KltWork& work, KltWork::Thread& thread, int i) {
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim, group = shape.group();
   const auto n = static_cast<int64_t>(tokens.size());
+  KltWork::Slice& slice = *work.slices[static_cast<size_t>(i)];
   rebuild(layer, head_kv, tokens, thread);
   int32_t rows[kTile];
   std::iota(rows, rows + n, 0);
@@ -175,7 +223,7 @@ void attend_head(const KltLayer& layer, int64_t head_kv, std::span<const int32_t
     float max = 0;
     float sum = 0;
     ops().softmax_part(weight, n, &max, &sum);
-    float* latent = slice.latent.data() + h * work.ld_latent;
+    float* latent = work.latents(h, i);
     const bool empty = slice.sum[h] == 0;
     if (empty) {
       slice.max[h] = max;
@@ -197,7 +245,7 @@ void attend_head(const KltLayer& layer, int64_t head_kv, std::span<const int32_t
 }  // namespace
 
 void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork& work,
-                    KltWork::Thread& thread, KltWork::Slice& slice) {
+                    KltWork::Thread& thread, int slice) {
   int32_t tile[kTile];
   for (int64_t first = tokens.begin; first < tokens.end; first += kTile) {
     const int64_t n = klt_free_tokens(layer, {first, std::min(first + kTile, tokens.end)}, tile);
@@ -222,42 +270,42 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWo
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim;
   const bool has_pages = layer.n_in_pages() > 0;  // else nobody has looked at the latent slices
+  const int n_latent = has_pages ? kAttendSlices : 0;
   for (int64_t h = heads.begin; h < heads.end; ++h) {
     float top = -std::numeric_limits<float>::infinity();
     for (int i = 0; i < kSlices; ++i) {
       StepScratch::Slice& exact = scratch.slice(kSlices + i);
-      const KltWork::Slice& latent = *work.slices[static_cast<size_t>(i)];
       if (exact.sum[h] != 0) top = std::fmax(top, exact.max[h]);
-      if (has_pages && latent.sum[h] != 0) top = std::fmax(top, latent.max[h]);
+    }
+    for (int i = 0; i < n_latent; ++i) {
+      const KltWork::Slice& latent = *work.slices[static_cast<size_t>(i)];
+      if (latent.sum[h] != 0) top = std::fmax(top, latent.max[h]);
     }
     float* y = out + h * d;
     std::fill_n(y, d, 0.0F);
-    const int64_t n_value = has_pages ? layer.part_of_head(h / shape.group()).layout().n_value : 0;
-    float* sum_of_latents = thread.latent.data();
-    std::fill_n(sum_of_latents, n_value, 0.0F);
     float total = 0;
-    float in_pages = 0;
     for (int i = 0; i < kSlices; ++i) {
       StepScratch::Slice& exact = scratch.slice(kSlices + i);
-      if (exact.sum[h] != 0) {
-        const float weight = std::exp(exact.max[h] - top);
-        total += weight * exact.sum[h];
-        const float* from = exact.out.data() + h * d;
-        for (int64_t c = 0; c < d; ++c) y[c] += weight * from[c];
-      }
+      if (exact.sum[h] == 0) continue;
+      const float weight = std::exp(exact.max[h] - top);
+      total += weight * exact.sum[h];
+      const float* from = exact.out.data() + h * d;
+      for (int64_t c = 0; c < d; ++c) y[c] += weight * from[c];
+    }
+    float in_pages = 0;
+    float weights[kAttendSlices];  // 0 of an empty slice, whose sums are old ones
+    for (int i = 0; i < n_latent; ++i) {
       const KltWork::Slice& latent = *work.slices[static_cast<size_t>(i)];
-      if (has_pages && latent.sum[h] != 0) {
-        const float weight = std::exp(latent.max[h] - top);
-        in_pages += weight * latent.sum[h];
-        const float* from = latent.latent.data() + h * work.ld_latent;
-        for (int64_t c = 0; c < n_value; ++c) sum_of_latents[c] += weight * from[c];
-      }
+      weights[i] = latent.sum[h] != 0 ? std::exp(latent.max[h] - top) : 0.0F;
+      in_pages += weights[i] * latent.sum[h];
     }
     total += in_pages;
     if (in_pages > 0) {
       const int64_t head_kv = h / shape.group();
-      layer.part_of_head(head_kv).rebuild_value(sum_of_latents, in_pages, layer.channel_of_head(head_kv), d,
-                                                y);
+      const KltPart& part = layer.part_of_head(head_kv);
+      ops().gemm(1, part.layout().n_value, kAttendSlices, weights, kAttendSlices, work.latents(h, 0),
+                 work.ld_latent, thread.latent.data(), work.ld_latent, false);
+      part.rebuild_value(thread.latent.data(), in_pages, layer.channel_of_head(head_kv), d, y);
     }
     const float inverse = total > 0 ? 1.0F / total : 0.0F;
     for (int64_t c = 0; c < d; ++c) y[c] *= inverse;

@@ -1,7 +1,9 @@
 // A klt step in the stages' order.
 #include <algorithm>
 #include <new>
+#include <thread>
 
+#include "base/thread_pool.h"
 #include "decode/decoders.h"
 #include "decode/klt_work.h"
 
@@ -11,6 +13,9 @@ namespace {
 
 /// Tokens that are all read are cut into slices in runs of this many, as for SALS.
 constexpr int64_t kRun = 16;
+
+/// Looks at what another thread chooses before the core is offered to it.
+constexpr int kSpins = 2000;
 
 }  // namespace
 
@@ -65,18 +70,17 @@ void KltDecoder::run_phase(int phase, const DecodeStep& step, StepScratch& scrat
       thread.clock.enter(AttentionStage::select);
       klt_pool(layer_, profile_, slices, work, mine);
       break;
-    case Phase::select: {
+    case Phase::select:
       thread.clock.enter(AttentionStage::select);
-      const Part heads = part_of(shape.n_head_kv, ith, n_threads);
-      for (int64_t h = heads.begin; h < heads.end; ++h) select(work, mine, h);
+      select(work, mine);
       break;
-    }
     case Phase::attend:
       thread.clock.enter(AttentionStage::attend);
       if (way_ == Way::streamed) {
-        for (int64_t i = slices.begin; i < slices.end; ++i) attend_slice(scratch, static_cast<int>(i), ith);
+        const Part own = part_of(kAttendSlices, ith, n_threads);
+        for (int64_t i = own.begin; i < own.end; ++i) attend_slice(scratch, static_cast<int>(i), ith);
       } else {
-        attend_runs(thread, work, mine);
+        attend_slices(thread, n_threads, work, mine);
       }
       break;
     case Phase::merge:
@@ -94,7 +98,9 @@ void KltDecoder::score(const DecodeStep& step, StepScratch& scratch, int ith, in
   if (ith == n_threads - 1) layer_.store_step(step.k, step.v);
   if (ith == 0) {
     query_ = step.q;
-    work.next_run = 0;
+    work.next_choice = 0;
+    work.next_slice = 0;
+    for (std::atomic<bool>& chosen : work.chosen) chosen = false;
   }
   rotate_query(shape, layer_.rope(), step.q, layer_.n_tokens(), thread);
   attend_exact_slices(shape, exact_, scratch, kSlices, slices, thread);
@@ -104,18 +110,45 @@ void KltDecoder::score(const DecodeStep& step, StepScratch& scratch, int ith, in
   klt_score(layer_, profile_, thread.q.data(), slices, work, *work.threads[static_cast<size_t>(ith)]);
 }
 
-void KltDecoder::select(KltWork& work, KltWork::Thread& thread, int64_t head_kv) {
+// A task a KV head chooses its tokens, and one gives them their rows of hot keys: apart, so that threads of
+// which there are fewer than heads share the work more evenly. Tasks are taken in order, so whoever waits
+// waits for a task that runs.
+void KltDecoder::select(KltWork& work, KltWork::Thread& thread) {
+  const int64_t n_head_kv = layer_.shape().n_head_kv;
+  for (int64_t i = work.next_choice++; i < 2 * n_head_kv; i = work.next_choice++) {
+    std::atomic<bool>& chosen = work.chosen[static_cast<size_t>(i % n_head_kv)];
+    if (i < n_head_kv) {
+      choose(work, thread, i);
+      chosen.store(true, std::memory_order_release);
+    } else {
+      for (int spin = 0; !chosen.load(std::memory_order_acquire); ++spin) {
+        if (spin < kSpins) {
+          ThreadPool::pause();
+        } else {
+          std::this_thread::yield();  // more threads than cores: the one that chooses may have none
+        }
+      }
+      hold(work, i - n_head_kv);
+    }
+  }
+}
+
+void KltDecoder::choose(KltWork& work, const KltWork::Thread& thread, int64_t head_kv) {
   const int64_t group = layer_.shape().group();
   for (const auto& slice : work.slices) std::fill_n(slice->sum.data() + head_kv * group, group, 0.0F);
-  if (way_ == Way::streamed) return;
-  int32_t* selected = work.selected.data() + head_kv * work.ld;
-  const auto at = static_cast<size_t>(head_kv);
-  int64_t& n = work.n_selected[at];
   if (way_ == Way::sparse) {
     klt_select(layer_, profile_, budget_, head_kv, work, thread);
-  } else {
-    n = klt_free_tokens(layer_, {0, layer_.n_in_pages()}, selected);
+  } else if (way_ == Way::hot) {
+    work.n_selected[static_cast<size_t>(head_kv)] =
+        klt_free_tokens(layer_, {0, layer_.n_in_pages()}, work.selected.data() + head_kv * work.ld);
   }
+}
+
+void KltDecoder::hold(KltWork& work, int64_t head_kv) {
+  if (way_ == Way::streamed) return;
+  const auto at = static_cast<size_t>(head_kv);
+  const int64_t n = work.n_selected[at];
+  const int32_t* selected = work.selected.data() + head_kv * work.ld;
   work.n_missing[at] =
       layer_.hot_keys(head_kv).hold({selected, static_cast<size_t>(n)}, work.slot.data() + head_kv * work.ld,
                                     work.missing.data() + head_kv * work.ld);
@@ -125,29 +158,30 @@ void KltDecoder::select(KltWork& work, KltWork::Thread& thread, int64_t head_kv)
   for (int64_t i = 0; i < n; ++i) positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
 }
 
-void KltDecoder::attend_runs(StepScratch::Thread& thread, KltWork& work, KltWork::Thread& mine) {
-  const int64_t n_head_kv = layer_.shape().n_head_kv;
-  int64_t total = 0;
-  for (int64_t h = 0; h < n_head_kv; ++h) total += klt_n_run(work.n_selected[static_cast<size_t>(h)]);
-  for (int64_t i = work.next_run.fetch_add(1); i < total; i = work.next_run.fetch_add(1)) {
-    int64_t run = i;
-    int64_t h = 0;
-    for (; run >= klt_n_run(work.n_selected[static_cast<size_t>(h)]); ++h)
-      run -= klt_n_run(work.n_selected[static_cast<size_t>(h)]);
+// The newest slice first: it is often the fullest, and what comes last should be short. While a thread works
+// on one, the rows of the slice that will probably be its next are on their way.
+void KltDecoder::attend_slices(StepScratch::Thread& thread, int n_threads, KltWork& work,
+                               KltWork::Thread& mine) {
+  bool asked = false;
+  for (int slice = kAttendSlices - 1 - work.next_slice++; slice >= 0;
+       slice = kAttendSlices - 1 - work.next_slice++) {
     thread.clock.enter(AttentionStage::rebuild);
-    klt_rebuild_run(layer_, h, run, work, mine);
+    if (!asked) klt_prefetch_slice(layer_, slice, work);
+    asked = slice >= n_threads;
+    if (asked) klt_prefetch_slice(layer_, slice - n_threads, work);
+    klt_rebuild_slice(layer_, slice, work, mine);
     thread.clock.enter(AttentionStage::attend);
-    klt_attend_run(layer_, h, run, thread.q.data(), work, mine);
+    klt_attend_slice(layer_, slice, thread.q.data(), work, mine);
   }
 }
 
 void KltDecoder::attend_slice(StepScratch& scratch, int i, int ith) {
   KltWork& work = *scratch.klt;
   const int64_t n = layer_.n_in_pages();
-  const Part runs = part_of(ceil_div(n, kRun), i, kSlices);
+  const Part runs = part_of(ceil_div(n, kRun), i, kAttendSlices);
   const Part tokens = {runs.begin * kRun, std::min(runs.end * kRun, n)};
   klt_attend_all(layer_, tokens, scratch.thread(ith).q.data(), work, *work.threads[static_cast<size_t>(ith)],
-                 *work.slices[static_cast<size_t>(i)]);
+                 i);
 }
 
 void KltDecoder::finish() {

@@ -30,7 +30,9 @@ void set_anchors(const KltLayer& layer, Part pages, float value, KltWork& work) 
   }
 }
 
-/// Folds the queries of a part's heads into thread.folded, a group of ld columns a query head.
+/// Folds the queries of a part's heads into thread.folded, a group of ld columns a query head; and again, in
+/// bfloat16, as the product wants them: what that costs an index of a few bits a coordinate is nothing. Not
+/// so the columns of the mean: a mean key may be large, and moves whole blocks against each other.
 void fold_queries(const KltLayer& layer, int64_t first_kv, const KltPart& part, const float* q,
                   const KltWork& work, KltWork::Thread& thread) {
   const AttentionShape& shape = layer.shape();
@@ -46,7 +48,23 @@ void fold_queries(const KltLayer& layer, int64_t first_kv, const KltPart& part, 
       ops().gemm(1, ld, d - n_rot, row + n_rot, d, basis + n_rot * ld, ld, to + (work.n_coef - 1) * lda, lda,
                  false);
     }
+    for (int64_t c = 0; c < work.n_coef; ++c)
+      thread.folded_mean[c * n_query + i] = to[c * lda + part.layout().n_index];
   }
+  ops().pack_bf16(thread.folded.data(), lda, work.n_coef, lda, thread.folded_pairs.data(), lda);
+}
+
+/// The folded queries at the centres of n blocks: thread.projected [n, n_query * ld].
+void project_queries(const KltPart& part, int64_t first_block, int64_t n, int64_t n_query,
+                     const KltWork& work, KltWork::Thread& thread) {
+  const int64_t ld = part.ld_score(), columns = n_query * ld;
+  const float* turns = work.turns.data() + first_block * work.n_coef;
+  ops().gemm_bf16(n, columns, work.n_coef, turns, work.n_coef, thread.folded_pairs.data(), columns,
+                  thread.projected.data(), columns, false);
+  ops().gemm(n, n_query, work.n_coef, turns, work.n_coef, thread.folded_mean.data(), n_query,
+             thread.projected_mean.data(), n_query, false);
+  for (int64_t i = 0; i < n * n_query; ++i)
+    thread.projected[i * ld + part.layout().n_index] = thread.projected_mean[i];
 }
 
 /// Asks for what score_page() will read of a page: the index is a seventh of it, so one page after another is
@@ -87,8 +105,7 @@ void klt_score(const KltLayer& layer, const KvProfile& profile, const float* q, 
     if (pages.begin < pages.end) fold_queries(layer, h, part, q, work, thread);
     for (int64_t begin = pages.begin; begin < pages.end; begin += pages_a_chunk) {
       const int64_t n = std::min(pages_a_chunk, pages.end - begin);
-      ops().gemm(n * blocks, columns, work.n_coef, work.turns.data() + begin * blocks * work.n_coef,
-                 work.n_coef, thread.folded.data(), columns, thread.projected.data(), columns, false);
+      project_queries(part, begin * blocks, n * blocks, n_query, work, thread);
       for (int64_t p = begin; p < begin + n; ++p) {
         if (p + 1 < pages.end) prefetch_index(part, layer.page(p + 1));
         score_page(part, layer.page(p), profile.block,

@@ -23,7 +23,10 @@ int64_t index_room(const KltLayer& layer) {
 KltWork::Thread::Thread(const KltLayer& layer, int64_t n_coef, int64_t ldu)
     : tile(layer.heads_of_a_part() * layer.shape().head_dim),
       folded(n_coef * layer.heads_of_a_part() * layer.shape().group() * ldu),
+      folded_pairs(ceil_div(n_coef, 2) * layer.heads_of_a_part() * layer.shape().group() * ldu),
+      folded_mean(n_coef * layer.heads_of_a_part() * layer.shape().group()),
       projected(kScoreChunk * layer.heads_of_a_part() * layer.shape().group() * ldu),
+      projected_mean(kScoreChunk * layer.heads_of_a_part() * layer.shape().group()),
       step(index_room(layer)),
       codes(index_room(layer) * kPageTokens),
       key(kernels::kTile * layer.shape().head_dim),
@@ -34,18 +37,21 @@ KltWork::Thread::Thread(const KltLayer& layer, int64_t n_coef, int64_t ldu)
       sin(kernels::kTile * layer.shape().head_dim / 2),
       latent(latent_room(layer)),
       amplitude(kernels::kTile * latent_room(layer)),
-      slice_weight(layer.shape().n_head * 2 * kSlices) {}
+      slice_weight(layer.shape().n_head * 2 * kSlices),
+      own(static_cast<size_t>(layer.shape().n_head_kv)),
+      left(static_cast<size_t>(layer.shape().n_head_kv)) {}
 
 bool KltWork::Thread::ok() const {
-  return tile.ok() && folded.ok() && projected.ok() && step.ok() && codes.ok() && key.ok() && half.ok() &&
-         score.ok() && weight.ok() && cos.ok() && sin.ok() && latent.ok() && amplitude.ok() &&
-         slice_weight.ok();
+  return tile.ok() && folded.ok() && folded_pairs.ok() && folded_mean.ok() && projected.ok() &&
+         projected_mean.ok() && step.ok() && codes.ok() && key.ok() && half.ok() && score.ok() &&
+         weight.ok() && cos.ok() && sin.ok() && latent.ok() && amplitude.ok() && slice_weight.ok();
 }
 
 KltWork::KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads)
     : ld_latent(latent_room(layer)),
       ldu(index_room(layer) + 1),
-      n_coef(layer.rope().n_rot() + (layer.rope().n_rot() < layer.shape().head_dim ? 1 : 0)) {
+      n_coef(layer.rope().n_rot() + (layer.rope().n_rot() < layer.shape().head_dim ? 1 : 0)),
+      chosen(static_cast<size_t>(layer.shape().n_head_kv)) {
   const AttentionShape& shape = layer.shape();
   for (const double frequency : layer.rope().frequency()) {
     double mean = 0;
@@ -56,10 +62,12 @@ KltWork::KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads)
     damp.push_back(mean * static_cast<double>(layer.rope().magnitude()));
   }
   for (int i = 0; i < n_threads; ++i) threads.push_back(std::make_unique<Thread>(layer, n_coef, ldu));
-  for (int i = 0; i < kSlices; ++i) slices.push_back(std::make_unique<Slice>(shape.n_head, ld_latent));
+  for (int i = 0; i < kAttendSlices; ++i) slices.push_back(std::make_unique<Slice>(shape.n_head));
   for (const auto& slice : slices) {
     if (slice->ok()) std::fill_n(slice->sum.data(), shape.n_head, 0.0F);
   }
+  slice_latents = AlignedArray<float>(shape.n_head * kAttendSlices * ld_latent);
+  if (slice_latents.ok()) std::fill_n(slice_latents.data(), slice_latents.size(), 0.0F);
   part_max.assign(static_cast<size_t>(2 * kSlices * shape.n_head), 0);
   part_sum.assign(part_max.size(), 0);
   n_candidate.assign(static_cast<size_t>(shape.n_head_kv * kSlices), 0);
@@ -68,16 +76,18 @@ KltWork::KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads)
 }
 
 bool KltWork::ok() const {
-  return std::all_of(threads.begin(), threads.end(), [](const auto& t) { return t->ok(); }) &&
+  return slice_latents.ok() &&
+         std::all_of(threads.begin(), threads.end(), [](const auto& t) { return t->ok(); }) &&
          std::all_of(slices.begin(), slices.end(), [](const auto& s) { return s->ok(); });
 }
 
 void KltWork::grow(const KltLayer& layer, const KvProfile& profile, int64_t n, int64_t n_read) {
   const AttentionShape& shape = layer.shape();
-  const int64_t run = std::max(kernels::kTile, ceil_div(n_read, kSlices));
+  const int64_t run = std::min(n_read, ceil_div(ceil_div(n, kPageTokens), kAttendSlices) * kPageTokens);
   if (run > ld_run) {
-    for (const auto& t : threads) t->run_score.resize(static_cast<size_t>(shape.group() * (run + run / 4)));
-    ld_run = run + run / 4;
+    const int64_t room = run + run / 4;
+    for (const auto& t : threads) t->weights.resize(static_cast<size_t>(shape.n_head * room));
+    ld_run = room;
   }
   if (n <= ld) return;
   n = ceil_div(n + n / 4, kPageTokens) * kPageTokens;  // seldom, as the context grows

@@ -18,6 +18,10 @@ namespace narrows {
 /// that they stay in the L1 cache.
 inline constexpr int64_t kScoreChunk = 24;
 
+/// Slices of the pages when tokens are attended to, so many that a thread that has none left waits shortly;
+/// each with a state of its own, merged in order.
+inline constexpr int kAttendSlices = 32;
+
 struct KltWork {
   KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads);
   bool ok() const;
@@ -27,30 +31,39 @@ struct KltWork {
     bool ok() const;
 
     KltScratch tile;
-    AlignedArray<float> folded;         ///< [n_coef, heads of a part x ldu]: queries folded with the basis
-    AlignedArray<float> projected;      ///< [kScoreChunk, heads of a part x ldu]
-    AlignedArray<float> step;           ///< [n_index]
-    AlignedArray<uint8_t> codes;        ///< expanded index of a page
-    AlignedArray<float> key;            ///< [kTile, head_dim] rebuilt
-    AlignedArray<kernels::f16_t> half;  ///< [kTile, head_dim] the same, rotated
-    AlignedArray<float> score;          ///< [group, kTile]
-    AlignedArray<float> weight;         ///< [group]
-    AlignedArray<float> cos;            ///< [kTile, head_dim / 2 at most]
+    AlignedArray<float> folded;           ///< [n_coef, heads of a part x ldu]: queries folded with the basis
+    AlignedArray<uint32_t> folded_pairs;  ///< the same in bfloat16, two coefficients a word
+    AlignedArray<float> folded_mean;      ///< [n_coef, queries of a part]: of folded, the columns of the mean
+    AlignedArray<float> projected;        ///< [kScoreChunk, heads of a part x ldu]
+    AlignedArray<float> projected_mean;   ///< [kScoreChunk, queries of a part]
+    AlignedArray<float> step;             ///< [n_index]
+    AlignedArray<uint8_t> codes;          ///< expanded index of a page
+    AlignedArray<float> key;              ///< [kTile, head_dim] rebuilt
+    AlignedArray<kernels::f16_t> half;    ///< [kTile, head_dim] the same, rotated
+    AlignedArray<float> score;            ///< [group, kTile]
+    AlignedArray<float> weight;           ///< [group]
+    AlignedArray<float> cos;              ///< [kTile, head_dim / 2 at most]
     AlignedArray<float> sin;
     AlignedArray<float> latent;        ///< [width of a part] of merging
     AlignedArray<float> amplitude;     ///< [kTile, ld_latent]: of the values, a row a page of the tile
     AlignedArray<float> slice_weight;  ///< [n_head, 2 kSlices]: makes a slice's numbers probabilities
-    std::vector<float> run_score;      ///< [group, ld_run], grown with the context
+    std::vector<float> weights;        ///< [n_head, ld_run] of a slice's tokens, grown with the context
+    std::vector<Part> own;             ///< [n_head_kv]: of the selected, those of a slice
+    std::vector<Part> left;            ///< [n_head_kv]: of those, the ones not yet summed
   };
 
-  /// Softmax states of all query heads over one slice of the selected tokens, values as latents.
+  /// Softmax states of all query heads over one slice of the selected tokens; the sums are latents().
   struct Slice {
-    Slice(int64_t n_head, int64_t ld_latent) : max(n_head), sum(n_head), latent(n_head * ld_latent) {}
-    bool ok() const { return max.ok() && sum.ok() && latent.ok(); }
-    AlignedArray<float> max;     ///< [n_head]
-    AlignedArray<float> sum;     ///< [n_head]; 0: empty
-    AlignedArray<float> latent;  ///< [n_head, ld_latent], not cleared while empty
+    explicit Slice(int64_t n_head) : max(n_head), sum(n_head) {}
+    bool ok() const { return max.ok() && sum.ok(); }
+    AlignedArray<float> max;  ///< [n_head]
+    AlignedArray<float> sum;  ///< [n_head]; 0: empty
   };
+  /// Sums of a query head over slice i, [ld_latent]; those of a head follow each other. Finite even of an
+  /// empty slice.
+  float* latents(int64_t head, int i) {
+    return slice_latents.data() + (head * kAttendSlices + i) * ld_latent;
+  }
 
   int64_t ld_latent;
   int64_t ldu;     ///< of projected queries: n_index at most and the mean's column
@@ -59,10 +72,11 @@ struct KltWork {
       damp;  ///< [n_rot / 2]: what averaging a pair over a block leaves of it, times magnitude
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Slice>> slices;
+  AlignedArray<float> slice_latents;  ///< [n_head, kAttendSlices, ld_latent]
 
   // Grown with the context; ld is the room for tokens.
   int64_t ld = 0;
-  int64_t ld_run = 0;                 ///< most tokens of a run
+  int64_t ld_run = 0;                 ///< most tokens that a head selects in a slice
   std::vector<float> turns;           ///< [blocks, n_coef] damped cosines and sines of each block's centre
   std::vector<float> scores;          ///< [n_head, ld]
   std::vector<float> pooled;          ///< [n_head_kv, ld]: of candidates alone, slice by slice
@@ -75,9 +89,12 @@ struct KltWork {
   std::vector<int64_t> n_missing;     ///< [n_head_kv]
   std::vector<uint64_t> select_work;  ///< [n_head_kv, ..]
   int64_t ld_select = 0;
-  std::vector<float> part_max;       ///< [n_head, 2 kSlices]: of pages, then of exact blocks
-  std::vector<float> part_sum;       ///< [n_head, 2 kSlices]; 0: nothing there
-  std::atomic<int64_t> next_run{0};  ///< of all heads' runs, the next one to be attended to
+  std::vector<float> part_max;          ///< [n_head, 2 kSlices]: of pages, then of exact blocks
+  std::vector<float> part_sum;          ///< [n_head, 2 kSlices]; 0: nothing there
+  std::atomic<int64_t> next_choice{0};  ///< the next of the tasks of Phase::select
+  std::atomic<int> next_slice{0};       ///< the next one to be attended to, counted from the newest
+  /// [n_head_kv]: what a KV head selects in this step is known.
+  std::vector<std::atomic<bool>> chosen;
 
   /// Room for n tokens in pages of `layer`, of which n_read are read at most; throws std::bad_alloc.
   void grow(const KltLayer& layer, const KvProfile& profile, int64_t n, int64_t n_read);
@@ -113,18 +130,19 @@ void klt_select(const KltLayer& layer, const KvProfile& profile, int64_t budget,
 /// Anchors are read among the exact tokens.
 int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free);
 
-/// Runs of the selected tokens of a KV head, each a task with a slice of its own; at most kSlices.
-int64_t klt_n_run(int64_t n_selected);
-/// Rebuilds what is missing of the keys of run `run` of a KV head.
-void klt_rebuild_run(KltLayer& layer, int64_t head_kv, int64_t run, KltWork& work, KltWork::Thread& thread);
-/// Then attends to the run: sums its values as latents.
-void klt_attend_run(KltLayer& layer, int64_t head_kv, int64_t run, const float* q, KltWork& work,
-                    KltWork::Thread& thread);
+// Of the selected tokens of all KV heads, those of a slice of the pages: a task, whoever takes it.
+
+/// Asks for what the other two will read: selected tokens lie scattered over more than the CPU's caches.
+void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work);
+/// Rebuilds what is missing of the keys.
+void klt_rebuild_slice(KltLayer& layer, int slice, KltWork& work, KltWork::Thread& thread);
+/// Then attends: sums values as latents into work.slices[slice].
+void klt_attend_slice(KltLayer& layer, int slice, const float* q, KltWork& work, KltWork::Thread& thread);
 
 /// Attends to the free ones of tokens [tokens.begin, tokens.end) for all KV heads, into a slice; nothing is
 /// kept.
 void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork& work,
-                    KltWork::Thread& thread, KltWork::Slice& slice);
+                    KltWork::Thread& thread, int slice);
 
 /// Merges the latent slices and the exact slices kSlices .. of query heads [heads.begin, heads.end) into out.
 void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWork::Thread& thread,

@@ -16,14 +16,16 @@ namespace narrows::kernels::HWY_NAMESPACE {
 
 namespace {
 
-constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const PrefillKernel* bf16_shift,
-                         PrefillKind best_prefill) {
+constexpr Ops make_table(const char* name, decltype(Ops::gemm_bf16) product_bf16, const PrefillKernel* bf16,
+                         const PrefillKernel* bf16_shift, PrefillKind best_prefill) {
   return {
       .name = name,
       .f32_to_f16 = f32_to_f16,
       .f16_to_f32 = f16_to_f32,
       .gemm = gemm,
       .gemm_f16 = gemm_f16,
+      .pack_bf16 = pack_bf16,
+      .gemm_bf16 = product_bf16,
       .rope_rows = rope_rows,
       .rope_tile = rope_tile,
       .attend_f32 = attend_f32,
@@ -59,12 +61,12 @@ constexpr Ops make_table(const char* name, const PrefillKernel* bf16, const Pref
 extern const Ops kTable;
 constinit const Ops kTable =
     make_table(&HWY_STR(HWY_NAMESPACE)[2],  // "N_AVX3" -> "AVX3"; hwy::TargetName is not constexpr
-               &kPrefillBf16, &kPrefillBf16Shift, PrefillKind::f32);
+               gemm_bf16, &kPrefillBf16, &kPrefillBf16Shift, PrefillKind::f32);
 #if HWY_TARGET == HWY_AVX3_DL
 /// Later versions of Highway have a target of this name: AVX3_DL and AVX512-BF16.
 extern const Ops kTableZen4;
-constinit const Ops kTableZen4 =
-    make_table("AVX3_ZEN4", &kPrefillBf16Native, &kPrefillBf16ShiftNative, PrefillKind::bf16_shift);
+constinit const Ops kTableZen4 = make_table("AVX3_ZEN4", gemm_bf16_native, &kPrefillBf16Native,
+                                            &kPrefillBf16ShiftNative, PrefillKind::bf16_shift);
 #endif
 
 }  // namespace narrows::kernels::HWY_NAMESPACE

@@ -32,6 +32,8 @@ std::remove_pointer_t<decltype(Ops::f32_to_f16)> f32_to_f16;
 std::remove_pointer_t<decltype(Ops::f16_to_f32)> f16_to_f32;
 std::remove_pointer_t<decltype(Ops::gemm)> gemm;
 std::remove_pointer_t<decltype(Ops::gemm_f16)> gemm_f16;
+std::remove_pointer_t<decltype(Ops::pack_bf16)> pack_bf16;
+std::remove_pointer_t<decltype(Ops::gemm_bf16)> gemm_bf16;
 std::remove_pointer_t<decltype(Ops::rope_rows)> rope_rows;
 std::remove_pointer_t<decltype(Ops::rope_tile)> rope_tile;
 std::remove_pointer_t<decltype(Ops::attend_f32)> attend_f32;
@@ -65,8 +67,10 @@ extern const PrefillKernel kPrefillFp16;
 extern const PrefillKernel kPrefillPasa;
 extern const PrefillKernel kPrefillFp16Shift;
 #if HWY_TARGET == HWY_AVX3_DL
-extern const PrefillKernel kPrefillBf16Native;  // for CPUs with AVX512-BF16
+// For CPUs with AVX512-BF16.
+extern const PrefillKernel kPrefillBf16Native;
 extern const PrefillKernel kPrefillBf16ShiftNative;
+std::remove_pointer_t<decltype(Ops::gemm_bf16)> gemm_bf16_native;
 #endif
 
 }  // namespace narrows::kernels::HWY_NAMESPACE

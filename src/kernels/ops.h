@@ -51,6 +51,15 @@ struct Ops {
   void (*gemm_f16)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const f16_t* b, int64_t ldb,
                    float* c, int64_t ldc, bool accumulate);
 
+  /// Rows of b [k, n] in bfloat16, two a word: out [ceil(k / 2), ldo], word c of row i holds b[2 i][c] in its
+  /// low half and b[2 i + 1][c], 0 beyond k, in its high half. b is finite.
+  void (*pack_bf16)(const float* b, int64_t ldb, int64_t k, int64_t n, uint32_t* out, int64_t ldo);
+
+  /// c [m, n] (+)= bf16(a) [m, k] b, b [ceil(k / 2), ldb] as pack_bf16() writes it. Sums are float32 (numbers
+  /// below 2^-126 may count as 0). a and b are finite.
+  void (*gemm_bf16)(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const uint32_t* b,
+                    int64_t ldb, float* c, int64_t ldc, bool accumulate);
+
   /// Rotates rows of head vectors, halves layout: pair (i, i + n_rot/2), angle of row r from cos/sin
   /// [n_rot/2] at r * ld_angle (0: all rows the same angle). x, y [n_row, head_dim]; y may be x. Coordinates
   /// from n_rot on are copied. inverse turns by the negative angle and divides by the magnitude that cos/sin

@@ -65,8 +65,8 @@ TEST(KvProfile, KeysSetTheirNumber) {
 }
 
 TEST(KvProfile, MassIsAShareThatKltStopsAt) {
-  EXPECT_EQ(parsed("klt").mass, 0.99);
-  EXPECT_EQ(parsed("klt-10x").mass, 0.99);
+  EXPECT_EQ(parsed("klt").mass, 0.98);
+  EXPECT_EQ(parsed("klt-10x").mass, 0.98);
   EXPECT_EQ(parsed("klt:mass=1").mass, 1);
   EXPECT_EQ(parsed("klt:mass=0.5,budget=64").mass, 0.5);
   EXPECT_EQ(parsed("sals-25").mass, 1);

@@ -376,7 +376,7 @@ TEST(KltPage, StoresWhatItsBitsPromise) {
     std::vector<int32_t> slots;
     for (int32_t i = 0; i < kPageTokens; ++i) slots.push_back(i);
     part.read_rows(page.bytes.data(), slots.data(), kPageTokens, 0, scratch);
-    expect_latents(part.key(), tokens.k.data(), scratch.key.data(), scratch.ld);
+    expect_latents(part.key_transform(), tokens.k.data(), scratch.key.data(), scratch.ld);
     expect_latents(part.value(), tokens.v.data(), scratch.value.data(), scratch.ld);
     // Any choice of tokens, into any rows, is the same numbers.
     KltScratch some(s.width());
@@ -608,8 +608,8 @@ TEST(KltLayer, BytesAreWhatIsAllocated) {
         for (const auto* t : {&part.key(), &part.value()}) {
           for (int64_t o = 0; o < t->n_coord / 8; ++o) octets += t->octet_bits[static_cast<size_t>(o)];
           page += t->n_coord;
-          basis += static_cast<int64_t>(t->decode.size() * 2 + t->weight.size() * 2 + t->mean.size() * 4 +
-                                        t->octet_bits.size());
+          basis += t->n_coord * t->width * 2;
+          basis += static_cast<int64_t>(t->weight.size() * 2 + t->mean.size() * 4 + t->octet_bits.size());
         }
         page += 64 * octets;
         basis += part.width() * part.ld_score() * 4;

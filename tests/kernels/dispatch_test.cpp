@@ -51,10 +51,10 @@ TEST(Dispatch, EveryTargetOfThisCpuIsThereBestFirst) {
 }
 
 TEST(Dispatch, TablesAreCompleteAndDiffer) {
-  // AVX3_ZEN4 is AVX3_DL with other prefill kernels.
+  // AVX3_ZEN4 is AVX3_DL with other products in bfloat16.
   std::set<std::pair<decltype(Ops::gemm), const PrefillKernel*>> kernels;
   for (const Ops* t : available_targets()) {
-    EXPECT_TRUE(t->f32_to_f16 && t->f16_to_f32 && t->gemm && t->gemm_f16 && t->rope_rows && t->rope_tile &&
+    EXPECT_TRUE(t->f32_to_f16 && t->f16_to_f32 && t->gemm && t->gemm_f16 && t->gemm_bf16 && t->rope_rows && t->rope_tile &&
                 t->attend_f32 && t->attend_f16 && t->dequant_groups && t->quant_groups && t->select_top)
         << t->name;
     std::set<const PrefillKernel*> prefill(std::begin(t->prefill), std::end(t->prefill));

@@ -1,6 +1,8 @@
-// gemm, gemm_f16 on every target against double: sizes around every block, strides with NaN behind the row.
+// gemm, gemm_f16, gemm_bf16 on every target against double: sizes around every block, strides with NaN behind
+// the row.
 #include <vector>
 
+#include "kernels/bf16.h"
 #include "kernels/kernel_test.h"
 
 namespace narrows::kernels {
@@ -50,6 +52,44 @@ void check(const Ops& ops, const Shape& s, bool accumulate, const Array<float>& 
   }
 }
 
+/// The product of factors rounded to bfloat16, within the bound of a float dot product of the ROUNDED
+/// factors.
+void check_bf16(const Ops& ops, const Shape& s, bool accumulate, const Array<float>& a, int64_t lda,
+                const Array<float>& b, int64_t ldb, Random& random) {
+  const int64_t ldc = s.n + 5, ldw = s.n + 1, n_word = (s.k + 1) / 2;
+  Array<uint32_t> words(n_word == 0 ? 0 : (n_word - 1) * ldw + s.n);
+  ops.pack_bf16(b.data(), ldb, s.k, s.n, words.data(), ldw);
+  const auto b_at = [&](int64_t p, int64_t j) {
+    const uint32_t word = words[p / 2 * ldw + j];
+    return bf16_to_float(static_cast<uint16_t>(p % 2 == 0 ? word : word >> 16));
+  };
+  for (int64_t p = 0; p < s.k; ++p) {
+    for (int64_t j = 0; j < s.n; ++j) ASSERT_EQ(b_at(p, j), round_to_bf16(b[p * ldb + j])) << p << " " << j;
+  }
+  if (s.k % 2 != 0) {
+    ASSERT_EQ(words[s.k / 2 * ldw] >> 16, 0U);
+  }
+  Array<float> c((s.m - 1) * ldc + s.n);
+  if (accumulate) fill_normal(c, s.m, s.n, ldc, random);
+  Array<float> before(c.size());
+  for (int64_t i = 0; i < c.size(); ++i) before[i] = c[i];
+  ops.gemm_bf16(s.m, s.n, s.k, a.data(), lda, words.data(), ldw, c.data(), ldc, accumulate);
+  for (int64_t i = 0; i < s.m; ++i) {
+    for (int64_t j = 0; j < s.n; ++j) {
+      double sum = accumulate ? double{before[i * ldc + j]} : 0.0;
+      double size = std::fabs(sum);
+      for (int64_t p = 0; p < s.k; ++p) {
+        const double term = double{round_to_bf16(a[i * lda + p])} * double{b_at(p, j)};
+        sum += term;
+        size += std::fabs(term);
+      }
+      ASSERT_LE(std::fabs(c[i * ldc + j] - sum), gamma(static_cast<double>(s.k) + 2) * size)
+          << s.m << " " << s.n << " " << s.k << " at " << i << " " << j;
+    }
+    for (int64_t j = s.n; j < ldc && i * ldc + j < c.size(); ++j) ASSERT_TRUE(std::isnan(c[i * ldc + j]));
+  }
+}
+
 void check_shape(const Ops& ops, const Shape& s, uint32_t seed) {
   Random random(seed);
   const int64_t lda = s.k + 3;
@@ -62,6 +102,7 @@ void check_shape(const Ops& ops, const Shape& s, uint32_t seed) {
   for (const bool accumulate : {false, true}) {
     check<float>(ops, s, accumulate, a, lda, b, ldb, random);
     check<f16_t>(ops, s, accumulate, a, lda, half, ldb, random);
+    check_bf16(ops, s, accumulate, a, lda, b, ldb, random);
   }
 }
 

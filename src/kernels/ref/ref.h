@@ -13,6 +13,8 @@ std::remove_pointer_t<decltype(Ops::f32_to_f16)> f32_to_f16;
 std::remove_pointer_t<decltype(Ops::f16_to_f32)> f16_to_f32;
 std::remove_pointer_t<decltype(Ops::gemm)> gemm;
 std::remove_pointer_t<decltype(Ops::gemm_f16)> gemm_f16;
+std::remove_pointer_t<decltype(Ops::pack_bf16)> pack_bf16;
+std::remove_pointer_t<decltype(Ops::gemm_bf16)> gemm_bf16;
 std::remove_pointer_t<decltype(Ops::rope_rows)> rope_rows;
 std::remove_pointer_t<decltype(Ops::rope_tile)> rope_tile;
 std::remove_pointer_t<decltype(Ops::attend_f32)> attend_f32;
