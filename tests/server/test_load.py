@@ -7,6 +7,8 @@ import random
 import threading
 import time
 
+import pytest
+
 SECONDS = float(os.environ.get("NARROWS_LOAD_SECONDS", "15"))
 N_CLIENT = 8
 LONG_RUN = 300  # from here on memory is judged: a shorter run is all warm-up
@@ -49,6 +51,7 @@ NONSENSE = ["{", "[]", "{}", '{"messages": 5}', '{"messages": [{"role": "user", 
             '{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}}', "\udc00"]
 
 
+@pytest.mark.timeout(SECONDS + 240)
 def test_load(start, long_text):
     server = start("--slots", "4")
     requests = list(bodies(long_text))

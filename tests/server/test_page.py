@@ -1,4 +1,4 @@
-"""The chat page in headless Chromium (Debian: chromium); skipped where there is none. NARROWS_SCREENSHOT=FILE keeps a picture."""
+"""The chat page in headless Chromium (Debian: chromium); skipped where there is none. NARROWS_SCREENSHOT=FOLDER keeps pictures."""
 
 import json
 import os
@@ -21,6 +21,11 @@ def text(page, element):
     return page.run(f"document.getElementById('{element}').textContent")
 
 
+def picture(page, name):
+    if folder := os.environ.get("NARROWS_SCREENSHOT"):
+        page.screenshot(os.path.join(folder, name + ".png"))
+
+
 def test_a_document_is_dropped_asked_about_saved_and_restored(page, server, long_text):
     page.send("Page.navigate", url=server.url + "/")
     page.wait_for("document.readyState === 'complete' && document.getElementById('about').textContent.includes('contexts to')")
@@ -38,7 +43,7 @@ def test_a_document_is_dropped_asked_about_saved_and_restored(page, server, long
     # Ask: progress first, then the answer comes piece by piece.
     page.run("""(() => {
         document.getElementById('temperature').value = 0;
-        document.getElementById('max-tokens').value = 24;
+        document.getElementById('max-tokens').value = 60;
         document.getElementById('question').value = 'What is <i>this</i>?';
         document.getElementById('send').click();
     })()""")
@@ -46,6 +51,7 @@ def test_a_document_is_dropped_asked_about_saved_and_restored(page, server, long
                   " && !document.getElementById('progress').hidden")
     page.wait_for("document.querySelectorAll('.message.assistant').length === 1"
                   " && document.querySelector('.message.assistant').textContent.length > 3", seconds=300)
+    picture(page, "answering")
     page.wait_for("!document.getElementById('send').disabled", seconds=300)
     assert "What is <i>this</i>?" in page.run("document.querySelector('.message.user').textContent")
     assert page.run("document.querySelector('.message i')") is None
@@ -59,8 +65,7 @@ def test_a_document_is_dropped_asked_about_saved_and_restored(page, server, long
     # Save, and restore in a new page.
     page.run("document.getElementById('session-name').value = 'from-the-page'; document.getElementById('save-button').click()")
     page.wait_for("document.getElementById('session-text').textContent.includes('tokens saved')")
-    if path := os.environ.get("NARROWS_SCREENSHOT"):
-        page.screenshot(path)
+    picture(page, "saved")
     page.send("Page.reload")
     page.wait_for("document.readyState === 'complete' && document.querySelectorAll('#sessions button').length === 1")
     page.run("document.querySelector('#sessions button').click()")
