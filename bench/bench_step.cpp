@@ -1,7 +1,8 @@
-// Where the time of a decode step goes: microseconds of each stage of the step program over a short cache,
-// beside the time in which the machine reads the stage's weights from memory once.
+// Where the time of a decode step goes: microseconds of each stage of the step program beside the time in
+// which the machine reads the stage's weights from memory once. With LANES sessions that step together, over
+// caches of PROMPT tokens of TEXT (all begin at other places of it).
 //
-//   build/bench/bench_step MODEL.gguf [THREADS] [KV PROFILE] [STEPS]
+//   build/bench/bench_step MODEL.gguf [THREADS] [KV PROFILE] [STEPS] [LANES] [PROMPT TEXT]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/file.h"
 #include "bench/machine.h"
 #include "engine/session_impl.h"
 #include "narrows/engine.h"
@@ -33,28 +35,76 @@ int fail(const Status& s) {
   return 1;
 }
 
-int run(const std::string& path, int n_threads, const std::string& kv, int n_step) {
+struct Arguments {
+  std::string path;
+  int n_threads = 0;
+  std::string kv = "f16";
+  int n_step = 128;
+  int n_lane = 1;
+  int64_t n_prompt = 1;
+  std::string text;
+};
+
+/// Prompts of the lanes.
+Result<std::vector<std::vector<Token>>> prompts_of(const Model& model, const Arguments& a) {
+  std::vector<std::vector<Token>> prompts(static_cast<size_t>(a.n_lane), std::vector<Token>{1});
+  if (a.text.empty()) return prompts;
+  Result<std::string> text = read_file(a.text, int64_t{1} << 28);
+  if (!text.ok()) return text.status();
+  const auto tokens = model.tokenizer().encode(*text, false, false);
+  if (!tokens.ok()) return tokens.status();
+  const auto n = static_cast<int64_t>(tokens->size());
+  if (a.n_prompt < 1 || a.n_prompt > n) return Status(StatusCode::invalid_argument, "the text is too short");
+  for (int64_t i = 0; i < a.n_lane; ++i) {
+    const auto at = tokens->begin() + (n - a.n_prompt) * i / a.n_lane;
+    prompts[static_cast<size_t>(i)].assign(at, at + a.n_prompt);
+  }
+  return prompts;
+}
+
+int run(const Arguments& a) {
+  const std::string& path = a.path;
+  const std::string& kv = a.kv;
+  const int n_step = a.n_step;
   const auto model = Model::load(path);
   if (!model.ok()) return fail(model.status());
   const auto profile = KvProfile::parse(kv);
   if (!profile.ok()) return fail(profile.status());
   SessionOptions options;
   options.kv = *profile;
-  options.n_threads = n_threads;
-  auto session = Session::create(*model, options);
-  if (!session.ok()) return fail(session.status());
-  const std::vector<Token> first = {1};
-  if (Status s = (*session)->prefill(first); !s.ok()) return fail(s);
+  options.n_threads = a.n_threads;
+  const auto prompts = prompts_of(**model, a);
+  if (!prompts.ok()) return fail(prompts.status());
+  std::vector<std::unique_ptr<Session>> sessions;
+  for (const std::vector<Token>& prompt : *prompts) {
+    auto session = Session::create(*model, options);
+    if (!session.ok()) return fail(session.status());
+    if (Status s = (*session)->prefill(prompt); !s.ok()) return fail(s);
+    sessions.push_back(std::move(*session));
+  }
+  const int n_threads = sessions[0]->n_threads();
+  const auto pool = ThreadPool::create(n_threads);
+  if (!pool.ok()) return fail(pool.status());
+  const auto made = StepProgram::create((*model)->weights(), a.n_lane, **pool);
+  if (!made.ok()) return fail(made.status());
+  StepProgram& program = **made;
   double start = 0;
   for (int i = -16; i < n_step; ++i) {
     if (i == 0) {
-      (*session)->impl().program->measure(true);
+      program.measure(true);
       start = seconds();
     }
-    if (Status s = (*session)->decode(1000 + i % 997); !s.ok()) return fail(s);
+    std::vector<DecodeLane> lanes;
+    for (int l = 0; l < a.n_lane; ++l) {
+      Session::Impl& session = sessions[static_cast<size_t>(l)]->impl();
+      if (Status s = session.begin_step(1000 + (i + 31 * l) % 997, program.input(l)); !s.ok()) return fail(s);
+      lanes.push_back(session.lane());
+    }
+    program.run(lanes);
+    for (const auto& session : sessions) session->impl().finish_step();
   }
   const double us = (seconds() - start) / n_step * 1e6;
-  const Result<MachineLimits> machine = measure_machine((*session)->n_threads());
+  const Result<MachineLimits> machine = measure_machine(n_threads);
   if (!machine.ok()) return fail(machine.status());
   const double speed = machine->read_bytes_s;
   const ModelWeights& weights = (*model)->weights();
@@ -68,15 +118,15 @@ int run(const std::string& path, int n_threads, const std::string& kv, int n_ste
     of(StepStage::down) += bytes_of({w.down});
   }
   bytes[static_cast<size_t>(StepStage::logits)] = bytes_of({weights.output()});
-  std::printf("%s, %d threads, %s, memory reading %.1f GB/s\n", path.c_str(), (*session)->n_threads(),
-              kv.c_str(), speed / 1e9);
+  std::printf("%s, %d threads, %s, %d lanes, prompts of %zu tokens, memory reading %.1f GB/s\n", path.c_str(),
+              n_threads, kv.c_str(), a.n_lane, prompts->front().size(), speed / 1e9);
   std::printf("%-10s %10s %10s %12s %8s\n", "stage", "us", "MB", "us at least", "GB/s");
   const char* const names[kStepStages] = {"qkv", "score",   "select", "rebuild", "attend",
                                           "wo",  "gate_up", "down",   "logits"};
   double sum = 0;
   int64_t total = 0;
   for (size_t i = 0; i < kStepStages; ++i) {
-    const double stage = static_cast<double>((*session)->impl().program->times()[i]) / n_step / 1e3;
+    const double stage = static_cast<double>(program.times()[i]) / n_step / 1e3;
     std::printf("%-10s %10.1f %10.2f %12.1f %8.1f\n", names[i], stage, static_cast<double>(bytes[i]) / 1e6,
                 static_cast<double>(bytes[i]) / speed * 1e6, static_cast<double>(bytes[i]) / stage / 1e3);
     sum += stage;
@@ -85,7 +135,7 @@ int run(const std::string& path, int n_threads, const std::string& kv, int n_ste
   std::printf("%-10s %10.1f\n", "rest", us - sum);
   std::printf("%-10s %10.1f %10.2f %12.1f %8.1f  = %.1f tokens a second\n", "all", us,
               static_cast<double>(total) / 1e6, static_cast<double>(total) / speed * 1e6,
-              static_cast<double>(total) / us / 1e3, 1e6 / us);
+              static_cast<double>(total) / us / 1e3, 1e6 * a.n_lane / us);
   return 0;
 }
 
@@ -93,10 +143,20 @@ int run(const std::string& path, int n_threads, const std::string& kv, int n_ste
 }  // namespace narrows
 
 int main(int argc, char** argv) {
-  if (argc < 2) {
-    std::fprintf(stderr, "usage: bench_step MODEL.gguf [THREADS] [KV PROFILE] [STEPS]\n");
+  if (argc < 2 || argc == 7) {
+    std::fprintf(stderr,
+                 "usage: bench_step MODEL.gguf [THREADS] [KV PROFILE] [STEPS] [LANES] [PROMPT TEXT]\n");
     return 2;
   }
-  return narrows::run(argv[1], argc > 2 ? std::atoi(argv[2]) : 0, argc > 3 ? argv[3] : "f16",
-                      argc > 4 ? std::max(1, std::atoi(argv[4])) : 128);
+  narrows::Arguments a;
+  a.path = argv[1];
+  if (argc > 2) a.n_threads = std::atoi(argv[2]);
+  if (argc > 3) a.kv = argv[3];
+  if (argc > 4) a.n_step = std::max(1, std::atoi(argv[4]));
+  if (argc > 5) a.n_lane = std::max(1, std::atoi(argv[5]));
+  if (argc > 7) {
+    a.n_prompt = std::atoi(argv[6]);
+    a.text = argv[7];
+  }
+  return narrows::run(a);
 }

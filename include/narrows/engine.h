@@ -184,6 +184,10 @@ class DecodeBatch {
   /// part. The result itself: invalid_argument if the spans do not fit each other or max_sessions.
   Status decode(std::span<Session* const> sessions, std::span<const Token> tokens, std::span<Status> each);
 
+  /// task(i) for each i < n on the threads of the batch, which are awake after a step: for what comes between
+  /// two steps, one piece a session. Tasks do not throw.
+  void for_each(int64_t n, const std::function<void(int64_t)>& task);
+
   int max_sessions() const;
 
  private:

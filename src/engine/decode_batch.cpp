@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "engine/session_impl.h"
 #include "engine/step_program.h"
@@ -54,6 +55,21 @@ Result<std::unique_ptr<DecodeBatch>> DecodeBatch::create(std::shared_ptr<const M
   return std::unique_ptr<DecodeBatch>(new DecodeBatch(std::move(impl)));
 }
 
+void DecodeBatch::for_each(int64_t n, const std::function<void(int64_t)>& task) {
+  if (n == 1) return task(0);
+  struct Tasks {
+    const int64_t n;
+    const std::function<void(int64_t)>& task;
+    std::atomic<int64_t> next{0};
+  } tasks{n, task};
+  impl_->pool->run(
+      [](void* context, int /*ith*/, int /*n_threads*/) {
+        Tasks& t = *static_cast<Tasks*>(context);
+        for (int64_t i = t.next.fetch_add(1); i < t.n; i = t.next.fetch_add(1)) t.task(i);
+      },
+      &tasks);
+}
+
 int DecodeBatch::max_sessions() const { return impl_->max_sessions; }
 
 Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const Token> tokens,
@@ -80,13 +96,13 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
   }
   if (lanes.empty()) return {};
   program.run(lanes);
-  for (size_t lane = 0; lane < lanes.size(); ++lane) {
-    Session::Impl& session = *sessions[taking_part[lane]]->impl_;
-    session.finish_step();
+  for (const size_t i : taking_part) sessions[i]->impl_->finish_step();
+  for_each(static_cast<int64_t>(lanes.size()), [&](int64_t lane) {
+    Session::Impl& session = *sessions[taking_part[static_cast<size_t>(lane)]]->impl_;
     const std::span<const float> logits = program.logits(static_cast<int>(lane));
-    session.own_logits.assign(logits.begin(), logits.end());
+    std::copy(logits.begin(), logits.end(), session.own_logits.begin());
     session.logits_from_program = false;
-  }
+  });
   return {};
 }
 

@@ -36,7 +36,7 @@ class Session::Impl {
   /// that fails here is as it was.
   Status begin_step(Token token, float* embedding);
   Status make_program();
-  DecodeLane lane() const { return {decoders, scratch.get()}; }
+  DecodeLane lane() const { return {decoders, scratch.get(), cache->n_tokens()}; }
   /// Serial, after the step.
   void finish_step();
 

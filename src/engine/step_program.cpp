@@ -1,6 +1,7 @@
 #include "engine/step_program.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "decode/scratch.h"
 #include "decode/stages.h"
@@ -13,6 +14,9 @@ namespace {
 const float* floats(const ggml_tensor* t) {
   return t == nullptr ? nullptr : static_cast<const float*>(t->data);
 }
+
+/// What attention of a lane costs beside its tokens, in tokens.
+constexpr int64_t kLaneTokens = 256;
 
 /// Parts of a product for each thread. A thread takes one when it has finished the last: cores of a busy
 /// machine are not equally fast, and an equal share would make the others wait for the slowest.
@@ -61,6 +65,9 @@ bool StepProgram::allocate() {
   logits_ = AlignedArray<float>(max_lanes_ * hp_.n_vocab);
   bool ok = x_.ok() && qkv_.ok() && out_.ok() && gate_up_.ok() && logits_.ok();
   workers_.resize(static_cast<size_t>(pool_.n_threads()));
+  load_.resize(workers_.size());
+  by_tokens_.resize(static_cast<size_t>(max_lanes_));
+  owner_.resize(static_cast<size_t>(max_lanes_));
   for (Worker& worker : workers_) {
     worker.norm = AlignedArray<float>(max_lanes_ * hp_.n_embd);
     ok = worker.input.reserve(max_lanes_, std::max({hp_.n_embd, width_q_, hp_.n_ff})) && worker.norm.ok() &&
@@ -103,6 +110,7 @@ void StepProgram::plan() {
 
 void StepProgram::run(std::span<const DecodeLane> lanes) {
   lanes_ = lanes;
+  share_lanes();
   if (measure_) last_ns_ = monotonic_ns();
   pool_.run([](void* program, int ith, int /*n*/) { static_cast<StepProgram*>(program)->run_thread(ith); },
             this);
@@ -206,28 +214,83 @@ void StepProgram::gate_and_up_rows(const Layer& layer, Part rows, LinearInput& i
   }
 }
 
+/// Which lanes a thread attends for alone: that needs no barriers, and parts that do not fit the number of
+/// threads (3 KV heads on 2 threads) cost nothing. The longest lanes are shared by all threads where the rest
+/// would keep one of them waiting.
+void StepProgram::share_lanes() {
+  const auto n_lane = static_cast<int>(lanes_.size());
+  const auto n_threads = static_cast<int64_t>(load_.size());
+  const auto cost = [&](int lane) { return lanes_[static_cast<size_t>(lane)].n_tokens + kLaneTokens; };
+  const auto by_tokens = std::span(by_tokens_).first(lanes_.size());
+  std::iota(by_tokens.begin(), by_tokens.end(), 0);
+  std::sort(by_tokens.begin(), by_tokens.end(),
+            [&](int a, int b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
+  for (n_shared_ = 0; n_shared_ < n_lane; ++n_shared_) {
+    std::fill(owner_.begin(), owner_.end(), -1);
+    std::fill(load_.begin(), load_.end(), 0);
+    int64_t total = 0;
+    for (const int lane : by_tokens.subspan(static_cast<size_t>(n_shared_))) {
+      const auto least = std::min_element(load_.begin(), load_.end());
+      *least += cost(lane);
+      total += cost(lane);
+      owner_[static_cast<size_t>(lane)] = static_cast<int>(least - load_.begin());
+    }
+    // A tenth more than its share is what barriers cost anyway.
+    if (*std::max_element(load_.begin(), load_.end()) * n_threads * 10 <= total * 11) break;
+  }
+  if (n_shared_ == n_lane) std::fill(owner_.begin(), owner_.end(), -1);
+  // The clock of the first lane is read by the first thread.
+  if (const int first = owner_[0]; first > 0) {
+    for (int& o : owner_) o = o == first ? 0 : o == 0 ? first : o;
+  }
+}
+
+/// Heads [first, end) of q, then k, of lane after lane.
+void StepProgram::norm_heads(size_t l, int64_t first, int64_t end) {
+  const LayerWeights& w = *layers_[l].w;
+  const int64_t heads = hp_.n_head + hp_.n_head_kv;
+  for (int64_t i = first; i < end; ++i) {
+    const int64_t h = i % heads;
+    const float* weight = floats(h < hp_.n_head ? w.q_norm : w.k_norm);
+    float* at = qkv_rows(l) + i / heads * width_qkv_ + h * hp_.head_dim;
+    if (weight != nullptr) kernels::ops().rms_norm(at, weight, hp_.head_dim, hp_.rms_eps, at);
+  }
+}
+
 void StepProgram::attention(size_t l, int ith) {
   const LayerWeights& w = *layers_[l].w;
   const int n_threads = pool_.n_threads();
   const bool measured = measure_ && ith == 0;
   if (measured) lanes_[0].scratch->thread(0).clock.start(last_ns_);
-  if (w.q_norm != nullptr || w.k_norm != nullptr) {
-    // Heads of q, then of k, of all lanes. A product's parts do not end where heads do, hence a stage of its
-    // own.
-    const int64_t heads = hp_.n_head + hp_.n_head_kv;
-    const Part mine = part_of(static_cast<int64_t>(lanes_.size()) * heads, ith, n_threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int64_t h = i % heads;
-      const float* weight = floats(h < hp_.n_head ? w.q_norm : w.k_norm);
-      float* at = qkv_rows(l) + i / heads * width_qkv_ + h * hp_.head_dim;
-      if (weight != nullptr) kernels::ops().rms_norm(at, weight, hp_.head_dim, hp_.rms_eps, at);
+  const bool norms = w.q_norm != nullptr || w.k_norm != nullptr;
+  const int64_t heads = hp_.n_head + hp_.n_head_kv;
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    if (owner_[i] != ith) continue;
+    const auto lane = static_cast<int64_t>(i);
+    if (norms) norm_heads(l, lane * heads, (lane + 1) * heads);
+    LayerDecoder& decoder = *lanes_[i].decoders[l];
+    for (int p = 0; p < decoder.n_phase(); ++p) {
+      decoder.run_phase(p, step(static_cast<int64_t>(l), static_cast<int>(i)), *lanes_[i].scratch, 0, 1);
+    }
+  }
+  int n_phase = 0;
+  if (norms && n_shared_ > 0) {
+    // A product's parts do not end where heads do, hence a stage of its own.
+    for (size_t i = 0; i < lanes_.size(); ++i) {
+      if (owner_[i] >= 0) continue;
+      const Part mine = part_of(heads, ith, n_threads);
+      const auto lane = static_cast<int64_t>(i);
+      norm_heads(l, lane * heads + mine.begin, lane * heads + mine.end);
     }
     pool_.barrier();
   }
-  int n_phase = 0;
-  for (const DecodeLane& lane : lanes_) n_phase = std::max(n_phase, lane.decoders[l]->n_phase());
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    if (owner_[i] < 0) n_phase = std::max(n_phase, lanes_[i].decoders[l]->n_phase());
+  }
+  if (n_phase == 0) pool_.barrier();
   for (int p = 0; p < n_phase; ++p) {
     for (size_t i = 0; i < lanes_.size(); ++i) {
+      if (owner_[i] >= 0) continue;
       LayerDecoder& decoder = *lanes_[i].decoders[l];
       // A lane with fewer phases joins late: all end together.
       const int phase = p - (n_phase - decoder.n_phase());

@@ -5,8 +5,10 @@
 //   norm, q k v | (q and k norms |) attention phases | wo, residual | norm, gate, up, swiglu | down, residual
 //   |
 //
-// a "|" each. What is small, norms and the rounding of inputs to bytes, every thread does for itself. The
-// weights are read once for all sessions (memory bandwidth bounds a step). Pipeline steps 3 and 6.
+// a "|" each. Where sessions are as many as threads or more, a thread does all of the attention of one, and
+// attention is a single "|". What is small, norms and the rounding of inputs to bytes, every thread does for
+// itself. The weights are read once for all sessions (memory bandwidth bounds a step). Pipeline steps 3 and
+// 6.
 #pragma once
 
 #include <array>
@@ -29,6 +31,7 @@ namespace narrows {
 struct DecodeLane {
   std::span<const std::unique_ptr<LayerDecoder>> decoders;
   StepScratch* scratch = nullptr;
+  int64_t n_tokens = 0;  ///< in its cache
 };
 
 /// What the time of a step goes to, as the first thread sees it, waiting included: products, and attention's
@@ -92,6 +95,8 @@ class StepProgram {
   void run_layer(size_t l, int ith, Worker& worker);
   void run_thread(int ith);
   void attention(size_t l, int ith);
+  void share_lanes();
+  void norm_heads(size_t l, int64_t first, int64_t end);
   int n_part() const;
   /// Of the product that begins: the next part that nobody has taken.
   std::atomic<int>& parts_of_stage(int ith, Worker& worker);
@@ -126,6 +131,10 @@ class StepProgram {
   AlignedArray<float> logits_;   ///< [max_lanes, n_vocab]
 
   std::span<const DecodeLane> lanes_;  ///< of the running step
+  std::vector<int> by_tokens_;         ///< [max_lanes] lanes, longest first
+  std::vector<int> owner_;     ///< [max_lanes] thread that attends for all of a lane; -1: all threads do
+  std::vector<int64_t> load_;  ///< [threads] tokens of their lanes
+  int n_shared_ = 0;           ///< lanes that all threads attend for
   bool measure_ = false;
   int64_t last_ns_ = 0;
   Times times_{};

@@ -72,31 +72,41 @@ void Scheduler::prompt_is_read(Slot& slot) {
   if (slot.job->request.max_tokens == 0) {
     finish(slot, "length");
   } else {
-    draw(slot);
+    pass_on(slot, draw(slot));
   }
 }
 
-/// The next token from the session's logits, and what comes of it.
-void Scheduler::draw(Slot& slot) {
+/// The next token from the session's logits and its text. Touches nothing but the slot: several slots draw at
+/// a time.
+Scheduler::Drawn Scheduler::draw(Slot& slot) const {
+  Drawn drawn;
   const std::span<const float> logits = slot.held.session->logits();
-  const Result<Token> token = slot.sampler->sample(logits);
-  if (!token.ok()) {
-    fail(slot, to_api_error(token.status()));
+  drawn.token = slot.sampler->sample(logits);
+  if (!drawn.token.ok()) return drawn;
+  drawn.is_end = model_->tokenizer().is_end(*drawn.token) && !slot.job->request.ignore_eos;
+  if (drawn.is_end) return drawn;
+  slot.sampler->accept(*drawn.token);
+  drawn.event = event_of(Event::Kind::text, slot.choice);
+  drawn.goes_on = slot.writer->add(*drawn.token, logits, drawn.event);
+  return drawn;
+}
+
+/// What comes of it.
+void Scheduler::pass_on(Slot& slot, Drawn drawn) {
+  if (!drawn.token.ok()) {
+    fail(slot, to_api_error(drawn.token.status()));
     return;
   }
-  const bool is_end = model_->tokenizer().is_end(*token);
-  if (is_end && !slot.job->request.ignore_eos) {
+  if (drawn.is_end) {
     finish(slot, "stop");
     return;
   }
-  slot.sampler->accept(*token);
-  slot.next = *token;
+  slot.next = *drawn.token;
   ++slot.result.n_generated;
   ++metrics_->generated_tokens;
-  Event event = event_of(Event::Kind::text, slot.choice);
-  const bool goes_on = slot.writer->add(*token, logits, event);
-  if (!event.text.empty() || !event.logprobs.empty()) slot.job->channel.push(std::move(event));
-  if (!goes_on) {
+  if (!drawn.event.text.empty() || !drawn.event.logprobs.empty())
+    slot.job->channel.push(std::move(drawn.event));
+  if (!drawn.goes_on) {
     finish(slot, "stop");
   } else if (slot.job->request.max_tokens == slot.result.n_generated ||
              slot.held.session->n_past() >= n_ctx_) {

@@ -208,15 +208,23 @@ void Scheduler::write_answers() {
   std::vector<Status> each(writing.size());
   // A failure of the whole step is in each of them too.
   const Status status = batch_->decode(sessions, tokens, each);
+  for (Status& s : each) {
+    if (s.ok()) s = status;
+  }
+  // To draw from a large vocabulary takes a good part of a step.
+  std::vector<Drawn> drawn(writing.size());
+  batch_->for_each(static_cast<int64_t>(writing.size()), [&](int64_t i) {
+    const auto at = static_cast<size_t>(i);
+    if (each[at].ok()) drawn[at] = draw(*writing[at]);
+  });
   for (size_t i = 0; i < writing.size(); ++i) {
     Slot& slot = *writing[i];
-    const Status& s = each[i].ok() ? status : each[i];
-    if (!s.ok()) {
-      fail(slot, to_api_error(s));
+    if (!each[i].ok()) {
+      fail(slot, to_api_error(each[i]));
       continue;
     }
     slot.held.tokens.push_back(tokens[i]);
-    draw(slot);
+    pass_on(slot, std::move(drawn[i]));
   }
   const double seconds = seconds_since(begin);
   ++metrics_->decode_steps;

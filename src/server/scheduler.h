@@ -104,7 +104,15 @@ class Scheduler {
   // answering.cpp: what a slot does with its turn
   Status begin(Slot& slot, const Waiting& waiting, int64_t n_cached);
   void prompt_is_read(Slot& slot);
-  void draw(Slot& slot);
+  /// What a slot's turn drew.
+  struct Drawn {
+    Result<Token> token = Token{0};
+    bool is_end = false;
+    bool goes_on = true;  ///< no stop string
+    Event event;          ///< what of it can be shown
+  };
+  Drawn draw(Slot& slot) const;
+  void pass_on(Slot& slot, Drawn drawn);
   void finish(Slot& slot, const char* reason);
   void fail(Slot& slot, const ApiError& error);
   void fail(const Waiting& waiting, const ApiError& error);

@@ -45,6 +45,19 @@ TEST(Concurrent, OneSessionOnSeveralThreads) {
   }
 }
 
+TEST(Concurrent, WorkBetweenTheStepsOfABatch) {
+  const LoadedTiny tiny{TinyModel{}};
+  for (const int n_threads : {1, 3}) {
+    auto batch = DecodeBatch::create(tiny.model, 4, n_threads);
+    ASSERT_OK(batch.status());
+    for (const int64_t n : {0, 1, 2, 50}) {
+      std::vector<int> runs(static_cast<size_t>(n), 0);
+      (*batch)->for_each(n, [&](int64_t i) { ++runs[static_cast<size_t>(i)]; });
+      EXPECT_EQ(runs, std::vector<int>(static_cast<size_t>(n), 1));
+    }
+  }
+}
+
 TEST(Concurrent, ModelsLoadSideBySide) {
   TinyModel m;
   const TempDir dir;
