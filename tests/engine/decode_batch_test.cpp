@@ -108,6 +108,10 @@ TEST_P(EveryWeightType, TogetherIsAloneToTheLastBit) {
     for (size_t i = 0; i < got.size(); ++i)
       EXPECT_EQ(max_difference(want[i], got[i]), 0) << "session " << i << " of " << n;
   }
+  // Some attend on a thread each, the longest on all threads.
+  const auto got = together(loaded.model, 5, profiles, 3, 2);
+  for (size_t i = 0; i < got.size(); ++i)
+    EXPECT_EQ(max_difference(want[i], got[i]), 0) << "session " << i << " on two threads";
 }
 
 std::string case_name(const ::testing::TestParamInfo<TinyCase>& info) { return info.param.name; }
