@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.skipif("NARROWS_SPEED" not in os.environ, reason="NARROWS_SPEED is not set: timings need an idle machine")
+pytestmark = [pytest.mark.skipif("NARROWS_SPEED" not in os.environ, reason="NARROWS_SPEED is not set: timings need an idle machine"),
+              pytest.mark.timeout(900)]
 
 
 def tokens_a_second(server, prompts, kv, n_token=100):
@@ -54,7 +55,6 @@ def tokens_a_second(server, prompts, kv, n_token=100):
     return (after - before) / (end - begin)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("n_prompt", [20, 2000])
 @pytest.mark.parametrize("kv", ["klt", "f16"])
 def test_speed_of_four_streams(start, long_text, kv, n_prompt):
