@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the order is the point; ninja uses the cores
-.PHONY: help deps build program model model-qwen demo test asan tsan lint clean
+.PHONY: help deps build program model model-qwen demo test asan tsan arm64 lint clean
 
 smollm2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 qwen := models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
@@ -16,7 +16,7 @@ have_tests := $(wildcard tests/*/CMakeLists.txt)
 fixed_addresses := $(shell setarch --addr-no-randomize true 2>/dev/null && echo setarch --addr-no-randomize)
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
 deps: ## install the Debian packages that are missing (tools/packages.txt)
 	@tools/install_packages.sh
@@ -69,6 +69,9 @@ tsan: model build/tsan/build.ninja ## the concurrent tests under ThreadSanitizer
 ifneq ($(have_tests),)
 	@$(fixed_addresses) ctest --preset debug-tsan
 endif
+
+arm64: deps ## src/kernels and its tests for 64-bit ARM, cross-compiled, under qemu-user
+	@tools/arm64_kernels.sh
 
 # Optional tools, so not among the packages. clang reads GCC's command lines, so it may not know every -W flag; it also
 # counts the warnings in other people's headers, which it does not show.

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Installs what tools/packages.txt lists and is not there yet. Asks nothing; when all is there it takes no time.
+# install_packages.sh [LIST]: installs what tools/packages.txt, or LIST beside it, names and is not there yet. Asks
+# nothing; when all is there it takes no time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-mapfile -t wanted < <(sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' packages.txt)
+mapfile -t wanted < <(sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' "${1:-packages.txt}")
 
 if ! command -v dpkg-query >/dev/null; then
-  echo "install_packages: this is not Debian, so nothing was installed: tools/packages.txt says what the build needs." >&2
+  echo "install_packages: this is not Debian, so nothing was installed: tools/${1:-packages.txt} says what is needed." >&2
   exit 0
 fi
 

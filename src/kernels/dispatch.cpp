@@ -16,8 +16,19 @@ namespace narrows::kernels::HWY_NAMESPACE {
 
 namespace {
 
-constexpr Ops make_table(const char* name, decltype(Ops::gemm_bf16) product_bf16, const PrefillKernel* bf16,
-                         const PrefillKernel* bf16_shift, PrefillKind best_prefill) {
+/// What tables of one target differ in.
+struct Formats {
+  decltype(Ops::gemm_bf16) product_bf16 = gemm_bf16;
+  const PrefillKernel* bf16 = &kPrefillBf16;
+  const PrefillKernel* bf16_shift = &kPrefillBf16Shift;
+  const PrefillKernel* fp16 = &kPrefillFp16;
+  const PrefillKernel* pasa = &kPrefillPasa;
+  const PrefillKernel* fp16_shift = &kPrefillFp16Shift;
+  PrefillKind best = PrefillKind::f32;
+  bool native_half = false;
+};
+
+constexpr Ops make_table(const char* name, const Formats& formats) {
   return {
       .name = name,
       .f32_to_f16 = f32_to_f16,
@@ -25,13 +36,15 @@ constexpr Ops make_table(const char* name, decltype(Ops::gemm_bf16) product_bf16
       .gemm = gemm,
       .gemm_f16 = gemm_f16,
       .pack_bf16 = pack_bf16,
-      .gemm_bf16 = product_bf16,
+      .gemm_bf16 = formats.product_bf16,
       .rope_rows = rope_rows,
       .rope_tile = rope_tile,
       .attend_f32 = attend_f32,
       .attend_f16 = attend_f16,
-      .prefill = {&kPrefillF32, bf16, bf16_shift, &kPrefillFp16, &kPrefillPasa, &kPrefillFp16Shift},
-      .best_prefill = best_prefill,
+      .prefill = {&kPrefillF32, formats.bf16, formats.bf16_shift, formats.fp16, formats.pasa,
+                  formats.fp16_shift},
+      .best_prefill = formats.best,
+      .native_half = formats.native_half,
       .dequant_groups = dequant_groups,
       .quant_groups = quant_groups,
       .select_top = select_top,
@@ -56,17 +69,43 @@ constexpr Ops make_table(const char* name, decltype(Ops::gemm_bf16) product_bf16
   };
 }
 
+#if HWY_TARGET == HWY_AVX3_DL
+constexpr Formats kBf16 = {.product_bf16 = gemm_bf16_native,
+                           .bf16 = &kPrefillBf16Native,
+                           .bf16_shift = &kPrefillBf16ShiftNative,
+                           .best = PrefillKind::bf16_shift};
+#else
+[[maybe_unused]] constexpr Formats kBf16;
+#endif
+#if NARROWS_NATIVE_HALF
+/// Half arithmetic too. It is not the best: nobody has measured it on a CPU that has it.
+constexpr Formats kHalf = {.product_bf16 = kBf16.product_bf16,
+                           .bf16 = kBf16.bf16,
+                           .bf16_shift = kBf16.bf16_shift,
+                           .fp16 = &kPrefillFp16Native,
+                           .pasa = &kPrefillPasaNative,
+                           .fp16_shift = &kPrefillFp16ShiftNative,
+                           .best = kBf16.best,
+                           .native_half = true};
+#endif
+
 }  // namespace
 
 extern const Ops kTable;
 constinit const Ops kTable =
     make_table(&HWY_STR(HWY_NAMESPACE)[2],  // "N_AVX3" -> "AVX3"; hwy::TargetName is not constexpr
-               gemm_bf16, &kPrefillBf16, &kPrefillBf16Shift, PrefillKind::f32);
+               Formats());
 #if HWY_TARGET == HWY_AVX3_DL
-/// Later versions of Highway have a target of this name: AVX3_DL and AVX512-BF16.
+// Later versions of Highway have targets of these names: AVX3_DL and AVX512-BF16; then AVX512-FP16 too.
 extern const Ops kTableZen4;
-constinit const Ops kTableZen4 = make_table("AVX3_ZEN4", gemm_bf16_native, &kPrefillBf16Native,
-                                            &kPrefillBf16ShiftNative, PrefillKind::bf16_shift);
+constinit const Ops kTableZen4 = make_table("AVX3_ZEN4", kBf16);
+#endif
+#if NARROWS_NATIVE_HALF
+extern const Ops kTableHalf;
+constinit const Ops kTableHalf = make_table(HWY_TARGET == HWY_AVX3_DL ? "AVX3_SPR"
+                                            : HWY_TARGET == HWY_NEON  ? "NEON_FP16"
+                                                                      : "FP16_EMULATED",
+                                            kHalf);
 #endif
 
 }  // namespace narrows::kernels::HWY_NAMESPACE
@@ -78,27 +117,39 @@ HWY_AFTER_NAMESPACE();
 #include <cstdlib>
 #include <string_view>
 
+#if HWY_ARCH_ARM_A64 && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace narrows::kernels {
 namespace {
 
 struct Target {
   int64_t cpu;  ///< Highway's bit for the CPU features it needs
   const Ops* table;
-  bool bf16 = false;  ///< needs AVX512-BF16 too, which has no bit
+  bool (*has)() = nullptr;  ///< null, or whether the CPU has what needs no bit of Highway's
 };
 
-bool cpu_has_bf16() {
 #if HWY_ARCH_X86
-  return __builtin_cpu_supports("avx512bf16") != 0;
+bool cpu_has_bf16() { return __builtin_cpu_supports("avx512bf16") != 0; }
+/// Vectors of halves. A CPU with AVX512-FP16 has AVX512-BF16, on which its table relies too.
+bool cpu_has_half() { return __builtin_cpu_supports("avx512fp16") != 0 && cpu_has_bf16(); }
+#elif HWY_ARCH_ARM_A64
+bool cpu_has_half() {
+#if defined(__linux__)
+  constexpr uint64_t kBoth = HWCAP_FPHP | HWCAP_ASIMDHP;
+  return (getauxval(AT_HWCAP) & kBoth) == kBoth;
 #else
-  return false;
+  return false;  // never tried
 #endif
 }
+#endif
 
 /// Best first. "ref" is not here: it needs nothing.
 constexpr Target kTargets[] = {
 #if HWY_TARGETS & HWY_AVX3_DL
-    {HWY_AVX3_DL, &N_AVX3_DL::kTableZen4, true},
+    {HWY_AVX3_DL, &N_AVX3_DL::kTableHalf, cpu_has_half},
+    {HWY_AVX3_DL, &N_AVX3_DL::kTableZen4, cpu_has_bf16},
     {HWY_AVX3_DL, &N_AVX3_DL::kTable},
 #endif
 #if HWY_TARGETS & HWY_AVX3
@@ -110,7 +161,11 @@ constexpr Target kTargets[] = {
 #if HWY_TARGETS & HWY_SSE4
     {HWY_SSE4, &N_SSE4::kTable},
 #endif
+#if HWY_TARGETS & HWY_AVX2
+    {HWY_AVX2, &N_AVX2::kTableHalf},  // emulated: only if forced
+#endif
 #if HWY_TARGETS & HWY_NEON
+    {HWY_NEON, &N_NEON::kTableHalf, cpu_has_half},
     {HWY_NEON, &N_NEON::kTable},
 #endif
     {0, nullptr},  // so that the array is never empty
@@ -147,7 +202,7 @@ std::vector<const Ops*> available_targets() {
   const int64_t cpu = hwy::SupportedTargets();
   std::vector<const Ops*> tables;
   for (const Target& target : kTargets) {
-    if ((target.cpu & cpu) != 0 && (!target.bf16 || cpu_has_bf16())) tables.push_back(target.table);
+    if ((target.cpu & cpu) != 0 && (target.has == nullptr || target.has())) tables.push_back(target.table);
   }
   tables.push_back(&ref::kTable);
   return tables;

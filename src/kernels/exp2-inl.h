@@ -41,8 +41,13 @@ HWY_INLINE VF exp2_any(DF d, VF x) {
   const VF f{_mm512_reduce_ps(x.raw, 0x9)};  // x - floor(x); 0 for infinities
   return VF{_mm512_scalef_ps(exp2_fraction<kDegree>(d, f).raw, x.raw)};
 #else
-  // The second operand is what x86 returns if one is NaN.
+  // NaN stays NaN. The second operand is what x86 returns if one is NaN; on ARM Highway's Min and Max return
+  // the number.
+#if HWY_TARGET == HWY_NEON
+  x = VF{vminq_f32(vmaxq_f32(x.raw, vdupq_n_f32(-127.0F)), vdupq_n_f32(128.0F))};
+#else
   x = hn::Min(hn::Set(d, 128.0F), hn::Max(hn::Set(d, -127.0F), x));
+#endif
   const VF whole = hn::Floor(x);
   const VF p = exp2_fraction<kDegree>(d, hn::Sub(x, whole));
   const DI di;

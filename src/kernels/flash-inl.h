@@ -76,10 +76,12 @@ inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 template <class F>
 struct FlashTile {
   explicit FlashTile(int64_t head_dim) {
+    // Coordinates in 4 bytes.
+    constexpr int64_t kDense = F::kPer * static_cast<int64_t>(sizeof(float) / sizeof(typename F::Word));
     dims = (head_dim + kRows - 1) / kRows * kRows;
     keys = dims;
-    values = keys + kPrefillTile * dims / F::kPer;
-    words = values + kPrefillTile * dims / F::kPer;
+    values = keys + kPrefillTile * dims / kDense;
+    words = values + kPrefillTile * dims / kDense;
   }
   int64_t dims;
   int64_t mean = 0;  ///< [dims] floats: what was taken away from the keys

@@ -25,6 +25,14 @@
 #define NARROWS_SIMD 1
 #endif
 
+/// Targets with kernels that compute in half: by instructions that some of their CPUs have, on AVX2 emulated.
+#undef NARROWS_NATIVE_HALF
+#if HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_NEON
+#define NARROWS_NATIVE_HALF 1
+#else
+#define NARROWS_NATIVE_HALF 0
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace narrows::kernels::HWY_NAMESPACE {
 
@@ -71,6 +79,11 @@ extern const PrefillKernel kPrefillFp16Shift;
 extern const PrefillKernel kPrefillBf16Native;
 extern const PrefillKernel kPrefillBf16ShiftNative;
 std::remove_pointer_t<decltype(Ops::gemm_bf16)> gemm_bf16_native;
+#endif
+#if NARROWS_NATIVE_HALF
+extern const PrefillKernel kPrefillFp16Native;
+extern const PrefillKernel kPrefillPasaNative;
+extern const PrefillKernel kPrefillFp16ShiftNative;
 #endif
 
 }  // namespace narrows::kernels::HWY_NAMESPACE

@@ -80,8 +80,10 @@ HWY_INLINE bool quant_vector(const float* z, int64_t ldz, int64_t n, VI bits, ui
   const auto in_table = hn::Lt(first, hn::Set(di, 256 - kScaleSteps[0]));
   if (!hn::AllTrue(d, finite) || !hn::AllTrue(di, in_table)) return false;
 
-  // 2^n for whole n, by the exponent field.
-  const auto power = [&](VI n) { return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(n, hn::Set(di, 127)))); };
+  // 2^exponent, by the exponent field.
+  const auto power = [&](VI exponent) {
+    return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(exponent, hn::Set(di, 127))));
+  };
   const VF levels = power(bits);
   const VF per_amplitude = power(hn::Sub(hn::Set(di, 2), bits));
   Quantiser q;

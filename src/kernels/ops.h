@@ -83,6 +83,7 @@ struct Ops {
   /// Attention of a prompt, by PrefillKind. prefill_kernel.h says what a kernel does.
   const PrefillKernel* prefill[kPrefillKinds];
   PrefillKind best_prefill;  ///< the fastest of those that lose no quality
+  bool native_half;          ///< fp16, pasa and fp16_shift round every product's sum, as half arithmetic does
 
   /// Asymmetric groups of kGroup, `bits` 2 or 4: y = zero + scale * code. n values make ceil(n / kGroup)
   /// groups; the last may be short. codes: group g at g * kGroup * bits / 8 bytes, value i of a group in byte

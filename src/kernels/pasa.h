@@ -17,6 +17,15 @@ inline float round_to_half(float x) { return half_to_float(float_to_half(x)); }
 /// Columns that a matrix unit sums in float32 before its half-precision accumulator is rounded.
 inline constexpr int64_t kHalfChunk = 16;
 
+/// Products that fp16_shift sums in half where the CPU computes in half; such sums are added in float32. Of
+/// scores no more than two, since they stand in an exponent: four cost half again the error on heads with
+/// large scores (docs/half_precision.md).
+inline constexpr int64_t kNativeScores = 2;
+inline constexpr int64_t kNativeValues = 16;
+
+/// What a product of the kernels computes.
+enum class HalfSum { scores, values };
+
 /// M = scale (I - beta/n J) after rounding: `diagonal` on the diagonal, `rest` elsewhere.
 struct PasaMatrix {
   float diagonal;

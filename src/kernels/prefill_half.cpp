@@ -1,364 +1,52 @@
-// Prefill attention in half precision, rounding by rounding: what a machine computes whose matrix unit sums
-// kHalfChunk products in float32 and keeps its accumulator, and everything between products, in half. Numbers
-// live in float registers here and are rounded after every operation, so that CPUs without half arithmetic
-// show what the formats do; speed is not the aim.
-//
-//   fp16        everything in half, as it is: q.k beyond 65504 is infinity
-//   pasa        arXiv:2503.01873: keys shifted by most of their tile's mean, statistics moved to one common
-//               shift by a running pseudo-average of row means
-//   fp16_shift  keys shifted by their tile's whole mean in float32, softmax statistics in float32
-//
-// Lanes are queries, as in flash-inl.h; here the maximum is exact, since a weight above 1 would overflow.
-#include "kernels/pasa.h"
+// Half precision as a matrix unit computes it that sums kHalfChunk products in float32 and keeps its
+// accumulator in half. Emulated in float registers, so that any CPU shows what the formats do; speed is not
+// the aim.
 #include "kernels/targets.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/prefill_half.cpp"
 #include <hwy/foreach_target.h>
 
-#include "kernels/flash-inl.h"
+#include "kernels/prefill_half-inl.h"
 
 #if NARROWS_SIMD
 HWY_BEFORE_NAMESPACE();
 namespace narrows::kernels::HWY_NAMESPACE {
 namespace {
 
-static_assert(kHalfChunk % kRows == 0 && kPrefillTile % kHalfChunk == 0);
-
-HWY_INLINE VF round_half(VF x) { return to_float(DF(), to_half(DH(), x)); }
-
-/// exp(x) rounded to half.
-HWY_INLINE VF half_exp(VF x) { return round_half(exp2_any<6>(DF(), hn::Mul(x, hn::Set(DF(), kLog2E)))); }
-
-/// One number a word; kept as floats that are halves.
-struct HalfFloats {
-  using Word = float;
+struct MatrixUnit {
+  using Word = float;  ///< that is a half
   using Vector = VF;
   static constexpr int kPer = 1;
+
   static float word(float x, float /*the same*/) { return round_to_half(x); }
   static HWY_INLINE VF load(const float* p) { return hn::Load(DF(), p); }
+  static HWY_INLINE void store(VF x, float* to) { hn::Store(x, DF(), to); }
   static HWY_INLINE VF multiply_add(VF sum, VF b, const float* a) {
     return hn::MulAdd(hn::Set(DF(), *a), b, sum);
   }
-};
-using HalfTile = FlashTile<HalfFloats>;
 
-/// kQueryLanes rows of one head; [lanes] each but q, q_exact and out [dims, lanes].
-struct HalfBlock {
-  float* q;
-  float* q_exact;
-  float* out;
-  float* max;  ///< of the scores as they are; pasa: less what the shift took
-  float* sum;
-  float* mean;    ///< pasa: running pseudo-average of row means
-  float* n_tile;  ///< tiles seen
-  int64_t n_row;
-
-  static int64_t words(int64_t dims) { return (3 * dims + 4) * kQueryLanes; }
-  void place(float* at, int64_t dims) {
-    q = at;
-    q_exact = q + dims * kQueryLanes;
-    out = q_exact + dims * kQueryLanes;
-    max = out + dims * kQueryLanes;
-    sum = max + kQueryLanes;
-    mean = sum + kQueryLanes;
-    n_tile = mean + kQueryLanes;
-  }
-};
-
-/// acc [kRows][kVectors] of a half-precision product of n steps.
-HWY_INLINE void half_product(int64_t n, const float* a, const float* b, VF (&acc)[kRows][kVectors]) {
-  const DF d;
-  NARROWS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    NARROWS_UNROLL
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = hn::Zero(d);
-  }
-  for (int64_t p = 0; p < n; p += kHalfChunk) {
-    VF part[kRows][kVectors];
-    NARROWS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
+  template <PrefillKind, HalfSum>
+  static HWY_INLINE void product(int64_t n, const float* a, const float* b, VF (&acc)[kRows][kVectors]) {
+    set_zero(acc);
+    for (int64_t p = 0; p < n; p += kHalfChunk) {
+      VF part[kRows][kVectors];
+      set_zero(part);
+      multiply<MatrixUnit>(std::min(kHalfChunk, n - p), a + p * kRows, b + p * kQueryLanes, part);
       NARROWS_UNROLL
-      for (int j = 0; j < kVectors; ++j) part[i][j] = hn::Zero(d);
-    }
-    multiply<HalfFloats>(std::min(kHalfChunk, n - p), a + p * kRows, b + p * kQueryLanes, part);
-    NARROWS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      NARROWS_UNROLL
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = round_half(hn::Add(acc[i][j], part[i][j]));
+      for (int i = 0; i < kRows; ++i) {
+        NARROWS_UNROLL
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = round_half(hn::Add(acc[i][j], part[i][j]));
+      }
     }
   }
-}
-
-/// What a tile does to the state of a block: out = old * out + now * (weights * values).
-struct HalfStep {
-  HWY_ALIGN float old[kQueryLanes];
-  HWY_ALIGN float now[kQueryLanes];
-  HWY_ALIGN float top[kQueryLanes];  ///< what the weights are relative to
 };
-
-template <class Mask>
-HWY_INLINE VF choose(Mask mask, VF yes, VF no) {
-  return hn::IfThenElse(mask, yes, no);
-}
-
-/// Scores of keys [view.low, view.high) to s [kPrefillTile, lanes]; pasa: `total`, their sum by lane.
-template <PrefillKind kKind>
-void half_scores(const HalfTile& shape, const float* keys, const HalfBlock& b, const FlashView& view,
-                 const float* offset, float divisor, float* s, float* total) {
-  const DF d;
-  VF sum[kVectors];
-  for (int j = 0; j < kVectors; ++j) sum[j] = hn::Zero(d);
-  for (int64_t key = view.low; key < view.high; key += kRows) {
-    VF acc[kRows][kVectors];
-    half_product(shape.dims, keys + key * shape.dims, b.q, acc);
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) {
-        VF x = acc[i][j];
-        if (kKind == PrefillKind::fp16) x = round_half(hn::Div(x, hn::Set(d, divisor)));
-        if (kKind == PrefillKind::fp16_shift) x = hn::Add(x, hn::Load(d, offset + j * kLanes));
-        sum[j] = hn::Add(sum[j], x);
-        hn::Store(x, d, s + (key + i) * kQueryLanes + j * kLanes);
-      }
-    }
-  }
-  for (int j = 0; j < kVectors; ++j) hn::Store(sum[j], d, total + j * kLanes);
-}
-
-/// True where lane j's vector sees key `at` of the tile.
-HWY_INLINE auto seen(const FlashView& view, int j, int64_t at) {
-  const DI di;
-  const auto key = hn::Set(di, static_cast<int32_t>(at));
-  const auto from = hn::Load(di, view.from + j * kLanes), to = hn::Load(di, view.to + j * kLanes);
-  return hn::RebindMask(DF(), hn::AndNot(hn::Gt(from, key), hn::Gt(to, key)));
-}
-
-HWY_INLINE VF tile_max(const FlashView& view, const float* s, int j) {
-  const DF d;
-  VF top = hn::Set(d, kNegInf);
-  for (int64_t key = view.low; key < view.high; ++key) {
-    const VF x = hn::Load(d, s + key * kQueryLanes + j * kLanes);
-    top = hn::Max(top, choose(seen(view, j, key), x, top));
-  }
-  return top;
-}
-
-/// s becomes weights relative to `top`; their sum in float32.
-HWY_INLINE VF tile_weights(const FlashView& view, VF top, bool half_difference, float* s, int j) {
-  const DF d;
-  VF sum = hn::Zero(d);
-  for (int64_t key = view.low; key < view.high; ++key) {
-    float* at = s + key * kQueryLanes + j * kLanes;
-    VF x = hn::Sub(hn::Load(d, at), top);
-    if (half_difference) x = round_half(x);
-    const VF w = hn::IfThenElseZero(seen(view, j, key), half_exp(x));
-    sum = hn::Add(sum, w);
-    hn::Store(w, d, at);
-  }
-  return sum;
-}
-
-/// Weights and new statistics; which factors the outputs take.
-template <PrefillKind kKind>
-void half_statistics(const FlashView& view, float recovery, const float* total, float* s, HalfBlock& b,
-                     HalfStep& step) {
-  const DF d;
-  const VF zero = hn::Zero(d), one = hn::Set(d, 1.0F);
-  for (int j = 0; j < kVectors; ++j) {
-    const int64_t at = j * kLanes;
-    const VF max = hn::Load(d, b.max + at), sum = hn::Load(d, b.sum + at),
-             n_tile = hn::Load(d, b.n_tile + at);
-    const DI di;
-    const auto sees = hn::RebindMask(d, hn::Gt(hn::Load(di, view.to + at), hn::Load(di, view.from + at)));
-    const auto first = hn::Eq(n_tile, zero);
-    VF new_max, new_sum, old, now, mean = hn::Load(d, b.mean + at);
-    const VF top = tile_max(view, s, j);
-    if constexpr (kKind == PrefillKind::pasa) {
-      const VF inverse = hn::Set(d, recovery);
-      const VF row_mean = round_half(hn::Div(hn::Load(d, total + at), hn::Set(d, float{kPrefillTile})));
-      const VF n = hn::Add(n_tile, one);
-      const VF new_mean = round_half(hn::Add(mean, hn::Div(hn::Sub(row_mean, mean), n)));
-      const VF move_now = round_half(hn::Mul(inverse, round_half(hn::Sub(row_mean, new_mean))));
-      const VF move_old =
-          hn::IfThenZeroElse(first, round_half(hn::Mul(inverse, round_half(hn::Sub(mean, new_mean)))));
-      const VF tile_sum = round_half(tile_weights(view, top, true, s, j));
-      const VF moved = round_half(hn::Add(top, move_now));
-      new_max = choose(first, moved, hn::Max(round_half(hn::Add(max, move_old)), moved));
-      old = hn::IfThenZeroElse(first,
-                               half_exp(round_half(hn::Add(round_half(hn::Sub(max, new_max)), move_old))));
-      now = half_exp(round_half(hn::Add(round_half(hn::Sub(top, new_max)), move_now)));
-      new_sum = round_half(hn::Add(round_half(hn::Mul(old, sum)), round_half(hn::Mul(now, tile_sum))));
-      mean = choose(sees, new_mean, mean);
-    } else {
-      constexpr bool kHalf = kKind == PrefillKind::fp16;
-      new_max = choose(first, top, hn::Max(max, top));
-      const VF tile_sum = tile_weights(view, new_max, kHalf, s, j);
-      now = one;
-      if constexpr (kHalf) {
-        old = hn::IfThenZeroElse(first, half_exp(round_half(hn::Sub(max, new_max))));
-        new_sum = round_half(hn::Add(round_half(hn::Mul(old, sum)), round_half(tile_sum)));
-      } else {
-        old = hn::IfThenZeroElse(first, exp2_any<6>(d, hn::Mul(hn::Sub(max, new_max), hn::Set(d, kLog2E))));
-        new_sum = hn::MulAdd(old, sum, tile_sum);
-      }
-    }
-    hn::Store(choose(sees, new_max, max), d, b.max + at);
-    hn::Store(choose(sees, new_sum, sum), d, b.sum + at);
-    hn::Store(mean, d, b.mean + at);
-    hn::Store(choose(sees, hn::Add(n_tile, one), n_tile), d, b.n_tile + at);
-    hn::Store(choose(sees, old, one), d, step.old + at);
-    hn::Store(choose(sees, now, zero), d, step.now + at);
-  }
-}
-
-template <PrefillKind kKind>
-void half_outputs(const HalfTile& shape, const float* values, const FlashView& view, const float* p,
-                  const HalfStep& step, HalfBlock& b) {
-  const DF d;
-  for (int64_t c = 0; c < shape.dims; c += kRows) {
-    VF acc[kRows][kVectors];
-    half_product(view.high - view.low, values + c * kPrefillTile + view.low * kRows,
-                 p + view.low * kQueryLanes, acc);
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kVectors; ++j) {
-        float* at = b.out + (c + i) * kQueryLanes + j * kLanes;
-        const VF old = hn::Mul(hn::Load(d, step.old + j * kLanes), hn::Load(d, at));
-        const VF now = hn::Mul(hn::Load(d, step.now + j * kLanes), acc[i][j]);
-        if constexpr (kKind == PrefillKind::fp16_shift) {
-          hn::Store(hn::Add(old, now), d, at);
-        } else {
-          hn::Store(round_half(hn::Add(round_half(old), round_half(now))), d, at);
-        }
-      }
-    }
-  }
-}
-
-template <PrefillKind kKind>
-void half_take(const PrefillRows& a, int64_t row, int64_t n_row, const HalfTile& shape, HalfBlock& b) {
-  b.n_row = n_row;
-  std::fill_n(b.out, (shape.dims + 4) * kQueryLanes, 0.0F);  // max, sum, mean and n_tile follow
-  for (int64_t i = 0; i < kQueryLanes; ++i) {
-    const float* q = a.q + (row + std::min(i, n_row - 1)) * a.ldq;
-    for (int64_t c = 0; c < shape.dims; ++c) {
-      const float x = c < a.head_dim ? q[c] : 0.0F;
-      b.q[c * kQueryLanes + i] = round_to_half(x);
-      b.q_exact[c * kQueryLanes + i] = x * a.scale;
-    }
-  }
-}
-
-template <PrefillKind kKind>
-void half_give(const PrefillRows& a, int64_t row, float recovery, const float* base, const HalfBlock& b) {
-  for (int64_t i = 0; i < b.n_row; ++i) {
-    const bool empty = b.n_tile[i] == 0;
-    float factor = 1;
-    if (a.max == nullptr) {
-      factor = empty ? 0.0F : 1.0F / b.sum[i];
-    } else {
-      float common = 0;
-      if constexpr (kKind == PrefillKind::pasa) common = recovery * b.mean[i];
-      if constexpr (kKind == PrefillKind::fp16_shift) {
-        for (int64_t c = 0; c < a.head_dim; ++c) common += b.q_exact[c * kQueryLanes + i] * base[c];
-      }
-      a.max[row + i] = empty ? kNegInf : b.max[i] + common;
-      a.sum[row + i] = b.sum[i];
-    }
-    for (int64_t c = 0; c < a.head_dim; ++c)
-      a.out[(row + i) * a.ldo + c] = b.out[c * kQueryLanes + i] * factor;
-  }
-}
-
-template <PrefillKind kKind>
-void half_tile(const PrefillRows& a, const HalfTile& shape, const float* tile, const float* base,
-               float recovery, FlashView& view, HalfBlock& b, float* s) {
-  HWY_ALIGN float offset[kQueryLanes] = {};
-  HWY_ALIGN float total[kQueryLanes];
-  HalfStep step;
-  if constexpr (kKind == PrefillKind::pasa) {  // the row mean is over all keys, seen or not
-    view.low = 0;
-    view.high = kPrefillTile;
-  } else {  // whole chunks of the accumulator
-    view.low = view.low / kHalfChunk * kHalfChunk;
-    view.high = (view.high + kHalfChunk - 1) / kHalfChunk * kHalfChunk;
-  }
-  if constexpr (kKind == PrefillKind::fp16_shift) {
-    const DF d;
-    for (int64_t c = 0; c < shape.dims; ++c) {
-      const VF difference = hn::Set(d, tile[shape.mean + c] - base[c]);
-      for (int j = 0; j < kVectors; ++j) {
-        float* at = offset + j * kLanes;
-        hn::Store(
-            hn::MulAdd(hn::Load(d, b.q_exact + c * kQueryLanes + j * kLanes), difference, hn::Load(d, at)), d,
-            at);
-      }
-    }
-  }
-  half_scores<kKind>(shape, tile + shape.keys, b, view, offset, round_to_half(1 / a.scale), s, total);
-  half_statistics<kKind>(view, recovery, total, s, b, step);
-  half_outputs<kKind>(shape, tile + shape.values, view, s, step, b);
-}
-
-template <PrefillKind kKind>
-void half_attend(const PrefillRows& a) {
-  const HalfTile shape(a.head_dim);
-  auto* s = reinterpret_cast<float*>(a.scratch);
-  HalfBlock b{};
-  b.place(s + kPrefillTile * kQueryLanes, shape.dims);
-  const float recovery = kKind == PrefillKind::pasa ? pasa_matrix(a.scale).recovery : 0.0F;
-  const auto* tiles = reinterpret_cast<const float*>(a.tiles);
-  FlashView view;
-  for (int64_t row = 0; row < a.n_row; row += kQueryLanes) {
-    half_take<kKind>(a, row, std::min(kQueryLanes, a.n_row - row), shape, b);
-    const int64_t seen_from = a.window > 0 ? std::max(a.begin, a.first + row + 1 - a.window) : a.begin;
-    const int64_t t0 = std::max<int64_t>(seen_from, 0) / kPrefillTile;
-    const float* base = tiles + t0 * shape.words + shape.mean;
-    for (int64_t t = t0; t * kPrefillTile < std::min(a.end, a.first + row + b.n_row); ++t) {
-      if (look_at(a, t, row, b.n_row, false, view))
-        half_tile<kKind>(a, shape, tiles + t * shape.words, base, recovery, view, b, s);
-    }
-    half_give<kKind>(a, row, recovery, base, b);
-  }
-}
-
-int64_t half_scratch_bytes(int64_t head_dim) {
-  return (kPrefillTile * kQueryLanes + HalfBlock::words(HalfTile(head_dim).dims)) *
-         static_cast<int64_t>(sizeof(float));
-}
-
-template <PrefillKind kKind>
-void half_pack(const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t n, int64_t head_dim,
-               float scale, std::byte* to) {
-  const HalfTile shape(head_dim);
-  auto* tile = reinterpret_cast<float*>(to);
-  flash_pack<HalfFloats, kKind == PrefillKind::fp16_shift>(k, ldk, v, ldv, n, head_dim, scale, to);
-  if constexpr (kKind == PrefillKind::fp16) return;
-  const PasaMatrix m = pasa_matrix(scale);
-  for (int64_t j = 0; j < kPrefillTile; ++j) {
-    for (int64_t c = 0; c < head_dim; c += kHalfChunk) {
-      float row[kHalfChunk];
-      const int64_t n_coord = std::min(kHalfChunk, head_dim - c);
-      if constexpr (kKind == PrefillKind::pasa) {
-        pasa_key(m, k, ldk, n, j, c, n_coord, row);
-      } else {
-        for (int64_t d = 0; d < n_coord; ++d)
-          row[d] = j < n ? round_to_half((k[j * ldk + c + d] - tile[shape.mean + c + d]) * scale) : 0.0F;
-      }
-      float* keys = tile + shape.keys + j / kRows * kRows * shape.dims + j % kRows;
-      for (int64_t d = 0; d < n_coord; ++d) keys[(c + d) * kRows] = row[d];
-    }
-  }
-}
-
-template <PrefillKind kKind>
-inline constexpr PrefillKernel kHalfKernel = {flash_tile_bytes<HalfFloats>, half_pack<kKind>,
-                                              half_scratch_bytes, half_attend<kKind>};
 
 }  // namespace
 
-constinit const PrefillKernel kPrefillFp16 = kHalfKernel<PrefillKind::fp16>;
-constinit const PrefillKernel kPrefillPasa = kHalfKernel<PrefillKind::pasa>;
-constinit const PrefillKernel kPrefillFp16Shift = kHalfKernel<PrefillKind::fp16_shift>;
+constinit const PrefillKernel kPrefillFp16 = kHalfKernel<MatrixUnit, PrefillKind::fp16>;
+constinit const PrefillKernel kPrefillPasa = kHalfKernel<MatrixUnit, PrefillKind::pasa>;
+constinit const PrefillKernel kPrefillFp16Shift = kHalfKernel<MatrixUnit, PrefillKind::fp16_shift>;
 
 }  // namespace narrows::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -21,17 +21,20 @@ struct Format {
   double unit;      ///< of operands and weights
   double exponent;  ///< relative error of a weight's power of two
   bool shift;
-  double accumulator = 0;  ///< unit of the sum of kHalfChunk products; 0: float32
+  double accumulator = 0;  ///< unit of sums of products; 0: float32
+  double value_sums = 0;   ///< roundings to that unit, of a sum over a tile
+  double score_sums = 0;   ///< of a score's
 };
 
-Format format_of(PrefillKind kind) {
+Format format_of(const Ops& ops, PrefillKind kind) {
   switch (kind) {
     case PrefillKind::bf16:
       return {0x1p-9, 9e-5, false};
     case PrefillKind::bf16_shift:
       return {0x1p-9, 9e-5, true};
     case PrefillKind::fp16_shift:
-      return {0x1p-11, 0x1p-21, true, 0x1p-11};
+      if (ops.native_half) return {0x1p-11, 0x1p-21, true, 0x1p-11, kNativeValues, kNativeScores};
+      return {0x1p-11, 0x1p-21, true, 0x1p-11, static_cast<double>(kPrefillTile / kHalfChunk)};
     default:
       return {0, 0x1p-21, false};
   }
@@ -102,12 +105,12 @@ void check_row(const Case& c, const Inputs& in, const Format& format, float scal
   const double bottom = *std::min_element(score.begin(), score.end());
   // A sum begins with the offset less the reference, which lies between the scores.
   const double slack =
-      (2 * format.unit + format.unit * format.unit) * rounded +
-      gamma(static_cast<double>(c.head_dim) + 8) * (2 * rounded + 2 * carried + (top - bottom));
+      (2 * format.unit + format.unit * format.unit + format.score_sums * format.accumulator) * rounded +
+      small + gamma(static_cast<double>(c.head_dim) + 8) * (2 * rounded + 2 * carried + (top - bottom));
   // A weight is off by this factor, up or down; so is the sum of weights. Values have one rounding more.
   const double weight_error = (1 + format.unit) * (1 + format.exponent) * std::exp(slack) - 1;
   const double error = 2 * weight_error + weight_error * weight_error + 2 * format.unit +
-                       static_cast<double>(kPrefillTile / kHalfChunk) * format.accumulator +
+                       format.value_sums * format.accumulator +
                        gamma(2 * static_cast<double>(end - begin) + 20);
   for (int64_t d = 0; d < c.head_dim; ++d) {
     double sum = 0, size = 0, total = 0, values = 0;
@@ -131,7 +134,7 @@ void Prefill::check(PrefillKind kind, const Case& c) {
   const Inputs in = make_inputs(c, random);
   const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
   const Array<float> out = attend(kernel, c, in, scale);
-  const Format format = format_of(kind);
+  const Format format = format_of(ops(), kind);
   const auto means = tile_means(c, in, format.shift);
   for (int64_t r = 0; r < c.n_row; ++r) {
     check_row(c, in, format, scale, r, means, out.data() + r * in.ld);
@@ -227,7 +230,7 @@ TEST_P(Prefill, ScoresThatRunAway) {
     const Array<float> out = attend(kernel, c, in, 0.5F);
     const auto means = tile_means(c, in, false);
     for (int64_t r = 0; r < c.n_row && !HasFatalFailure(); ++r)
-      check_row(c, in, format_of(PrefillKind::f32), 0.5F, r, means, out.data() + r * 8);
+      check_row(c, in, format_of(ops(), PrefillKind::f32), 0.5F, r, means, out.data() + r * 8);
   }
 }
 
@@ -263,7 +266,7 @@ TEST_P(Prefill, ShiftTakesACommonKeyAway) {
 TEST_P(Prefill, StatesOfPartsMergeToTheWhole) {
   for (const PrefillKind kind : kBounded) {
     const PrefillKernel& kernel = *ops().prefill[static_cast<int>(kind)];
-    const Format format = format_of(kind);
+    const Format format = format_of(ops(), kind);
     const Case c{.n_row = 50, .head_dim = 32, .first = 400, .common = 1};
     Random random(5);
     const Inputs in = make_inputs(c, random);

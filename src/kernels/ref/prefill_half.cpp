@@ -1,6 +1,7 @@
 // Oracle of the half-precision kernels: the same algorithms, row by row and rounding by rounding, with sums
 // inside a chunk in double. (What they are worth is measured against exact attention, prefill.cpp.)
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -56,9 +57,33 @@ void pack(const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t n, i
   }
 }
 
-/// A half-precision product of n terms.
+/// To half in one rounding, as one instruction of half arithmetic does: the float between is rounded to odd,
+/// which leaves no tie where there was none.
+double half_once(double x) {
+  auto nearest = static_cast<float>(x);
+  if (double{nearest} == x || !std::isfinite(nearest)) return double{round_to_half(nearest)};
+  if (std::fabs(double{nearest}) > std::fabs(x)) nearest = std::nextafter(nearest, 0.0F);
+  return double{round_to_half(std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) | 1U))};
+}
+
+/// A half-precision product of n terms as half arithmetic computes it: every sum rounded. fp16_shift adds up
+/// chunks otherwise.
+template <PrefillKind kKind, HalfSum kSum, class A, class B>
+double native_product(int64_t n, A a, B b) {
+  constexpr int64_t kFew = kSum == HalfSum::scores ? kNativeScores : kNativeValues;
+  const int64_t chunk = kKind == PrefillKind::fp16_shift ? kFew : n;
+  double sum = 0;
+  for (int64_t c = 0; c < n; c += chunk) {
+    double part = 0;
+    for (int64_t i = c; i < std::min(n, c + chunk); ++i) part = half_once(part + a(i) * b(i));
+    sum += part;
+  }
+  return sum;
+}
+
+/// The same by a matrix unit.
 template <class A, class B>
-double half_product(int64_t n, A a, B b) {
+double matrix_product(int64_t n, A a, B b) {
   double sum = 0;
   for (int64_t c = 0; c < n; c += kHalfChunk) {
     double part = 0;
@@ -66,6 +91,12 @@ double half_product(int64_t n, A a, B b) {
     sum = half(sum + part);
   }
   return sum;
+}
+
+template <PrefillKind kKind, bool kNative, HalfSum kSum, class A, class B>
+double half_product(int64_t n, A a, B b) {
+  if constexpr (kNative) return native_product<kKind, kSum>(n, a, b);
+  return matrix_product(n, a, b);
 }
 
 struct RowState {
@@ -125,7 +156,7 @@ Factors update(double* s, int64_t low, int64_t high, double recovery, RowState& 
   return f;
 }
 
-template <PrefillKind kKind>
+template <PrefillKind kKind, bool kNative>
 void attend_row(const PrefillRows& a, int64_t r) {
   const HalfTile at(a.head_dim);
   const auto* tiles = reinterpret_cast<const float*>(a.tiles);
@@ -145,7 +176,7 @@ void attend_row(const PrefillRows& a, int64_t r) {
       offset += double{q[d] * a.scale} * double{tile[at.mean + d] - base[d]};
     for (int64_t j = 0; j < kPrefillTile; ++j) {
       const float* key = tile + at.keys + j * a.head_dim;
-      s[j] = half_product(
+      s[j] = half_product<kKind, kNative, HalfSum::scores>(
           a.head_dim, [&](int64_t d) { return double{round_to_half(q[d])}; },
           [&](int64_t d) { return double{key[d]}; });
       if (kKind == PrefillKind::fp16) s[j] = half(s[j] / divisor);
@@ -155,7 +186,7 @@ void attend_row(const PrefillRows& a, int64_t r) {
     const int64_t high = std::min(end - t * kPrefillTile, kPrefillTile);
     const Factors f = update<kKind>(s, low, high, recovery, row);
     for (int64_t d = 0; d < a.head_dim; ++d) {
-      const double now = half_product(
+      const double now = half_product<kKind, kNative, HalfSum::values>(
           kPrefillTile, [&](int64_t j) { return s[j]; },
           [&](int64_t j) { return double{tile[at.values + j * a.head_dim + d]}; });
       if constexpr (kKind == PrefillKind::fp16_shift) {
@@ -177,18 +208,21 @@ void attend_row(const PrefillRows& a, int64_t r) {
   for (int64_t d = 0; d < a.head_dim; ++d) a.out[r * a.ldo + d] = static_cast<float>(out[d] * factor);
 }
 
-template <PrefillKind kKind>
+template <PrefillKind kKind, bool kNative>
 void attend(const PrefillRows& a) {
-  for (int64_t r = 0; r < a.n_row; ++r) attend_row<kKind>(a, r);
+  for (int64_t r = 0; r < a.n_row; ++r) attend_row<kKind, kNative>(a, r);
 }
 
-template <PrefillKind kKind>
-inline constexpr PrefillKernel kKernel = {tile_bytes, pack<kKind>, scratch_bytes, attend<kKind>};
+template <PrefillKind kKind, bool kNative = false>
+inline constexpr PrefillKernel kKernel = {tile_bytes, pack<kKind>, scratch_bytes, attend<kKind, kNative>};
 
 }  // namespace
 
 constinit const PrefillKernel kPrefillFp16 = kKernel<PrefillKind::fp16>;
 constinit const PrefillKernel kPrefillPasa = kKernel<PrefillKind::pasa>;
 constinit const PrefillKernel kPrefillFp16Shift = kKernel<PrefillKind::fp16_shift>;
+constinit const PrefillKernel kPrefillFp16Native = kKernel<PrefillKind::fp16, true>;
+constinit const PrefillKernel kPrefillPasaNative = kKernel<PrefillKind::pasa, true>;
+constinit const PrefillKernel kPrefillFp16ShiftNative = kKernel<PrefillKind::fp16_shift, true>;
 
 }  // namespace narrows::kernels::ref

@@ -49,6 +49,10 @@ extern const PrefillKernel kPrefillBf16Shift;
 extern const PrefillKernel kPrefillFp16;
 extern const PrefillKernel kPrefillPasa;
 extern const PrefillKernel kPrefillFp16Shift;
+/// The same with half arithmetic's products, what tables with `native_half` are compared with; in no table.
+extern const PrefillKernel kPrefillFp16Native;
+extern const PrefillKernel kPrefillPasaNative;
+extern const PrefillKernel kPrefillFp16ShiftNative;
 
 /// The table named "ref".
 extern const Ops kTable;

@@ -18,6 +18,7 @@ const Ops kTable = {
     .prefill = {&kPrefillF32, &kPrefillBf16, &kPrefillBf16Shift, &kPrefillFp16, &kPrefillPasa,
                 &kPrefillFp16Shift},
     .best_prefill = PrefillKind::f32,
+    .native_half = false,
     .dequant_groups = dequant_groups,
     .quant_groups = quant_groups,
     .select_top = select_top,
