@@ -293,9 +293,12 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltWo
       for (int64_t c = 0; c < d; ++c) y[c] += weight * from[c];
     }
     float in_pages = 0;
-    float weights[kAttendSlices];  // 0 of an empty slice, whose sums are old ones
+    float weights[kAttendSlices];
     for (int i = 0; i < n_latent; ++i) {
       const KltWork::Slice& latent = *work.slices[static_cast<size_t>(i)];
+      // The sums of an empty slice are those of another layer, whose padding may be anything: 0 times that
+      // need not be 0.
+      if (latent.sum[h] == 0) std::fill_n(work.latents(h, i), work.ld_latent, 0.0F);
       weights[i] = latent.sum[h] != 0 ? std::exp(latent.max[h] - top) : 0.0F;
       in_pages += weights[i] * latent.sum[h];
     }

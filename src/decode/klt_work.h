@@ -59,8 +59,8 @@ struct KltWork {
     AlignedArray<float> max;  ///< [n_head]
     AlignedArray<float> sum;  ///< [n_head]; 0: empty
   };
-  /// Sums of a query head over slice i, [ld_latent]; those of a head follow each other. Finite even of an
-  /// empty slice.
+  /// Sums of a query head over slice i, [ld_latent]; those of a head follow each other. Those of an empty
+  /// slice are old ones, perhaps of another layer.
   float* latents(int64_t head, int i) {
     return slice_latents.data() + (head * kAttendSlices + i) * ld_latent;
   }
