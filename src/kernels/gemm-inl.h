@@ -69,19 +69,11 @@ HWY_INLINE void block_product(int64_t k, const float* HWY_RESTRICT a, int64_t ld
   for (int64_t p = 0; p < k; ++p) block_step<MR, NV, kTail>(a + p, lda, b + p * ldb, n_tail, acc);
 }
 
-/// c [MR, NV vectors] (+)= a [MR, k] b.
-template <int MR, int NV, bool kTail, class T>
-HWY_INLINE void block_store(int64_t k, const float* HWY_RESTRICT a, int64_t lda, const T* HWY_RESTRICT b,
-                            int64_t ldb, int64_t n_tail, float* HWY_RESTRICT c, int64_t ldc,
+/// c [MR, NV vectors] (+)= acc.
+template <int MR, int NV, bool kTail>
+HWY_INLINE void store_block(VF (&acc)[MR][NV], int64_t n_tail, float* HWY_RESTRICT c, int64_t ldc,
                             bool accumulate) {
   const DF d;
-  VF acc[MR][NV];
-  NARROWS_UNROLL
-  for (int i = 0; i < MR; ++i) {
-    NARROWS_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = hn::Zero(d);
-  }
-  block_product<MR, NV, kTail>(k, a, lda, b, ldb, n_tail, acc);
   NARROWS_UNROLL
   for (int i = 0; i < MR; ++i) {
     NARROWS_UNROLL
@@ -96,6 +88,22 @@ HWY_INLINE void block_store(int64_t k, const float* HWY_RESTRICT a, int64_t lda,
       }
     }
   }
+}
+
+/// c [MR, NV vectors] (+)= a [MR, k] b.
+template <int MR, int NV, bool kTail, class T>
+HWY_INLINE void block_store(int64_t k, const float* HWY_RESTRICT a, int64_t lda, const T* HWY_RESTRICT b,
+                            int64_t ldb, int64_t n_tail, float* HWY_RESTRICT c, int64_t ldc,
+                            bool accumulate) {
+  const DF d;
+  VF acc[MR][NV];
+  NARROWS_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    NARROWS_UNROLL
+    for (int j = 0; j < NV; ++j) acc[i][j] = hn::Zero(d);
+  }
+  block_product<MR, NV, kTail>(k, a, lda, b, ldb, n_tail, acc);
+  store_block<MR, NV, kTail>(acc, n_tail, c, ldc, accumulate);
 }
 
 /// One column block for all m rows.

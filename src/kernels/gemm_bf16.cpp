@@ -115,20 +115,7 @@ HWY_INLINE void pair_block(int64_t n_word, const typename Pairs::Word* HWY_RESTR
         acc[i][j] = Pairs::multiply_add(acc[i][j], column, a + (i * kDepthWords + p) * Pairs::kPer);
     }
   }
-  NARROWS_UNROLL
-  for (int i = 0; i < MR; ++i) {
-    NARROWS_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + i * ldc + j * kLanes;
-      if (kTail && j == NV - 1) {
-        if (accumulate) acc[i][j] = hn::Add(acc[i][j], load_n(d, to, n_tail));
-        store_n(acc[i][j], d, to, n_tail);
-      } else {
-        if (accumulate) acc[i][j] = hn::Add(acc[i][j], hn::LoadU(d, to));
-        hn::StoreU(acc[i][j], d, to);
-      }
-    }
-  }
+  store_block<MR, NV, kTail>(acc, n_tail, c, ldc, accumulate);
 }
 
 /// All columns for MR rows.

@@ -95,7 +95,7 @@ void check_row(const Case& c, const Inputs& in, const Format& format, float scal
     score.push_back(sum);
     rounded = std::max(rounded, size);
     carried = std::max(carried, offset);
-    small = std::max(small, format.accumulator > 0 ? 0x1p-24 * operands : 0);
+    small = std::max(small, format.score_sums > 0 ? 0x1p-24 * operands : 0);
   }
   if (score.empty()) {
     for (int64_t d = 0; d < c.head_dim; ++d) ASSERT_EQ(out[d], 0) << "row " << r;
