@@ -18,19 +18,15 @@ const float* floats(const ggml_tensor* t) {
 /// What attention of a lane costs beside its tokens, in tokens.
 constexpr int64_t kLaneTokens = 256;
 
-/// Parts of a product for each thread. A thread takes one when it has finished the last: cores of a busy
-/// machine are not equally fast, and an equal share would make the others wait for the slowest.
-constexpr int kPartsAThread = 6;
-
-/// Rows of `w` in part i of n when all the bytes of the stage are shared equally; those of w begin at byte
-/// `begin` of `total`. Parts end at units, all together are all rows.
-Part rows_of(const Linear& w, int64_t begin, int64_t total, int i, int n) {
-  const auto cut = [&](int at) {
-    const int64_t row = (total / n * at + total % n * at / n - begin) / w.row_bytes();
+/// Rows of `w` that thread ith takes when all the bytes of the stage are shared equally; those of w begin at
+/// byte `begin` of `total`. Parts end at units, all threads' together are all rows.
+Part rows_of(const Linear& w, int64_t begin, int64_t total, int ith, int n_threads) {
+  const auto cut = [&](int i) {
+    const int64_t row = (total / n_threads * i + total % n_threads * i / n_threads - begin) / w.row_bytes();
     const int64_t up = (std::max<int64_t>(row, 0) + w.unit() - 1) / w.unit() * w.unit();
-    return at == n ? w.n_out() : std::min(up, w.n_out());
+    return i == n_threads ? w.n_out() : std::min(up, w.n_out());
   };
-  return {cut(i), cut(i + 1)};
+  return {cut(ith), cut(ith + 1)};
 }
 
 }  // namespace
@@ -122,24 +118,24 @@ void StepProgram::run_thread(int ith) {
   Worker& worker = workers_[static_cast<size_t>(ith)];
   for (size_t l = 0; l < layers_.size(); ++l) run_layer(l, ith, worker);
   norm_input(floats(weights_.output_norm()), worker);
-  multiply({&output_, 1}, ith, worker);
+  multiply({&output_, 1}, ith, worker.input);
 }
 
 void StepProgram::run_layer(size_t l, int ith, Worker& worker) {
   const Layer& layer = layers_[l];
   const auto n_lane = static_cast<int64_t>(lanes_.size());
   norm_input(floats(layer.w->attn_norm), worker);
-  multiply(layer.qkv, ith, worker);
+  multiply(layer.qkv, ith, worker.input);
   finish_stage(StepStage::qkv, ith);
   attention(l, ith);
   worker.input.set(attention_rows(l), width_q_, n_lane, width_q_);
-  multiply({&layer.wo, 1}, ith, worker);
+  multiply({&layer.wo, 1}, ith, worker.input);
   finish_stage(StepStage::wo, ith);
   norm_input(floats(layer.w->ffn_norm), worker);
   gate_and_up(layer, ith, worker);
   finish_stage(StepStage::gate_up, ith);
   worker.input.set(gate_up_.data(), hp_.n_ff, n_lane, hp_.n_ff);
-  multiply({&layer.down, 1}, ith, worker);
+  multiply({&layer.down, 1}, ith, worker.input);
   finish_stage(StepStage::down, ith);
 }
 
@@ -152,63 +148,37 @@ void StepProgram::norm_input(const float* weight, Worker& worker) {
   worker.input.set(worker.norm.data(), hp_.n_embd, n_lane, hp_.n_embd);
 }
 
-int StepProgram::n_part() const { return pool_.n_threads() == 1 ? 1 : kPartsAThread * pool_.n_threads(); }
-
-std::atomic<int>& StepProgram::parts_of_stage(int ith, Worker& worker) {
-  // The next stage's counter is cleared while this one runs: those who used it two stages ago have met since.
-  const size_t stage = worker.n_stage++;
-  if (ith == 0) next_part_[(stage + 1) % next_part_.size()].value = 0;
-  return next_part_[stage % next_part_.size()].value;
-}
-
-void StepProgram::multiply(std::span<const Output> outputs, int ith, Worker& worker) {
-  int64_t total = 0;
+void StepProgram::multiply(std::span<const Output> outputs, int ith, LinearInput& input) {
+  int64_t total = 0, begin = 0;
   for (const Output& o : outputs) total += o.w.n_out() * o.w.row_bytes();
-  std::atomic<int>& next = parts_of_stage(ith, worker);
-  for (int i = next++; i < n_part(); i = next++) {
-    int64_t begin = 0;
-    for (const Output& o : outputs) {
-      const Part rows = rows_of(o.w, begin, total, i, n_part());
-      begin += o.w.n_out() * o.w.row_bytes();
-      multiply_rows(o, rows, worker.input);
+  for (const Output& o : outputs) {
+    const Part rows = rows_of(o.w, begin, total, ith, pool_.n_threads());
+    begin += o.w.n_out() * o.w.row_bytes();
+    if (o.bias != nullptr) {
+      for (int64_t r = 0; r < input.n_row(); ++r) {
+        float* y = o.y + r * o.ldy;
+        for (int64_t i = rows.begin; i < rows.end; ++i) y[i] = o.accumulate ? y[i] + o.bias[i] : o.bias[i];
+      }
     }
+    o.w.multiply(rows.begin, rows.end, input, o.y, o.ldy, o.accumulate || o.bias != nullptr);
   }
-}
-
-void StepProgram::multiply_rows(const Output& o, Part rows, LinearInput& input) {
-  if (rows.begin >= rows.end) return;
-  if (o.bias != nullptr) {
-    for (int64_t r = 0; r < input.n_row(); ++r) {
-      float* y = o.y + r * o.ldy;
-      for (int64_t i = rows.begin; i < rows.end; ++i) y[i] = o.accumulate ? y[i] + o.bias[i] : o.bias[i];
-    }
-  }
-  o.w.multiply(rows.begin, rows.end, input, o.y, o.ldy, o.accumulate || o.bias != nullptr);
 }
 
 void StepProgram::gate_and_up(const Layer& layer, int ith, Worker& worker) {
   // The same rows of both, so that a thread has what its activations need.
   const int64_t unit = std::max(layer.gate.unit(), layer.up.unit());
-  std::atomic<int>& next = parts_of_stage(ith, worker);
-  for (int i = next++; i < n_part(); i = next++) {
-    const Part units = part_of((hp_.n_ff + unit - 1) / unit, i, n_part());
-    const Part rows = {units.begin * unit, std::min(units.end * unit, hp_.n_ff)};
-    if (rows.begin < rows.end) gate_and_up_rows(layer, rows, worker.input);
-  }
-}
-
-void StepProgram::gate_and_up_rows(const Layer& layer, Part rows, LinearInput& input) {
-  const int64_t begin = rows.begin, end = rows.end;
+  const Part units = part_of((hp_.n_ff + unit - 1) / unit, ith, pool_.n_threads());
+  const int64_t begin = units.begin * unit, end = std::min(units.end * unit, hp_.n_ff);
   float* gate = gate_up_.data();
   float* up = gate + max_lanes_ * hp_.n_ff;
-  for (int64_t r = 0; r < input.n_row(); ++r) {
+  for (int64_t r = 0; r < worker.input.n_row(); ++r) {
     const int64_t at = r * hp_.n_ff;
     if (layer.b_gate != nullptr) std::copy(layer.b_gate + begin, layer.b_gate + end, gate + at + begin);
     if (layer.b_up != nullptr) std::copy(layer.b_up + begin, layer.b_up + end, up + at + begin);
   }
-  layer.gate.multiply(begin, end, input, gate, hp_.n_ff, layer.b_gate != nullptr);
-  layer.up.multiply(begin, end, input, up, hp_.n_ff, layer.b_up != nullptr);
-  for (int64_t r = 0; r < input.n_row(); ++r) {
+  layer.gate.multiply(begin, end, worker.input, gate, hp_.n_ff, layer.b_gate != nullptr);
+  layer.up.multiply(begin, end, worker.input, up, hp_.n_ff, layer.b_up != nullptr);
+  for (int64_t r = 0; r < worker.input.n_row(); ++r) {
     float* at = gate + r * hp_.n_ff + begin;
     kernels::ops().swiglu(at, up + r * hp_.n_ff + begin, end - begin, at);
   }

@@ -1,6 +1,6 @@
 // One decode step of one or several sessions, our own program instead of a ggml graph: all threads run it
-// from the first layer to the logits, take the rows of each product part by part and meet at as few barriers
-// as its data needs,
+// from the first layer to the logits, share the rows of each product and meet at as few barriers as its data
+// needs,
 //
 //   norm, q k v | (q and k norms |) attention phases | wo, residual | norm, gate, up, swiglu | down, residual
 //   |
@@ -12,7 +12,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -21,7 +20,6 @@
 #include "base/aligned.h"
 #include "base/thread_pool.h"
 #include "decode/layer_decoder.h"
-#include "decode/stages.h"
 #include "model/linear.h"
 #include "model/weights.h"
 
@@ -86,7 +84,6 @@ class StepProgram {
   struct Worker {
     LinearInput input;
     AlignedArray<float> norm;  ///< [max_lanes, n_embd]
-    size_t n_stage = 0;        ///< products so far, the same for all threads
   };
 
   StepProgram(const ModelWeights& weights, int max_lanes, ThreadPool& pool);
@@ -97,14 +94,9 @@ class StepProgram {
   void attention(size_t l, int ith);
   void share_lanes();
   void norm_heads(size_t l, int64_t first, int64_t end);
-  int n_part() const;
-  /// Of the product that begins: the next part that nobody has taken.
-  std::atomic<int>& parts_of_stage(int ith, Worker& worker);
   void gate_and_up(const Layer& layer, int ith, Worker& worker);
-  void gate_and_up_rows(const Layer& layer, Part rows, LinearInput& input);
   void norm_input(const float* weight, Worker& worker);
-  void multiply(std::span<const Output> outputs, int ith, Worker& worker);
-  void multiply_rows(const Output& o, Part rows, LinearInput& input);
+  void multiply(std::span<const Output> outputs, int ith, LinearInput& input);
   void finish_stage(StepStage stage, int ith);
   float* qkv_rows(size_t layer) { return qkv_.data() + static_cast<int64_t>(layer) * qkv_stride_; }
   float* attention_rows(size_t layer) { return out_.data() + static_cast<int64_t>(layer) * out_stride_; }
@@ -120,10 +112,6 @@ class StepProgram {
   std::vector<Layer> layers_;
   Output output_;
   std::vector<Worker> workers_;
-  struct alignas(64) Counter {
-    std::atomic<int> value{0};
-  };
-  std::array<Counter, 3> next_part_;
   AlignedArray<float> x_;        ///< [max_lanes, n_embd] residual stream
   AlignedArray<float> qkv_;      ///< [layers kept, max_lanes, width_qkv]
   AlignedArray<float> out_;      ///< [layers kept, max_lanes, width_q] attention
