@@ -79,4 +79,25 @@ const char* attention_name(PrefillAttention attention);
 /// Names that parse_attention() takes.
 std::vector<std::string> attention_names();
 
+/// How a prompt is multiplied by the weights: the values behind `--products NAME`.
+enum class PrefillProducts {
+  automatic,  ///< bf16 where the CPU has it and the prompt is long enough, else int8
+  int8,       ///< as in decoding: activations rounded to 8 bits in groups of 32 for quantised weights
+  bf16,       ///< oneDNN's, both factors in bfloat16 (where the CPU has no such product: int8)
+};
+
+/// How a prompt is read.
+struct PromptOptions {
+  PrefillProducts products = PrefillProducts::automatic;
+  PrefillAttention attention = PrefillAttention::automatic;
+  /// Share of its attention that a block of a prompt's tokens reads at least, as estimated from a sample of
+  /// them, in (0, 1]: whole tiles of keys that hold the rest are left out. 1: all is read.
+  /// docs/sparse_prefill.md.
+  double mass = 1;
+};
+
+/// `--prefill TEXT`: dense, sparse or sparse:mass=X, to PromptOptions::mass. invalid_argument says what there
+/// is.
+Result<double> parse_prefill(std::string_view text);
+
 }  // namespace narrows

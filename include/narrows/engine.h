@@ -65,20 +65,12 @@ class Model {
   std::unique_ptr<ModelWeights> weights_;
 };
 
-/// How a prompt is multiplied by the weights: the values behind `--products NAME`.
-enum class PrefillProducts {
-  automatic,  ///< bf16 where the CPU has it and the prompt is long enough, else int8
-  int8,       ///< as in decoding: activations rounded to 8 bits in groups of 32 for quantised weights
-  bf16,       ///< oneDNN's, both factors in bfloat16 (where the CPU has no such product: int8)
-};
-
 struct SessionOptions {
   KvProfile kv;
   std::string basis_path;  ///< file made by `narrows calibrate`; empty: the prompt calibrates
   int64_t n_ctx = 0;       ///< most tokens the cache may hold; 0: the model's n_ctx_train
   int n_threads = 0;       ///< 0: one a core
-  PrefillProducts products = PrefillProducts::automatic;
-  PrefillAttention attention = PrefillAttention::automatic;
+  PromptOptions prompt;
   /// Prompts are read in segments (Session::segment_end()): the tokens of one attend to earlier ones as the
   /// cache holds them. At the end of a segment the cache depends on the tokens before it alone; it can go
   /// back there, and a prompt that goes on from there gives what the whole prompt gives, to the last bit.

@@ -240,4 +240,22 @@ std::vector<std::string> attention_names() {
   return names;
 }
 
+Result<double> parse_prefill(std::string_view text) {
+  constexpr double kSparseMass = 0.95;  // docs/sparse_prefill.md
+  constexpr std::string_view kWithMass = "sparse:mass=";
+  if (text == "dense") return 1.0;
+  if (text == "sparse") return kSparseMass;
+  double mass = 0;
+  if (text.starts_with(kWithMass)) {
+    text.remove_prefix(kWithMass.size());
+    const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), mass);
+    if (error == std::errc() && stop == text.data() + text.size() && mass > 0 && mass <= 1) return mass;
+    return Status(
+        StatusCode::invalid_argument,
+        fmt::format("the mass of a sparse prefill must be above 0 and at most 1, not {}", quote(text)));
+  }
+  return Status(StatusCode::invalid_argument,
+                fmt::format("there is no prefill {}, choose dense, sparse or sparse:mass=X", quote(text)));
+}
+
 }  // namespace narrows

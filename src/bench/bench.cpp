@@ -72,8 +72,7 @@ class Depth {
       so.kv = p;
       so.n_ctx = room();
       so.n_threads = options_.n_threads;
-      so.products = options_.products;
-      so.attention = options_.attention;
+      so.prompt = options_.prompt;
       if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options_.basis_path;
       Result<std::unique_ptr<Session>> made = Session::create(model_, so);
       if (!made.ok()) return made.status();

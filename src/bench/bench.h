@@ -20,8 +20,7 @@ struct BenchOptions {
   std::vector<KvProfile> profiles;
   std::string basis_path;
   int n_threads = 0;
-  PrefillProducts products = PrefillProducts::automatic;
-  PrefillAttention attention = PrefillAttention::automatic;
+  PromptOptions prompt;
   int rounds = 5;          ///< interleaved decode rounds a depth
   int tokens = 32;         ///< tokens decoded a round
   int prefill_rounds = 1;  ///< interleaved prefills a depth; the cache of the last one is decoded on

@@ -126,8 +126,7 @@ Command make_bench_command(CLI::App& app) {
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
-  add_products_option(*command, flags->options.products);
-  add_attention_option(*command, flags->options.attention);
+  add_prompt_options(*command, flags->options.prompt);
   const std::map<std::string, BenchFormat> formats = {{"table", BenchFormat::table},
                                                       {"markdown", BenchFormat::markdown},
                                                       {"csv", BenchFormat::csv},

@@ -53,26 +53,32 @@ void add_threads_option(CLI::App& app, std::optional<int>& threads) {
       ->check(whole_number(1, kMaxThreads));
 }
 
-void add_products_option(CLI::App& app, PrefillProducts& products) {
-  static const std::map<std::string, PrefillProducts> names = {
+void add_prompt_options(CLI::App& app, PromptOptions& options) {
+  static const std::map<std::string, PrefillProducts> products = {
       {"auto", PrefillProducts::automatic}, {"int8", PrefillProducts::int8}, {"bf16", PrefillProducts::bf16}};
   app.add_option(
-         "--products", products,
+         "--products", options.products,
          "how a prompt is multiplied by the weights: auto, int8 or bf16 (default: auto, which is bf16 "
          "where the CPU has it)")
       ->type_name("NAME")
-      ->transform(CLI::CheckedTransformer(names).description(""));
-}
-
-void add_attention_option(CLI::App& app, PrefillAttention& attention) {
-  const auto known = [](const std::string& name) { return parse_attention(name).status().message(); };
+      ->transform(CLI::CheckedTransformer(products).description(""));
+  const auto attention = [](const std::string& name) { return parse_attention(name).status().message(); };
   app.add_option_function<std::string>(
-         "--attention", [&attention](const std::string& name) { attention = *parse_attention(name); },
+         "--attention", [&options](const std::string& name) { options.attention = *parse_attention(name); },
          fmt::format("in which precision a prompt attends: {} (default: auto, which is bf16-shift where the "
                      "CPU multiplies bfloat16, else f32)",
                      fmt::join(attention_names(), ", ")))
       ->type_name("NAME")
-      ->check(CLI::Validator(known, ""));
+      ->check(CLI::Validator(attention, ""));
+  const auto prefill = [](const std::string& text) { return parse_prefill(text).status().message(); };
+  app.add_option_function<std::string>(
+         "--prefill", [&options](const std::string& text) { options.mass = *parse_prefill(text); },
+         "which keys a prompt's tokens attend to: dense (all, default), or sparse, which leaves out those "
+         "that get "
+         "little of the attention: faster on long prompts, not exact; sparse:mass=X keeps at least that "
+         "share")
+      ->type_name("WHICH")
+      ->check(CLI::Validator(prefill, ""));
 }
 
 void SessionFlags::add_to(CLI::App& app) {
@@ -84,8 +90,7 @@ void SessionFlags::add_to(CLI::App& app) {
       ->type_name("N")
       ->check(whole_number(1, kMaxContext));
   add_threads_option(app, threads);
-  add_products_option(app, products);
-  add_attention_option(app, attention);
+  add_prompt_options(app, prompt);
 }
 
 Result<SessionOptions> SessionFlags::parse() const {
@@ -96,8 +101,7 @@ Result<SessionOptions> SessionFlags::parse() const {
   options.basis_path = basis;
   options.n_ctx = n_ctx.value_or(0);
   options.n_threads = threads.value_or(0);
-  options.products = products;
-  options.attention = attention;
+  options.prompt = prompt;
   return options;
 }
 

@@ -25,8 +25,7 @@ struct SessionFlags {
   std::string basis;
   std::optional<int64_t> n_ctx;
   std::optional<int> threads;
-  PrefillProducts products = PrefillProducts::automatic;
-  PrefillAttention attention = PrefillAttention::automatic;
+  PromptOptions prompt;
 
   void add_to(CLI::App& app);
   /// invalid_argument if the profile is not one.
@@ -48,8 +47,8 @@ struct SamplerFlags {
 CLI::Validator whole_number(int64_t low, int64_t high);
 
 void add_threads_option(CLI::App& app, std::optional<int>& threads);
-void add_products_option(CLI::App& app, PrefillProducts& products);
-void add_attention_option(CLI::App& app, PrefillAttention& attention);
+/// --products, --attention and --prefill.
+void add_prompt_options(CLI::App& app, PromptOptions& options);
 
 /// What --kv means and takes, for help texts.
 std::string profile_help();

@@ -84,7 +84,8 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
                     {"compression", r.compression()},
                     {"compression_layers", r.compression_layers()},
                     {"compression_pages", r.compression_pages()},
-                    {"attention", attention_name(options.attention)},
+                    {"attention", attention_name(options.prompt.attention)},
+                    {"prefill_mass", options.prompt.mass},
                     {"bytes_per_token", r.bytes_per_token()},
                     {"bytes_per_token_f16", r.bytes_per_token_f16()},
                     {"context", options.context},
@@ -99,8 +100,7 @@ Outcome find(const EvalFlags& flags) {
   options.profiles = flags.options.profiles;
   options.basis_path = flags.basis;
   options.n_threads = flags.options.n_threads;
-  options.products = flags.options.products;
-  options.attention = flags.options.attention;
+  options.prompt = flags.options.prompt;
   options.kind = flags.needles == "single"    ? NeedleKind::single
                  : flags.needles == "several" ? NeedleKind::several
                                               : NeedleKind::two_facts;
@@ -121,7 +121,8 @@ Outcome find(const EvalFlags& flags) {
 /// The heads of a model, --context tokens of the text (2048 unless it was given), and the random benchmark.
 Outcome judge_precision(const EvalFlags& flags, bool context_given) {
   PrecisionOptions options;
-  if (flags.options.attention != PrefillAttention::automatic) options.kernels = {flags.options.attention};
+  const PrefillAttention asked = flags.options.prompt.attention;
+  if (asked != PrefillAttention::automatic) options.kernels = {asked};
   if (context_given) options.context = flags.contexts.front();
   options.n_threads = flags.options.n_threads;
   const Result<std::string> text = read_text_file(flags.file.empty() ? kFiller : flags.file);
@@ -213,8 +214,7 @@ Command make_eval_command(CLI::App& app) {
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
-  add_products_option(*command, flags->options.products);
-  add_attention_option(*command, flags->options.attention);
+  add_prompt_options(*command, flags->options.prompt);
   command->add_option("--peer", flags->peer, "add a row for llama.cpp with its own f16 cache")
       ->type_name("ENGINE")
       ->check(CLI::IsMember({"llama.cpp"}));

@@ -8,6 +8,7 @@
 #include "base/memory.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
+#include "prefill/attention.h"
 
 namespace narrows {
 
@@ -30,6 +31,22 @@ AttentionShape attention_shape(const Hparams& hp) {
   return {hp.n_head, hp.n_head_kv, hp.head_dim, hp.attention_scale};
 }
 
+Status check_prompt_options(const PromptOptions& options) {
+  if (!(options.mass > 0 && options.mass <= 1)) {
+    return {
+        StatusCode::invalid_argument,
+        fmt::format("the share of the attention that a prompt reads must be above 0 and at most 1, not {}",
+                    options.mass)};
+  }
+  if (options.mass < 1 && !can_be_sparse(options.attention)) {
+    return {
+        StatusCode::invalid_argument,
+        fmt::format("--prefill sparse does not work with --attention {}; take auto, f32, bf16 or bf16-shift",
+                    attention_name(options.attention))};
+  }
+  return {};
+}
+
 Result<int> threads_to_use(int n_threads) {
   if (n_threads < 0 || n_threads > kMaxThreads) {
     return {StatusCode::invalid_argument,
@@ -49,7 +66,9 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const Hparams& hp = model->weights().hparams();
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
       model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
-      [this](int64_t layer, std::vector<double>& w) { return value_weight(model->weights(), layer, w, &runner); },
+      [this](int64_t layer, std::vector<double>& w) {
+        return value_weight(model->weights(), layer, w, &runner);
+      },
       options.segments);
   if (!made.ok()) return made.status();
   cache = std::move(*made);
@@ -75,8 +94,8 @@ Status Session::Impl::check_room(int64_t n_new) const {
   const int64_t more_cache =
       cache_bytes_estimate(model->info(), options.kv, n_past + n_new, options.segments) -
       cache->stats().bytes;
-  const int64_t need = more_cache + Prefill::bytes_needed(model->weights(), n_new, n_past, runner.n_threads(),
-                                                          options.products, options.attention);
+  const int64_t need =
+      more_cache + Prefill::bytes_needed(model->weights(), n_new, n_past, runner.n_threads(), options.prompt);
   const int64_t have = available_memory_bytes();
   if (have > 0 && need > have) {
     return {StatusCode::out_of_memory,
@@ -107,6 +126,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
   }
   const Result<int> n_threads = threads_to_use(options.n_threads);
   if (!n_threads.ok()) return n_threads.status();
+  if (Status s = check_prompt_options(options.prompt); !s.ok()) return s;
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
     // A context that was asked for must fit as a whole; the model's own, often huge, is only a limit.
@@ -151,8 +171,7 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
     }
   }
   const auto n_new = static_cast<int64_t>(tokens.size());
-  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.products,
-                  lead.options.attention);
+  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.prompt);
   const Status status =
       prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
   for (Session* s : sessions) {
@@ -210,8 +229,7 @@ Status Session::begin_prefill(std::span<const Token> tokens) {
   if (Status s = m.check_usable(); !s.ok()) return s;
   const auto n_new = static_cast<int64_t>(tokens.size());
   if (Status s = m.check_room(n_new); !s.ok()) return s;
-  auto prefill = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.products,
-                                           m.options.attention);
+  auto prefill = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.prompt);
   Session* self = this;
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
   if (Status s =

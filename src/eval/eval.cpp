@@ -106,15 +106,19 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
   std::vector<KvProfile> profiles = {KvProfile{}};  // the reference comes first
   profiles.insert(profiles.end(), options.profiles.begin(), options.profiles.end());
   // An attention that was asked for is judged too: the reference then has a prefill of its own.
-  const bool apart =
-      options.attention != PrefillAttention::automatic && options.attention != PrefillAttention::f32;
+  const PrefillAttention attention = options.prompt.attention;
+  const bool apart = options.prompt.mass < 1 ||
+                     (attention != PrefillAttention::automatic && attention != PrefillAttention::f32);
   for (const KvProfile& p : profiles) {
     SessionOptions so;
-    so.attention = apart && sessions.empty() ? PrefillAttention::f32 : options.attention;
+    so.prompt = options.prompt;
+    if (apart && sessions.empty()) {
+      so.prompt.attention = PrefillAttention::f32;
+      so.prompt.mass = 1;
+    }
     so.kv = p;
     so.n_ctx = options.context + options.tokens;
     so.n_threads = options.n_threads;
-    so.products = options.products;
     if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options.basis_path;
     Result<std::unique_ptr<Session>> made = Session::create(model, so);
     if (!made.ok()) return made.status();

@@ -20,10 +20,9 @@ struct EvalOptions {
   std::vector<KvProfile> profiles;
   std::string basis_path;
   int n_threads = 0;
-  PrefillProducts products = PrefillProducts::automatic;
-  /// Any but automatic and f32: the profiles' prompt attends so, and the reference's in f32. Then the row of
-  /// f16 shows what the attention costs alone.
-  PrefillAttention attention = PrefillAttention::automatic;
+  /// If its attention is none of automatic and f32, or its mass below 1: the profiles' prompt attends so, and
+  /// the reference's to all tokens in f32. Then the row of f16 shows what the attention costs alone.
+  PromptOptions prompt;
   /// Three more rows: llama.cpp with its f16 cache, flash and plain attention, against our f16; and its plain
   /// against its flash attention, which is the noise that any two correct engines show on quantised weights.
   bool with_llama_cpp = false;

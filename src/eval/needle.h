@@ -28,8 +28,7 @@ struct NeedleOptions {
   std::string basis_path;
   std::string filler;  ///< UTF-8, at least a few sentences; repeated as often as needed
   int n_threads = 0;
-  PrefillProducts products = PrefillProducts::automatic;
-  PrefillAttention attention = PrefillAttention::automatic;
+  PromptOptions prompt;
 };
 
 /// One profile at one context and depth.

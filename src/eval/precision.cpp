@@ -365,7 +365,7 @@ Result<std::vector<PrecisionRow>> measure_precision(const std::shared_ptr<const 
     heads.layer_done(layer, k, v, n);
     return Status();
   };
-  Prefill prefill(model->weights(), rope, runner, PrefillProducts::automatic, PrefillAttention::f32);
+  Prefill prefill(model->weights(), rope, runner, {.attention = PrefillAttention::f32});
   std::vector<float> logits(static_cast<size_t>(hp.n_vocab));
   const double before = options.random ? kRandomShare : 0;
   const Status status = prefill.run(

@@ -266,11 +266,8 @@ HWY_INLINE void shift_offset(int64_t dims, const float* mean, const float* base,
 inline bool look_at(const PrefillRows& a, int64_t t, int64_t row, int64_t n_row, bool referenced,
                     FlashView& view) {
   const int64_t base = t * kPrefillTile;
-  const auto from = [&](int64_t r) {
-    const int64_t first_seen = a.window > 0 ? a.first + row + r + 1 - a.window : 0;
-    return std::max(a.begin, first_seen) - base;
-  };
-  const auto to = [&](int64_t r) { return std::min(a.end, a.first + row + r + 1) - base; };
+  const auto from = [&](int64_t r) { return a.seen_begin(row + r) - base; };
+  const auto to = [&](int64_t r) { return a.seen_end(row + r) - base; };
   const int64_t low = std::max<int64_t>(from(0), 0), high = std::min(to(n_row - 1), kPrefillTile);
   if (low >= high) return false;
   view.low = low / kRows * kRows;
@@ -293,12 +290,12 @@ inline bool sees_only_later(const FlashView& view, const float* max, int64_t loo
   return false;
 }
 
+/// Weights of the tile's keys into p and their sums by lane, against references that may have been raised.
 template <class F, bool kShift>
-void attend_tile(const FlashTile<F>& shape, const float* tile, const float* base, FlashBlock<F>& b,
-                 FlashView& view, typename F::Word* p) {
+void weigh_tile(const FlashTile<F>& shape, const float* tile, const float* base, FlashBlock<F>& b,
+                FlashView& view, typename F::Word* p, VF (&sum)[kVectors]) {
   const DF d;
   const auto* keys = reinterpret_cast<const typename F::Word*>(tile + shape.keys);
-  const auto* values = reinterpret_cast<const typename F::Word*>(tile + shape.values);
   HWY_ALIGN float offset[kQueryLanes] = {};
   if constexpr (kShift) shift_offset<F>(shape.dims, tile + shape.mean, base, b, offset);
 
@@ -307,7 +304,6 @@ void attend_tile(const FlashTile<F>& shape, const float* tile, const float* base
     if (sees_only_later(view, b.max, look)) look = view.high;
     raise_reference<F>(shape, keys, b, view, offset, look);
   }
-  VF sum[kVectors];
   start_scores(offset, b.max, view.start);
   if (view.masked) {
     weigh<F, true, false>(shape, keys, b, view, p, sum);
@@ -325,6 +321,15 @@ void attend_tile(const FlashTile<F>& shape, const float* tile, const float* base
     std::copy_n(offset, kQueryLanes, view.start);
     weigh<F, true, true>(shape, keys, b, view, p, sum);
   }
+}
+
+template <class F, bool kShift>
+void attend_tile(const FlashTile<F>& shape, const float* tile, const float* base, FlashBlock<F>& b,
+                 FlashView& view, typename F::Word* p) {
+  const DF d;
+  const auto* values = reinterpret_cast<const typename F::Word*>(tile + shape.values);
+  VF sum[kVectors];
+  weigh_tile<F, kShift>(shape, tile, base, b, view, p, sum);
   for (int j = 0; j < kVectors; ++j)
     hn::Store(hn::Add(hn::Load(d, b.sum + j * kLanes), sum[j]), d, b.sum + j * kLanes);
 
@@ -386,17 +391,25 @@ void give_rows(const PrefillRows& a, int64_t row, const float* base, const Flash
   }
 }
 
+/// The scratch of a call: weights of a tile, then the blocks.
+template <class F>
+struct FlashScratch {
+  FlashScratch(std::byte* scratch, const FlashTile<F>& shape)
+      : p(reinterpret_cast<typename F::Word*>(scratch)) {
+    auto* at = reinterpret_cast<float*>(scratch) + kPrefillTile / F::kPer * kQueryLanes;
+    for (FlashBlock<F>& b : blocks) {
+      b.place(at, shape.dims);
+      at += FlashBlock<F>::words(shape.dims);
+    }
+  }
+  typename F::Word* p;
+  FlashBlock<F> blocks[kQueryBlocks];
+};
+
 template <class F, bool kShift>
 void flash_attend(const PrefillRows& a) {
   const FlashTile<F> shape(a.head_dim);
-  auto* scratch = reinterpret_cast<float*>(a.scratch);
-  auto* p = reinterpret_cast<typename F::Word*>(scratch);
-  scratch += kPrefillTile / F::kPer * kQueryLanes;
-  FlashBlock<F> blocks[kQueryBlocks];
-  for (FlashBlock<F>& b : blocks) {
-    b.place(scratch, shape.dims);
-    scratch += FlashBlock<F>::words(shape.dims);
-  }
+  FlashScratch<F> scratch(a.scratch, shape);
   const auto* tiles = reinterpret_cast<const float*>(a.tiles);
   FlashView view;
   for (int64_t row = 0; row < a.n_row; row += kQueryRows) {
@@ -404,21 +417,80 @@ void flash_attend(const PrefillRows& a) {
                   n_block = (n_row + kQueryLanes - 1) / kQueryLanes;
     for (int64_t i = 0; i < n_block; ++i) {
       const int64_t at = i * kQueryLanes;
-      take_queries<F, kShift>(a, row + at, std::min(n_row - at, kQueryLanes), shape, blocks[i]);
+      take_queries<F, kShift>(a, row + at, std::min(n_row - at, kQueryLanes), shape, scratch.blocks[i]);
     }
-    const int64_t seen = a.window > 0 ? std::max(a.begin, a.first + row + 1 - a.window) : a.begin;
-    const int64_t last = std::min(a.end, a.first + row + n_row);
+    const int64_t last = a.seen_end(row + n_row - 1);
     // The first tile that any row of the call can see: one base for all, so that it is there when needed.
-    const int64_t t0 = std::max<int64_t>(seen, 0) / kPrefillTile;
+    const int64_t t0 = a.seen_begin(row) / kPrefillTile;
     const float* base = tiles + t0 * shape.words + shape.mean;
     for (int64_t t = t0; t * kPrefillTile < last; ++t) {
+      if (a.skips(t)) continue;
       for (int64_t i = 0; i < n_block; ++i) {
-        FlashBlock<F>& b = blocks[i];
+        FlashBlock<F>& b = scratch.blocks[i];
         if (look_at(a, t, row + i * kQueryLanes, b.n_row, b.referenced, view))
-          attend_tile<F, kShift>(shape, tiles + t * shape.words, base, b, view, p);
+          attend_tile<F, kShift>(shape, tiles + t * shape.words, base, b, view, scratch.p);
       }
     }
-    for (int64_t i = 0; i < n_block; ++i) give_rows<F, kShift>(a, row + i * kQueryLanes, base, blocks[i]);
+    for (int64_t i = 0; i < n_block; ++i)
+      give_rows<F, kShift>(a, row + i * kQueryLanes, base, scratch.blocks[i]);
+  }
+}
+
+/// Sums of tiles seen before a reference was raised, share [n_tile, kLookRows] from this block's lanes on,
+/// follow it.
+HWY_INLINE void follow_reference(const float* before, const float* now, int64_t n_tile, float* share) {
+  const DF d;
+  for (int j = 0; j < kVectors; ++j) {
+    const VF old = hn::Load(d, before + j * kLanes), raised = hn::Load(d, now + j * kLanes);
+    if (hn::AllTrue(d, hn::Eq(old, raised))) continue;
+    // A row that had no reference has seen nothing: its sums are 0, and 0 * NaN would not be.
+    const VF keep =
+        hn::IfThenZeroElse(hn::Eq(old, hn::Set(d, kNegInf)), exp2_any<6>(d, hn::Sub(old, raised)));
+    for (int64_t t = 0; t < n_tile; ++t) {
+      float* at = share + t * kLookRows + j * kLanes;
+      hn::StoreU(hn::Mul(hn::LoadU(d, at), keep), d, at);
+    }
+  }
+}
+
+/// Sums of weights to shares of the row.
+HWY_INLINE void share_out(int64_t n_tile, float* share) {
+  const DF d;
+  for (int j = 0; j < kVectors; ++j) {
+    VF total = hn::Zero(d);
+    for (int64_t t = 0; t < n_tile; ++t)
+      total = hn::Add(total, hn::LoadU(d, share + t * kLookRows + j * kLanes));
+    const VF inverse = hn::IfThenZeroElse(hn::Eq(total, hn::Zero(d)), hn::Div(hn::Set(d, 1.0F), total));
+    for (int64_t t = 0; t < n_tile; ++t) {
+      float* at = share + t * kLookRows + j * kLanes;
+      hn::StoreU(hn::Mul(hn::LoadU(d, at), inverse), d, at);
+    }
+  }
+}
+
+template <class F, bool kShift>
+void flash_look(const PrefillRows& a, float* share) {
+  static_assert(kLookRows % kQueryLanes == 0);
+  const FlashTile<F> shape(a.head_dim);
+  FlashScratch<F> scratch(a.scratch, shape);
+  const auto* tiles = reinterpret_cast<const float*>(a.tiles);
+  const int64_t n_tile = (a.end + kPrefillTile - 1) / kPrefillTile, t0 = a.seen_begin(0) / kPrefillTile;
+  const float* base = tiles + t0 * shape.words + shape.mean;
+  std::fill_n(share, n_tile * kLookRows, 0.0F);
+  FlashBlock<F>& b = scratch.blocks[0];
+  FlashView view;
+  HWY_ALIGN float before[kQueryLanes];
+  for (int64_t row = 0; row < a.n_row; row += kQueryLanes) {
+    take_queries<F, kShift>(a, row, std::min(a.n_row - row, kQueryLanes), shape, b);
+    for (int64_t t = t0; t < n_tile; ++t) {
+      if (!look_at(a, t, row, b.n_row, b.referenced, view)) continue;
+      std::copy_n(b.max, kQueryLanes, before);
+      VF sum[kVectors];
+      weigh_tile<F, kShift>(shape, tiles + t * shape.words, base, b, view, scratch.p, sum);
+      follow_reference(before, b.max, t, share + row);
+      for (int j = 0; j < kVectors; ++j) hn::StoreU(sum[j], DF(), share + t * kLookRows + row + j * kLanes);
+    }
+    share_out(n_tile, share + row);
   }
 }
 
@@ -470,7 +542,8 @@ void flash_pack(const float* k, int64_t ldk, const float* v, int64_t ldv, int64_
 
 template <class F, bool kShift>
 inline constexpr PrefillKernel kFlashKernel = {flash_tile_bytes<F>, flash_pack<F, kShift>,
-                                               flash_scratch_bytes<F>, flash_attend<F, kShift>};
+                                               flash_scratch_bytes<F>, flash_attend<F, kShift>,
+                                               flash_look<F, kShift>};
 
 }  // namespace
 }  // namespace narrows::kernels::HWY_NAMESPACE

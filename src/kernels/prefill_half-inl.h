@@ -301,10 +301,10 @@ void half_attend(const PrefillRows& a) {
   FlashView view;
   for (int64_t row = 0; row < a.n_row; row += kQueryLanes) {
     half_take<P>(a, row, std::min(kQueryLanes, a.n_row - row), shape, b);
-    const int64_t seen_from = a.window > 0 ? std::max(a.begin, a.first + row + 1 - a.window) : a.begin;
-    const int64_t t0 = std::max<int64_t>(seen_from, 0) / kPrefillTile;
+    const int64_t t0 = a.seen_begin(row) / kPrefillTile;
     const float* base = tiles + t0 * shape.words + shape.mean;
-    for (int64_t t = t0; t * kPrefillTile < std::min(a.end, a.first + row + b.n_row); ++t) {
+    for (int64_t t = t0; t * kPrefillTile < a.seen_end(row + b.n_row - 1); ++t) {
+      if (a.skips(t)) continue;
       if (look_at(a, t, row, b.n_row, false, view))
         half_tile<P, kKind>(a, shape, tiles + t * shape.words, base, recovery, view, b, s, p);
     }
@@ -345,7 +345,7 @@ void half_pack(const float* k, int64_t ldk, const float* v, int64_t ldv, int64_t
 
 template <class P, PrefillKind kKind>
 inline constexpr PrefillKernel kHalfKernel = {flash_tile_bytes<P>, half_pack<P, kKind>, half_scratch_bytes<P>,
-                                              half_attend<P, kKind>};
+                                              half_attend<P, kKind>, nullptr};
 
 }  // namespace
 }  // namespace narrows::kernels::HWY_NAMESPACE

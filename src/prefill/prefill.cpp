@@ -1,5 +1,5 @@
 // The loop over layers and chunks, and the three custom ops of a chunk: `store` rotates and keeps keys,
-// values and queries, `pack` makes tiles of them, `attend` is PromptAttention.
+// values and queries, `pack` makes tiles of them, `choose` and `attend` are PromptAttention.
 #include "prefill/prefill.h"
 
 #include <fmt/format.h>
@@ -44,7 +44,7 @@ bool in_bf16(const ModelWeights& weights, PrefillProducts how, int64_t n) {
 /// Everything that lives for one run. D = n_head_kv * head_dim. `tail`: tokens of the cache that share a tile
 /// with the first new one.
 struct Prefill::LayerBuffers {
-  LayerBuffers(const Hparams& hp, PrefillAttention how, int64_t n_new, int64_t past, int n_threads,
+  LayerBuffers(const Hparams& hp, const PromptOptions& options, int64_t n_new, int64_t past, int n_threads,
                bool wants_queries)
       : n(n_new),
         n_past(past),
@@ -56,7 +56,8 @@ struct Prefill::LayerBuffers {
         past_v(kPrefillTile * hp.n_head_kv * hp.head_dim),
         q(std::min(n, kChunk) * hp.n_head * hp.head_dim),
         q_raw(wants_queries ? q.size() : 0),
-        attention(attention_kind(how), attention_sizes(hp), n_past + n, n_threads) {}
+        attention(attention_kind(options.attention), attention_sizes(hp), n_past + n, n_threads,
+                  options.mass) {}
   LayerBuffers(const LayerBuffers&) = delete;
   LayerBuffers& operator=(const LayerBuffers&) = delete;
   ~LayerBuffers() {
@@ -149,6 +150,11 @@ struct Prefill::ChunkOp {
     }
   }
 
+  /// A sparse prompt: which tiles are read.
+  static void choose(ggml_tensor* /*dst*/, int ith, int /*nth*/, void* userdata) {
+    static_cast<ChunkOp*>(userdata)->b->attention.choose(ith);
+  }
+
   /// dst [n_head * head_dim, n - attend_from].
   static void attend(ggml_tensor* /*dst*/, int ith, int /*nth*/, void* userdata) {
     static_cast<ChunkOp*>(userdata)->b->attention.run(ith);
@@ -156,26 +162,22 @@ struct Prefill::ChunkOp {
 };
 
 Prefill::Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner,
-                 PrefillProducts products, PrefillAttention attention)
-    : weights_(weights),
-      rope_(rope),
-      runner_(runner),
-      how_(products),
-      attention_(attention),
-      packed_(weights) {}
+                 const PromptOptions& options)
+    : weights_(weights), rope_(rope), runner_(runner), options_(options), packed_(weights) {}
 
 Prefill::~Prefill() = default;
 
 int64_t Prefill::bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_past, int n_threads,
-                              PrefillProducts products, PrefillAttention attention) {
+                              const PromptOptions& options) {
   const Hparams& hp = weights.hparams();
   const int64_t width = hp.n_head_kv * hp.head_dim, chunk = std::min(n, kChunk);
   const int64_t floats = n * (hp.n_embd + 2 * width) + (2 * kPrefillTile + kChunk) * width +
                          chunk * (4 * hp.n_embd + 3 * hp.n_ff + 5 * hp.n_head * hp.head_dim) + hp.n_vocab;
-  const int64_t more = in_bf16(weights, products, n) ? Bf16Products::bytes_needed(weights, n_threads)
-                                                     : PackedProducts::bytes_needed(weights, chunk);
+  const int64_t more = in_bf16(weights, options.products, n) ? Bf16Products::bytes_needed(weights, n_threads)
+                                                             : PackedProducts::bytes_needed(weights, chunk);
   return floats * static_cast<int64_t>(sizeof(float)) + more +
-         PromptAttention::bytes_needed(attention_kind(attention), attention_sizes(hp), n_past + n, n_threads);
+         PromptAttention::bytes_needed(attention_kind(options.attention), attention_sizes(hp), n_past + n,
+                                       n_threads, options.mass);
 }
 
 namespace {
@@ -249,7 +251,11 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   const int64_t rows = n - op.attend_from;
   const bool attends = !last_row_only || final_chunk;
   if (attends) {
-    attention = ggml_custom_4d(ctx, GGML_TYPE_F32, hp.n_head * hp.head_dim, rows, 1, 1, &packed, 1,
+    ggml_tensor* before = packed;
+    if (b.attention.is_sparse(rows, op.position() + op.attend_from))
+      before =
+          ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &packed, 1, &ChunkOp::choose, GGML_N_TASKS_MAX, &op);
+    attention = ggml_custom_4d(ctx, GGML_TYPE_F32, hp.n_head * hp.head_dim, rows, 1, 1, &before, 1,
                                &ChunkOp::attend, GGML_N_TASKS_MAX, &op);
     ggml_tensor* x = tensor_over(ctx, hidden + op.attend_from * hp.n_embd, hp.n_embd, rows);
     result = build_rest(ctx, hp, w, x, attention, products);
@@ -271,7 +277,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
       // From the first new token on: in the last layer only the last row attends.
       const float* v = b.v.data() + b.tail * op.width();
       const int64_t bad = first_bad_row(b.k_raw.data(), v, first + n, op.width());
-      status = not_finite(layer, bad < 0 ? bad : b.n_past + bad, attention_);
+      status = not_finite(layer, bad < 0 ? bad : b.n_past + bad, options_.attention);
     }
   }
   if (status.ok() && hooks_.queries) hooks_.queries(layer, b.q_raw.data(), n);
@@ -303,16 +309,16 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   const auto n = static_cast<int64_t>(tokens.size());
   hooks_ = std::move(hooks);
   logits_ = logits;
-  auto buffers =
-      std::make_unique<LayerBuffers>(weights_.hparams(), attention_, n, n_past, runner_.n_threads(), static_cast<bool>(hooks_.queries));
+  auto buffers = std::make_unique<LayerBuffers>(weights_.hparams(), options_, n, n_past, runner_.n_threads(),
+                                                static_cast<bool>(hooks_.queries));
   if (!buffers->ok()) {
-    const int64_t bytes = bytes_needed(weights_, n, n_past, runner_.n_threads(), how_, attention_);
+    const int64_t bytes = bytes_needed(weights_, n, n_past, runner_.n_threads(), options_);
     return {StatusCode::out_of_memory,
             fmt::format("a prompt of {} tokens needs {:.1f} GB beside the weights; shorten it", n,
                         static_cast<double>(bytes) / 1e9)};
   }
   bf16_.reset();
-  if (in_bf16(weights_, how_, n)) {
+  if (in_bf16(weights_, options_.products, n)) {
     Result<std::unique_ptr<Bf16Products>> made = Bf16Products::create(weights_, runner_, packed_);
     if (!made.ok()) return made.status();
     bf16_ = std::move(*made);

@@ -39,8 +39,7 @@ struct PrefillHooks {
 class Prefill {
  public:
   Prefill(const ModelWeights& weights, const kernels::RopeTable& rope, GraphRunner& runner,
-          PrefillProducts products = PrefillProducts::automatic,
-          PrefillAttention attention = PrefillAttention::automatic);
+          const PromptOptions& options = {});
   ~Prefill();
 
   /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
@@ -61,7 +60,7 @@ class Prefill {
   /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
   /// activations.
   static int64_t bytes_needed(const ModelWeights& weights, int64_t n, int64_t n_past, int n_threads,
-                              PrefillProducts products, PrefillAttention attention);
+                              const PromptOptions& options);
 
  private:
   struct LayerBuffers;
@@ -74,8 +73,7 @@ class Prefill {
   const ModelWeights& weights_;
   const kernels::RopeTable& rope_;
   GraphRunner& runner_;
-  PrefillProducts how_;
-  PrefillAttention attention_;
+  PromptOptions options_;
   std::unique_ptr<LayerBuffers> buffers_;
   PackedProducts packed_;
   std::unique_ptr<Bf16Products> bf16_;  ///< null: packed_ multiplies

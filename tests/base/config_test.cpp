@@ -179,5 +179,22 @@ TEST(Attention, NamesAreReadBackAndOthersRefusedWithTheList) {
   }
 }
 
+TEST(Prefill, ReadsWhatItSays) {
+  EXPECT_EQ(*parse_prefill("dense"), 1);
+  EXPECT_GT(*parse_prefill("sparse"), 0.5);
+  EXPECT_LT(*parse_prefill("sparse"), 1);
+  EXPECT_EQ(*parse_prefill("sparse:mass=0.75"), 0.75);
+  EXPECT_EQ(*parse_prefill("sparse:mass=1"), 1);
+  for (const char* text : {"", "thin", "sparse:", "sparse:mass", "dense:mass=1"}) {
+    const Status s = parse_prefill(text).status();
+    EXPECT_EQ(s.code(), StatusCode::invalid_argument) << text;
+    EXPECT_THAT(s.message(), HasSubstr("dense, sparse or sparse:mass=X")) << text;
+  }
+  for (const char* text : {"sparse:mass=", "sparse:mass=0", "sparse:mass=1.01", "sparse:mass=nan",
+                           "sparse:mass=-1", "sparse:mass=0.5x"}) {
+    EXPECT_THAT(parse_prefill(text).status().message(), HasSubstr("above 0 and at most 1")) << text;
+  }
+}
+
 }  // namespace
 }  // namespace narrows

@@ -66,6 +66,11 @@ TEST(BadInput, Profiles) {
   expect_refusal(run_with({"--kv", "sals-25:\nbudget=1"}), 2, {});  // and still one line
 }
 
+TEST(BadInput, Prefill) {
+  expect_refusal(run_with({"--prefill", "thin"}), 2, {"'thin'", "dense, sparse or sparse:mass=X"});
+  expect_refusal(run_with({"--prefill", "sparse:mass=2"}), 2, {"mass", "at most 1", "'2'"});
+}
+
 TEST(BadInput, ImpossibleNumbers) {
   for (const char* value : {"-1", "abc", "1.5", "99999999999", "0x10", ""}) {
     expect_refusal(run_with({"-n", value}), 2, {"tokens-to-generate", "from 0"});

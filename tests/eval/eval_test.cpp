@@ -58,10 +58,10 @@ TEST(Eval, F16AgainstItselfIsNothing) {
 
 TEST(Eval, AnAttentionIsJudgedAgainstFloat32) {
   EvalOptions o = options(400, 20, {"f16"});
-  o.attention = PrefillAttention::f32;
+  o.prompt.attention = PrefillAttention::f32;
   EXPECT_EQ(rows(o)[0].kl_mean, 0);
   for (const PrefillAttention how : {PrefillAttention::bf16_shift, PrefillAttention::pasa}) {
-    o.attention = how;
+    o.prompt.attention = how;
     const EvalRow r = rows(o)[0];
     EXPECT_GT(r.kl_mean, 0) << attention_name(how);
     EXPECT_LT(r.kl_mean, 1e-3) << attention_name(how);

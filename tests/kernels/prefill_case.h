@@ -14,12 +14,21 @@ struct PrefillCase {
   int64_t first = 0;  ///< position of row 0
   int64_t window = 0;
   int64_t begin = 0;
-  int64_t end = -1;  ///< -1: first + n_row
-  float sigma = 1;   ///< of the queries: 20 makes sharp distributions
-  float common = 0;  ///< added to every coordinate of every key and query
-  int64_t gap = 0;   ///< between rows
+  int64_t end = -1;                ///< -1: first + n_row
+  float sigma = 1;                 ///< of the queries: 20 makes sharp distributions
+  float common = 0;                ///< added to every coordinate of every key and query
+  int64_t gap = 0;                 ///< between rows
+  int64_t step = 1;                ///< positions from row to row
+  std::vector<uint8_t> skip = {};  ///< tiles that are not read; empty: none
 
-  int64_t n_key() const { return end < 0 ? first + n_row : end; }
+  int64_t n_key() const { return end < 0 ? first + (n_row - 1) * step + 1 : end; }
+  int64_t seen_begin(int64_t r) const {
+    return std::max(begin, window > 0 ? first + r * step + 1 - window : 0);
+  }
+  int64_t seen_end(int64_t r) const { return std::min(n_key(), first + r * step + 1); }
+  bool skips(int64_t key) const {
+    return !skip.empty() && skip[static_cast<size_t>(key / kPrefillTile)] != 0;
+  }
 };
 
 struct PrefillInputs {
@@ -67,7 +76,9 @@ inline PrefillRows rows_of(const PrefillCase& c, const PrefillInputs& in, const 
   rows.begin = c.begin;
   rows.end = c.n_key();
   rows.first = c.first;
+  rows.step = c.step;
   rows.window = c.window;
+  if (!c.skip.empty()) rows.skip = c.skip.data();
   rows.scale = scale;
   rows.out = out.data();
   rows.ldo = in.ld;

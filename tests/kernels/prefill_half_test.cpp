@@ -86,6 +86,13 @@ TEST_P(PrefillHalf, WindowsAndPartsAgreeWithTheOracle) {
   }
 }
 
+TEST_P(PrefillHalf, SkippedTilesAndStepsAgreeWithTheOracle) {
+  const std::vector<uint8_t> some = {1, 0, 1, 1, 0};
+  check({.n_row = 140, .head_dim = 16, .first = 400, .skip = some});
+  check({.n_row = 33, .head_dim = 16, .first = 60, .window = 200, .end = 540, .step = 16, .skip = some});
+  check({.n_row = 20, .head_dim = 24, .first = 500, .skip = {1, 1, 1, 1, 1}});
+}
+
 /// As golden/make_pasa.py draws them.
 void draw(Array<float>& x, uint32_t seed, float mean, float amplitude) {
   for (int64_t i = 0; i < x.size(); ++i) {

@@ -73,13 +73,15 @@ std::vector<std::vector<double>> tile_means(const Case& c, const Inputs& in, boo
 
 void check_row(const Case& c, const Inputs& in, const Format& format, float scale, int64_t r,
                const std::vector<std::vector<double>>& means, const float* out) {
-  const int64_t end = std::min(c.n_key(), c.first + r + 1);
-  const int64_t begin = std::max(c.begin, c.window > 0 ? c.first + r + 1 - c.window : 0);
+  std::vector<int64_t> keys;
+  for (int64_t j = c.seen_begin(r); j < c.seen_end(r); ++j) {
+    if (!c.skips(j)) keys.push_back(j);
+  }
   std::vector<double> score;
   double rounded = 0;  // what products of rounded numbers sum up, the largest of a key
   double carried = 0;  // what float sums pass through besides
   double small = 0;    // what halves below 2^-14 are off by does not shrink with them
-  for (int64_t j = begin; j < end; ++j) {
+  for (const int64_t j : keys) {
     double sum = 0, size = 0, offset = 0, operands = 0;
     for (int64_t d = 0; d < c.head_dim; ++d) {
       const double q = double{in.q[r * in.ld + d]} * double{scale}, k = in.k[j * in.ld + d];
@@ -111,11 +113,12 @@ void check_row(const Case& c, const Inputs& in, const Format& format, float scal
   const double weight_error = (1 + format.unit) * (1 + format.exponent) * std::exp(slack) - 1;
   const double error = 2 * weight_error + weight_error * weight_error + 2 * format.unit +
                        format.value_sums * format.accumulator +
-                       gamma(2 * static_cast<double>(end - begin) + 20);
+                       gamma(2 * static_cast<double>(keys.size()) + 20);
   for (int64_t d = 0; d < c.head_dim; ++d) {
     double sum = 0, size = 0, total = 0, values = 0;
-    for (int64_t j = begin; j < end; ++j) {
-      const double w = std::exp(score[static_cast<size_t>(j - begin)] - top);
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const int64_t j = keys[i];
+      const double w = std::exp(score[i] - top);
       total += w;
       sum += w * double{in.v[j * in.ld + d]};
       size += w * std::fabs(double{in.v[j * in.ld + d]});
@@ -181,6 +184,17 @@ TEST_P(Prefill, PartsOfTheKeysAndNoMask) {
       check_all({.n_row = 60, .head_dim = 24, .first = 150, .window = 40, .begin = begin, .end = end});
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+TEST_P(Prefill, SkippedTilesAndStepsBetweenRows) {
+  const std::vector<uint8_t> some = {1, 0, 1, 1, 0}, none(5, 0), all(5, 1);
+  for (const auto& skip : {some, none, all}) {
+    check_all({.n_row = 140, .head_dim = 16, .first = 400, .end = 540, .skip = skip});
+    check_all(
+        {.n_row = 33, .head_dim = 16, .first = 60, .window = 200, .end = 540, .step = 16, .skip = skip});
+    check_all({.n_row = 7, .head_dim = 24, .first = 540, .begin = 130, .end = 540, .skip = skip});
+    if (HasFatalFailure()) return;
   }
 }
 

@@ -85,7 +85,90 @@ TEST(PromptAttention, MemoryIsWhatIsAllocated) {
   const auto kind = kernels::PrefillKind::bf16_shift;
   const auto bytes = [&](int64_t n) { return PromptAttention::bytes_needed(kind, sizes, n, 2); };
   EXPECT_EQ(bytes(128), bytes(1));
+  // Sparse: a share a head and sampled row, and flags a head and block of rows.
+  EXPECT_EQ(PromptAttention::bytes_needed(kind, sizes, 128, 2, 0.9) - bytes(128), 6 * (32 * 4 + 4));
   EXPECT_EQ(bytes(129) - bytes(128), 2 * kernels::ops().prefill[static_cast<int>(kind)]->tile_bytes(64));
+}
+
+/// Keys and queries of 2,000 tokens in which every head looks at itself, at token 0 and at tile `at`, and
+/// nowhere else.
+Tensors looking_at(const AttentionSizes& sizes, int64_t at) {
+  Tensors x = normal(sizes, 2000);
+  for (int64_t i = 0; i < 2000; ++i) {
+    for (int64_t h = 0; h < sizes.n_head; ++h)
+      x.q[static_cast<size_t>((i * sizes.n_head + h) * sizes.head_dim)] = 8;
+    for (int64_t h = 0; h < sizes.n_head_kv; ++h)
+      x.k[static_cast<size_t>(i * sizes.width() + h * sizes.head_dim)] =
+          i / kernels::kPrefillTile == at ? 8 : 0;
+  }
+  return x;
+}
+
+TEST(PromptAttention, SparseRowsReadTheTilesThatMatter) {
+  const AttentionSizes sizes{6, 2, 16, 0.25F};
+  const int64_t ld = sizes.n_head * sizes.head_dim, from = 1536;
+  const Tensors x = looking_at(sizes, 5);
+  for (const int n_threads : {1, 3}) {
+    PromptAttention attention(kernels::PrefillKind::f32, sizes, 2000, n_threads, 0.999);
+    ASSERT_TRUE(attention.ok());
+    pack_all(attention, sizes, x, 0, 2000);
+    attention.start(x.q.data() + from * ld, 2000 - from, from, nullptr);
+    ASSERT_TRUE(attention.is_sparse(2000 - from, from));
+    std::vector<float> out(x.q.size());
+    attention.start(x.q.data() + from * ld, 2000 - from, from, out.data() + from * ld);
+    for (const bool choosing : {true, false}) {
+      std::vector<std::thread> threads;
+      for (int i = 0; i < n_threads; ++i)
+        threads.emplace_back([&, i] { choosing ? attention.choose(i) : attention.run(i); });
+      for (std::thread& t : threads) t.join();
+    }
+    for (int64_t row = from; row < 2000; row += 7) {
+      for (int64_t i = 0; i < ld; i += 5)
+        ASSERT_NEAR(out[static_cast<size_t>(row * ld + i)],
+                    expected(sizes, x, row, i / sizes.head_dim, i % sizes.head_dim), 2e-3)
+            << row << " " << i;
+    }
+    // Of 13 to 16 tiles: the first, the fifth, and the two or three around the rows themselves.
+    EXPECT_EQ(attention.tiles_seen(), 6 * (13 + 14 + 15 + 16));
+    EXPECT_EQ(attention.tiles_read(), 6 * 4 * 4);
+  }
+}
+
+TEST(PromptAttention, ShortPromptsAndFewRowsAreDense) {
+  const AttentionSizes sizes{6, 2, 16, 0.25F};
+  const PromptAttention sparse(kernels::PrefillKind::f32, sizes, 4096, 1, 0.9);
+  EXPECT_FALSE(sparse.is_sparse(512, 512));
+  EXPECT_TRUE(sparse.is_sparse(512, 2048));
+  EXPECT_FALSE(sparse.is_sparse(1, 2048));
+  const PromptAttention dense(kernels::PrefillKind::f32, sizes, 4096, 1);
+  EXPECT_FALSE(dense.is_sparse(512, 2048));
+}
+
+TEST(PromptAttention, SparsePromptsOfModels) {
+  TinyModel m;
+  m.architecture = "qwen2";
+  m.n_ctx = 4096;
+  const LoadedTiny tiny(m);
+  const std::vector<Token> tokens = random_tokens(3000);
+  const auto logits = [&](int n_threads, double mass) {
+    auto session = make_session(
+        tiny.model, {.n_threads = n_threads, .prompt = {PrefillProducts::int8, PrefillAttention::f32, mass}});
+    EXPECT_TRUE(session->prefill(tokens).ok());
+    return copy(session->logits());
+  };
+  const std::vector<float> exact = logits(2, 1), nearly = logits(2, 1 - 1e-6), half = logits(2, 0.5);
+  EXPECT_EQ(half, logits(1, 0.5)) << "the same with any number of threads";
+  EXPECT_LT(max_difference(exact, nearly), 1e-3);
+  EXPECT_GT(max_difference(exact, half), max_difference(exact, nearly));
+
+  SessionOptions options;
+  options.prompt.mass = 0.9;
+  options.prompt.attention = PrefillAttention::pasa;
+  expect_refusal(Session::create(tiny.model, options).status(), StatusCode::invalid_argument,
+                 {"--prefill sparse", "pasa", "bf16-shift"});
+  options.prompt = {.mass = 0};
+  expect_refusal(Session::create(tiny.model, options).status(), StatusCode::invalid_argument,
+                 {"above 0", "not 0"});
 }
 
 // Tiny random models: what the rounding of attention does to logits of size 1 or so.
@@ -97,7 +180,7 @@ TEST(PromptAttention, ModelsInBfloat16AreCloseAndDiffer) {
   auto exact = make_session(tiny.model);
   ASSERT_OK(exact->prefill(tokens));
   for (const PrefillAttention how : {PrefillAttention::bf16, PrefillAttention::bf16_shift}) {
-    auto session = make_session(tiny.model, {.n_threads = 2, .attention = how});
+    auto session = make_session(tiny.model, {.n_threads = 2, .prompt = {PrefillProducts::int8, how}});
     ASSERT_OK(session->prefill(tokens));
     const double difference = max_difference(exact->logits(), session->logits());
     EXPECT_GT(difference, 0) << attention_name(how);
@@ -115,12 +198,12 @@ TEST(PromptAttention, OverflowIsAnErrorThatNamesTheLayer) {
   };
   const LoadedTiny tiny(m);
   const std::vector<Token> tokens = random_tokens(200);
-  auto half = make_session(tiny.model, {.attention = PrefillAttention::fp16});
+  auto half = make_session(tiny.model, {.prompt = {PrefillProducts::int8, PrefillAttention::fp16}});
   const Status s = half->prefill(tokens);
   expect_refusal(s, StatusCode::non_finite, {"layer 1", "fp16", "--attention bf16-shift"});
   EXPECT_FALSE(half->prefill(tokens).ok());  // until reset()
   for (const PrefillAttention how : {PrefillAttention::f32, PrefillAttention::bf16_shift})
-    ASSERT_OK(make_session(tiny.model, {.attention = how})->prefill(tokens));
+    ASSERT_OK(make_session(tiny.model, {.prompt = {PrefillProducts::int8, how}})->prefill(tokens));
 }
 
 }  // namespace

@@ -110,7 +110,7 @@ TEST(Bf16Products, PromptsAreCloseToInt8) {
   std::vector<std::vector<float>> logits;
   for (const PrefillProducts how :
        {PrefillProducts::int8, PrefillProducts::bf16, PrefillProducts::automatic}) {
-    auto session = make_session(loaded.model, {.n_threads = 2, .products = how});
+    auto session = make_session(loaded.model, {.n_threads = 2, .prompt = {how, PrefillAttention::f32}});
     ASSERT_OK(session->prefill(tokens));
     logits.push_back(copy(session->logits()));
   }

@@ -140,7 +140,7 @@ struct Runner {
   explicit Runner(const Model& model)
       : weights(model.weights()),
         rope(weights.hparams().rope, 2048),
-        prefill(weights, rope, runner, PrefillProducts::automatic, PrefillAttention::f32),
+        prefill(weights, rope, runner, {.attention = PrefillAttention::f32}),
         logits(static_cast<size_t>(weights.hparams().n_vocab)) {}
 };
 
@@ -264,7 +264,7 @@ TEST(Memory, NeedGrowsWithTokensAndCoversTheBuffers) {
   const ModelWeights& weights = fixture().tiny.model->weights();
   const Hparams& hp = weights.hparams();
   const auto needed = [&](int64_t n, int64_t n_past) {
-    return Prefill::bytes_needed(weights, n, n_past, 1, PrefillProducts::int8, PrefillAttention::f32);
+    return Prefill::bytes_needed(weights, n, n_past, 1, {PrefillProducts::int8, PrefillAttention::f32});
   };
   int64_t before = 0;
   for (const int64_t n : {1, 64, 512, 513, 4096, 100000}) {

@@ -44,8 +44,7 @@ struct SessionSetup {
   int64_t n_ctx = 0;
   std::string basis_path = {};
   /// Most tests are about what else happens, against libllama, which rounds the same factors.
-  PrefillProducts products = PrefillProducts::int8;
-  PrefillAttention attention = PrefillAttention::f32;
+  PromptOptions prompt = {PrefillProducts::int8, PrefillAttention::f32};
 };
 
 inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>& model,
@@ -55,8 +54,7 @@ inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>&
   options.n_threads = setup.n_threads;
   options.n_ctx = setup.n_ctx;
   options.basis_path = setup.basis_path;
-  options.products = setup.products;
-  options.attention = setup.attention;
+  options.prompt = setup.prompt;
   auto session = Session::create(model, options);
   if (!session.ok()) {
     ADD_FAILURE() << session.status().message();

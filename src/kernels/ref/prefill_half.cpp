@@ -165,11 +165,11 @@ void attend_row(const PrefillRows& a, int64_t r) {
   double* out = s + kPrefillTile;
   std::fill_n(out, a.head_dim, 0.0);
   const double recovery = double{pasa_matrix(a.scale).recovery}, divisor = double{round_to_half(1 / a.scale)};
-  const int64_t seen = a.window > 0 ? a.first + r + 1 - a.window : 0;
-  const int64_t begin = std::max({a.begin, seen, int64_t{0}}), end = std::min(a.end, a.first + r + 1);
+  const int64_t begin = a.seen_begin(r), end = a.seen_end(r);
   const float* base = tiles + begin / kPrefillTile * at.size + at.mean;
   RowState row;
   for (int64_t t = begin / kPrefillTile; begin < end && t * kPrefillTile < end; ++t) {
+    if (a.skips(t)) continue;
     const float* tile = tiles + t * at.size;
     double offset = 0;
     for (int64_t d = 0; d < a.head_dim && kKind == PrefillKind::fp16_shift; ++d)
@@ -214,7 +214,8 @@ void attend(const PrefillRows& a) {
 }
 
 template <PrefillKind kKind, bool kNative = false>
-inline constexpr PrefillKernel kKernel = {tile_bytes, pack<kKind>, scratch_bytes, attend<kKind, kNative>};
+inline constexpr PrefillKernel kKernel = {tile_bytes, pack<kKind>, scratch_bytes, attend<kKind, kNative>,
+                                          nullptr};
 
 }  // namespace
 
