@@ -59,7 +59,7 @@ else
 endif
 
 asan: deps build/asan/build.ninja ## unit tests and a brief fuzz under AddressSanitizer and UBSan
-	@cmake --build --preset debug-asan
+	@cmake --build --preset debug-asan --target narrows_tests_unit narrows_tests_fuzz
 ifneq ($(have_tests),)
 	@ctest --preset debug-asan
 endif

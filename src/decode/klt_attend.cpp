@@ -53,13 +53,9 @@ void rebuild(const KltLayer& layer, int64_t head_kv, std::span<const int32_t> to
 }
 
 /// Tokens of a KV head that are selected in a slice, as indices into the selected.
-Part selected_in(const KltLayer& layer, int64_t head_kv, int slice, const KltWork& work) {
-  const Part pages = part_of(layer.n_page(), slice, kAttendSlices);
-  const int32_t* begin = work.selected.data() + head_kv * work.ld;
-  const int32_t* end = begin + work.n_selected[static_cast<size_t>(head_kv)];
-  const int32_t* first = std::lower_bound(begin, end, static_cast<int32_t>(pages.begin * kPageTokens));
-  const int32_t* last = std::lower_bound(first, end, static_cast<int32_t>(pages.end * kPageTokens));
-  return {first - begin, last - begin};
+Part selected_in(int64_t head_kv, int slice, const KltWork::Thread& thread) {
+  const int64_t* begin = thread.slice_begin.data() + head_kv * (kAttendSlices + 1) + slice;
+  return {begin[0], begin[1]};
 }
 
 /// Those of them whose rebuilt keys are missing, as indices into the selected.
@@ -108,13 +104,42 @@ int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free) {
   return n;
 }
 
-void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work) {
+void klt_cut_slices(const KltLayer& layer, const KltWork& work, KltWork::Thread& thread) {
+  const int64_t n_page = layer.n_page(), n_head_kv = layer.shape().n_head_kv;
+  std::fill_n(thread.per_page.begin(), n_page, 0);
+  int64_t total = 0;
+  for (int64_t h = 0; h < n_head_kv; ++h) {
+    const int32_t* token = work.selected.data() + h * work.ld;
+    const int64_t n = work.n_selected[static_cast<size_t>(h)];
+    for (int64_t i = 0; i < n; ++i) ++thread.per_page[static_cast<size_t>(token[i] / kPageTokens)];
+    total += n;
+  }
+  int64_t page = 0, seen = 0;
+  for (int s = 0; s <= kAttendSlices; ++s) {
+    const int64_t enough = s == kAttendSlices ? total + 1 : total * s / kAttendSlices;
+    for (; page < n_page && seen < enough; ++page) seen += thread.per_page[static_cast<size_t>(page)];
+    thread.slice_page[static_cast<size_t>(s)] = page;
+  }
+  for (int64_t h = 0; h < n_head_kv; ++h) {
+    const int32_t* token = work.selected.data() + h * work.ld;
+    const int64_t n = work.n_selected[static_cast<size_t>(h)];
+    int64_t* begin = thread.slice_begin.data() + h * (kAttendSlices + 1);
+    int64_t i = 0;
+    for (int s = 0; s <= kAttendSlices; ++s) {
+      const int64_t first = thread.slice_page[static_cast<size_t>(s)] * kPageTokens;
+      while (i < n && token[i] < first) ++i;
+      begin[s] = i;
+    }
+  }
+}
+
+void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work, const KltWork::Thread& thread) {
   const int64_t key_bytes = layer.shape().head_dim * int64_t{sizeof(kernels::f16_t)};
   for (int64_t h = 0; h < layer.shape().n_head_kv; ++h) {
     const KltPart& part = layer.part_of_head(h);
     const KltLayout& layout = part.layout();
     KltHotKeys& hot = layer.hot_keys(h);
-    const Part own = selected_in(layer, h, slice, work);
+    const Part own = selected_in(h, slice, thread);
     const int32_t* token = work.selected.data() + h * work.ld;
     int64_t last_page = -1;
     for (const int32_t i : missing_in(h, own, work)) {
@@ -134,7 +159,7 @@ void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work) {
 
 void klt_rebuild_slice(KltLayer& layer, int slice, KltWork& work, KltWork::Thread& thread) {
   for (int64_t h = 0; h < layer.shape().n_head_kv; ++h)
-    rebuild_missing(layer, h, selected_in(layer, h, slice, work), work, thread);
+    rebuild_missing(layer, h, selected_in(h, slice, thread), work, thread);
 }
 
 namespace {
@@ -157,19 +182,20 @@ void klt_attend_slice(KltLayer& layer, int i, const float* q, KltWork& work, Klt
   const AttentionShape& shape = layer.shape();
   const int64_t group = shape.group(), ld = work.ld_run;
   KltWork::Slice& slice = *work.slices[static_cast<size_t>(i)];
-  const Part pages = part_of(layer.n_page(), i, kAttendSlices);
-  Part* own = thread.own.data();
+  const Part pages = {thread.slice_page[static_cast<size_t>(i)],
+                      thread.slice_page[static_cast<size_t>(i) + 1]};
   for (int64_t h = 0; h < shape.n_head_kv; ++h) {
-    own[h] = selected_in(layer, h, i, work);
-    if (own[h].begin < own[h].end)
-      weigh_tokens(layer, h, own[h], q, work, thread.weights.data() + h * group * ld, ld, slice);
+    const Part own = selected_in(h, i, thread);
+    if (own.begin < own.end)
+      weigh_tokens(layer, h, own, q, work, thread.weights.data() + h * group * ld, ld, slice);
   }
   const int64_t heads = layer.heads_of_a_part();
   const uint8_t* rows[kTile];
   const float* amplitudes[kTile];
   for (int64_t first = 0; first < shape.n_head_kv; first += heads) {
     const KltPart& part = layer.part_of_head(first);
-    std::copy_n(own + first, heads, thread.left.data());
+    for (int64_t h = 0; h < heads; ++h)
+      thread.left[static_cast<size_t>(h)] = selected_in(first + h, i, thread);
     // Pages outside, heads inside: the amplitudes of a page serve all heads, and so does what is in the
     // caches.
     for (int64_t p = pages.begin; p < pages.end; p += kAmplitudePages) {
@@ -189,7 +215,7 @@ void klt_attend_slice(KltLayer& layer, int i, const float* q, KltWork& work, Klt
             rows[n] = part.value_row(layer.page(page), token[left.begin + n] % kPageTokens);
             amplitudes[n] = amplitude;
           }
-          const Part all = own[h];
+          const Part all = selected_in(h, i, thread);
           ops().sum_planes(rows, amplitudes, n, part.layout().value,
                            thread.weights.data() + h * group * ld + (left.begin - all.begin), ld, group,
                            left.begin > all.begin, work.latents(h * group, i),

@@ -158,17 +158,19 @@ void KltDecoder::hold(KltWork& work, int64_t head_kv) {
   for (int64_t i = 0; i < n; ++i) positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
 }
 
-// The newest slice first: it is often the fullest, and what comes last should be short. While a thread works
+// While a thread works
 // on one, the rows of the slice that will probably be its next are on their way.
 void KltDecoder::attend_slices(StepScratch::Thread& thread, int n_threads, KltWork& work,
                                KltWork::Thread& mine) {
+  thread.clock.enter(AttentionStage::rebuild);
+  klt_cut_slices(layer_, work, mine);
   bool asked = false;
   for (int slice = kAttendSlices - 1 - work.next_slice++; slice >= 0;
        slice = kAttendSlices - 1 - work.next_slice++) {
     thread.clock.enter(AttentionStage::rebuild);
-    if (!asked) klt_prefetch_slice(layer_, slice, work);
+    if (!asked) klt_prefetch_slice(layer_, slice, work, mine);
     asked = slice >= n_threads;
-    if (asked) klt_prefetch_slice(layer_, slice - n_threads, work);
+    if (asked) klt_prefetch_slice(layer_, slice - n_threads, work, mine);
     klt_rebuild_slice(layer_, slice, work, mine);
     thread.clock.enter(AttentionStage::attend);
     klt_attend_slice(layer_, slice, thread.q.data(), work, mine);

@@ -38,7 +38,8 @@ KltWork::Thread::Thread(const KltLayer& layer, int64_t n_coef, int64_t ldu)
       latent(latent_room(layer)),
       amplitude(kernels::kTile * latent_room(layer)),
       slice_weight(layer.shape().n_head * 2 * kSlices),
-      own(static_cast<size_t>(layer.shape().n_head_kv)),
+      slice_page(kAttendSlices + 1),
+      slice_begin(static_cast<size_t>(layer.shape().n_head_kv * (kAttendSlices + 1))),
       left(static_cast<size_t>(layer.shape().n_head_kv)) {}
 
 bool KltWork::Thread::ok() const {
@@ -83,7 +84,10 @@ bool KltWork::ok() const {
 
 void KltWork::grow(const KltLayer& layer, const KvProfile& profile, int64_t n, int64_t n_read) {
   const AttentionShape& shape = layer.shape();
-  const int64_t run = std::min(n_read, ceil_div(ceil_div(n, kPageTokens), kAttendSlices) * kPageTokens);
+  const int64_t n_page = ceil_div(n, kPageTokens);
+  for (const auto& t : threads) t->per_page.resize(std::max(t->per_page.size(), static_cast<size_t>(n_page)));
+  // A slice ends at the first page with which it has its share of all heads' tokens; they may be one head's.
+  const int64_t run = std::min(n_read, shape.n_head_kv * (ceil_div(n_read, kAttendSlices) + 1 + kPageTokens));
   if (run > ld_run) {
     const int64_t room = run + run / 4;
     for (const auto& t : threads) t->weights.resize(static_cast<size_t>(shape.n_head * room));

@@ -18,9 +18,9 @@ namespace narrows {
 /// that they stay in the L1 cache.
 inline constexpr int64_t kScoreChunk = 24;
 
-/// Slices of the pages when tokens are attended to, so many that a thread that has none left waits shortly;
-/// each with a state of its own, merged in order.
-inline constexpr int kAttendSlices = 32;
+/// Slices of the pages when tokens are attended to, of about as many selected tokens each; so many that a
+/// thread that has none left waits shortly, and so few that their states, merged in order, cost little.
+inline constexpr int kAttendSlices = 16;
 
 struct KltWork {
   KltWork(const KltLayer& layer, const KvProfile& profile, int n_threads);
@@ -48,8 +48,11 @@ struct KltWork {
     AlignedArray<float> amplitude;     ///< [kTile, ld_latent]: of the values, a row a page of the tile
     AlignedArray<float> slice_weight;  ///< [n_head, 2 kSlices]: makes a slice's numbers probabilities
     std::vector<float> weights;        ///< [n_head, ld_run] of a slice's tokens, grown with the context
-    std::vector<Part> own;             ///< [n_head_kv]: of the selected, those of a slice
-    std::vector<Part> left;            ///< [n_head_kv]: of those, the ones not yet summed
+    std::vector<int32_t> per_page;     ///< [n_page]: selected tokens of all KV heads
+    std::vector<int64_t> slice_page;   ///< [kAttendSlices + 1]: where the slices of the pages begin
+    std::vector<int64_t>
+        slice_begin;         ///< [n_head_kv, kAttendSlices + 1]: and where those of the selected tokens do
+    std::vector<Part> left;  ///< [n_head_kv]: of those, the ones not yet summed
   };
 
   /// Softmax states of all query heads over one slice of the selected tokens; the sums are latents().
@@ -132,8 +135,10 @@ int64_t klt_free_tokens(const KltLayer& layer, Part tokens, int32_t* free);
 
 // Of the selected tokens of all KV heads, those of a slice of the pages: a task, whoever takes it.
 
+/// Cuts the pages into slices, the same for every thread that does so; before the other three.
+void klt_cut_slices(const KltLayer& layer, const KltWork& work, KltWork::Thread& thread);
 /// Asks for what the other two will read: selected tokens lie scattered over more than the CPU's caches.
-void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work);
+void klt_prefetch_slice(KltLayer& layer, int slice, const KltWork& work, const KltWork::Thread& thread);
 /// Rebuilds what is missing of the keys.
 void klt_rebuild_slice(KltLayer& layer, int slice, KltWork& work, KltWork::Thread& thread);
 /// Then attends: sums values as latents into work.slices[slice].
