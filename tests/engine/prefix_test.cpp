@@ -20,9 +20,11 @@ const LoadedTiny& tiny() {
   return loaded;
 }
 
-std::unique_ptr<Session> with_segments(const std::string& profile, const std::string& basis = {}) {
+std::unique_ptr<Session> with_segments(const std::string& profile, const std::string& basis = {},
+                                       double mass = 1) {
   SessionOptions options;
   options.kv = kv(profile);
+  options.prompt.mass = mass;
   options.n_threads = 2;
   options.segments = true;
   options.basis_path = basis;
@@ -236,8 +238,22 @@ TEST(Prefix, RefusesWhatDiffers) {
   EXPECT_EQ(other->n_past(), 0);
 }
 
-// Reading a prompt in segments costs no more than the cache costs anyhow (klt, which needs keys with structure:
-// model_test.cpp).
+// What a block of a sparse prompt reads does not depend on where reading began.
+TEST(Prefix, SparsePromptsGoOnAsIfReadAtOnce) {
+  const auto first = prompt(2700, 3000, 1), second = prompt(2700, 3300, 2);
+  auto session = with_segments("klt", {}, 0.6), fresh = with_segments("klt", {}, 0.6),
+       dense = with_segments("klt");
+  read_on(*session, first);
+  const int64_t n = session->kept_prefix(2700);
+  ASSERT_GT(n, 2000);
+  session->keep_prefix(n);
+  const Outcome want = read_on(*fresh, second);
+  expect_same(want, read_on(*session, std::span(second).subspan(static_cast<size_t>(n))), "sparse");
+  EXPECT_GT(max_difference(read_on(*dense, second).rows, want.rows), 0) << "it does leave tiles out";
+}
+
+// Reading a prompt in segments costs no more than the cache costs anyhow (klt, which needs keys with
+// structure: model_test.cpp).
 TEST(Prefix, SegmentsReadAlmostAsWellAsOnePiece) {
   const auto tokens = prompt(0, 2900, 1);
   auto exact = make_session(tiny().model, {.kv = "f16", .n_threads = 2});
@@ -245,8 +261,7 @@ TEST(Prefix, SegmentsReadAlmostAsWellAsOnePiece) {
   for (const std::string profile : {"f16", "kivi-4"}) {
     auto session = with_segments(profile);
     ASSERT_OK(session->prefill(tokens));
-    EXPECT_LT(kl_divergence(exact->logits(), session->logits()), profile == "f16" ? 1e-4 : 0.2)
-        << profile;
+    EXPECT_LT(kl_divergence(exact->logits(), session->logits()), profile == "f16" ? 1e-4 : 0.2) << profile;
   }
 }
 
