@@ -115,6 +115,10 @@ class Session {
   Status prefill_step();
   double prefill_done() const;  ///< share of the prompt that has been begun, in [0, 1]
 
+  /// Of the last prompt: the share of the keys, in tiles, that was read where some could be left out
+  /// (PromptOptions::mass).
+  double prompt_read() const;
+
   /// The same for several empty sessions of one model at the cost of one pass: each cache sees the same exact
   /// keys and values. For measuring profiles against each other.
   static Status prefill_together(std::span<Session* const> sessions, std::span<const Token> tokens,

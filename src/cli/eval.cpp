@@ -86,6 +86,7 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
                     {"compression_pages", r.compression_pages()},
                     {"attention", attention_name(options.prompt.attention)},
                     {"prefill_mass", options.prompt.mass},
+                    {"prefill_read", r.prompt_read},
                     {"bytes_per_token", r.bytes_per_token()},
                     {"bytes_per_token_f16", r.bytes_per_token_f16()},
                     {"context", options.context},

@@ -178,7 +178,7 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
     s->impl_->logits_from_program = false;
     if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
     s->impl_->broken = !status.ok();
-    if (status.ok()) s->impl_->note_prompt(n_past);
+    if (status.ok()) s->impl_->note_prompt(n_past, prefill.read_share());
   }
   return status;
 }
@@ -219,7 +219,8 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
   return hooks;
 }
 
-void Session::Impl::note_prompt(int64_t n_past) {
+void Session::Impl::note_prompt(int64_t n_past, double read_share) {
+  prompt_read = read_share;
   if (in_segments(n_past)) sealed = segment_end(options.kv, cache->n_tokens());
 }
 
@@ -246,11 +247,14 @@ Status Session::prefill_step() {
   if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
   const Status status = m.prefill->step();
   if (status.ok() && !m.prefill->done()) return {};
+  const double read_share = m.prefill->read_share();
   m.prefill.reset();
   m.broken = !status.ok();
-  if (status.ok()) m.note_prompt(n_past() - static_cast<int64_t>(m.prefill_tokens.size()));
+  if (status.ok()) m.note_prompt(n_past() - static_cast<int64_t>(m.prefill_tokens.size()), read_share);
   return status;
 }
+
+double Session::prompt_read() const { return impl_->prompt_read; }
 
 double Session::prefill_done() const { return impl_->prefill != nullptr ? impl_->prefill->progress() : 1.0; }
 

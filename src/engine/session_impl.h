@@ -30,7 +30,7 @@ class Session::Impl {
   /// True if a prompt on top of n_past tokens is read in segments: not what follows tokens of steps.
   bool in_segments(int64_t n_past) const { return options.segments && n_past == sealed; }
   /// A prompt on top of n_past tokens has been read.
-  void note_prompt(int64_t n_past);
+  void note_prompt(int64_t n_past, double read_share);
 
   /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
   /// that fails here is as it was.
@@ -54,8 +54,9 @@ class Session::Impl {
   std::vector<Token> prefill_tokens;
   std::vector<float> own_logits;  ///< [n_vocab], of a prompt or a batch
   bool logits_from_program = false;
-  int64_t sealed = 0;   ///< with segments: the last end of one that a prompt has reached
-  bool broken = false;  ///< a step failed half way: layers hold different numbers of tokens
+  double prompt_read = 1;  ///< Prefill::read_share() of the last prompt
+  int64_t sealed = 0;      ///< with segments: the last end of one that a prompt has reached
+  bool broken = false;     ///< a step failed half way: layers hold different numbers of tokens
 };
 
 /// The number of threads asked for, 0: one a core. invalid_argument if it is out of range.

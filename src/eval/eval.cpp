@@ -182,6 +182,7 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
   std::vector<EvalRow> rows;
   for (size_t s = 1; s < sessions.size(); ++s) {
     rows.push_back(tallies[s].row(profiles[s].name));
+    rows.back().prompt_read = sessions[s]->prompt_read();
     rows.back().mass_kept = mass[s]->mean();
     rows.back().mass_best = mass[s]->best();
     rows.back().cache = sessions[s]->cache_stats();

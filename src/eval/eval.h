@@ -33,9 +33,10 @@ struct EvalRow {
   double ppl = 0;      ///< perplexity of the text's own tokens
   double kl_mean = 0;  ///< nats, of the next-token distribution to that of f16
   double kl_p99 = 0;
-  double top1 = 0;       ///< share of steps whose most likely token is that of f16
-  double mass_kept = 1;  ///< mean over steps, sparse layers and heads; 1 if all tokens are read
-  double mass_best = 1;  ///< the same if tokens were ranked by their exact probability
+  double top1 = 0;         ///< share of steps whose most likely token is that of f16
+  double mass_kept = 1;    ///< mean over steps, sparse layers and heads; 1 if all tokens are read
+  double prompt_read = 1;  ///< Session::prompt_read()
+  double mass_best = 1;    ///< the same if tokens were ranked by their exact probability
   CacheStats cache;
   double compression() const;         ///< whole cache, exact windows and dense layers included
   double compression_layers() const;  ///< over the layers that the profile compresses

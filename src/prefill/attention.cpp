@@ -87,7 +87,7 @@ void PromptAttention::start(const float* q, int64_t n, int64_t first, float* out
 bool PromptAttention::is_sparse(int64_t n, int64_t first) const {
   // Below, and for the last rows of a prompt, looking costs what it could save.
   constexpr int64_t kDenseTiles = 8;
-  return mass_ < 1 && n >= kQueryRows && first >= kDenseTiles * kPrefillTile;
+  return mass_ < 1 && n >= kQueryRows && n <= kMaxBlocks * kQueryRows && first >= kDenseTiles * kPrefillTile;
 }
 
 void PromptAttention::choose(int ith) {

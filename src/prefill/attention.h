@@ -48,7 +48,8 @@ class PromptAttention {
   /// Prepares run() for n query rows q [n, n_head * head_dim], rotated, at positions first ..; all keys up to
   /// the last one's are packed. out [n, n_head * head_dim].
   void start(const float* q, int64_t n, int64_t first, float* out);
-  /// True if some of n rows from position first on will leave tiles out; then choose() comes before run().
+  /// True if some of n rows from position first on may leave tiles out; then choose() comes before run(). A
+  /// sparse call has kMaxBlocks * kQueryRows (512) rows at most: more are dense.
   bool is_sparse(int64_t n, int64_t first) const;
   /// Called once by each thread ith < n_threads after start(): every kSampleStep-th row looks at all tiles,
   /// and each block of kQueryRows rows of a head takes those that its sample looks at most.
@@ -58,7 +59,7 @@ class PromptAttention {
   void run(int ith);
   /// False if a number that run() wrote since the start is NaN or infinite: never silently in the logits.
   bool finite() const { return !non_finite_; }
-  /// Tiles that blocks of rows have read since it was made, and that they would have read with mass 1.
+  /// Tiles that blocks of rows which chose have read since it was made, and those that they could have read.
   int64_t tiles_read() const { return tiles_read_; }
   int64_t tiles_seen() const { return tiles_seen_; }
 

@@ -363,6 +363,8 @@ Status Prefill::close_segment() {
   b.next = b.segment_begin = 0;
   b.segment = 0;
   if (++b.layer == weights_.hparams().n_layer) {
+    const int64_t seen = b.attention.tiles_seen();
+    read_share_ = seen > 0 ? static_cast<double>(b.attention.tiles_read()) / static_cast<double>(seen) : 1;
     buffers_.reset();
     bf16_.reset();
   }

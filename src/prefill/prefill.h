@@ -56,6 +56,9 @@ class Prefill {
   bool done() const { return buffers_ == nullptr; }
   /// The share done in [0, 1].
   double progress() const;
+  /// Of the run that is done: the share of the tiles of keys that was read by blocks which could leave some
+  /// out; 1 if none could.
+  double read_share() const { return read_share_; }
 
   /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
   /// activations.
@@ -79,6 +82,7 @@ class Prefill {
   std::unique_ptr<Bf16Products> bf16_;  ///< null: packed_ multiplies
   PrefillHooks hooks_;
   float* logits_ = nullptr;
+  double read_share_ = 1;
 };
 
 }  // namespace narrows
