@@ -154,8 +154,12 @@ TEST(PromptAttention, SparsePromptsOfModels) {
     auto session = make_session(
         tiny.model, {.n_threads = n_threads, .prompt = {PrefillProducts::int8, PrefillAttention::f32, mass}});
     EXPECT_TRUE(session->prefill(tokens).ok());
-    EXPECT_EQ(session->prompt_read() < 1, mass < 1);
-    EXPECT_GT(session->prompt_read(), mass == 0.5 ? 0.4 : 0.9);  // attention of random numbers is flat
+    if (mass == 0.5) {  // attention of random numbers is flat: about half of what is neither first nor near
+      EXPECT_GT(session->prompt_read(), 0.25);
+      EXPECT_LT(session->prompt_read(), 0.6);
+    } else {
+      EXPECT_GT(session->prompt_read(), 0.99);
+    }
     return copy(session->logits());
   };
   const std::vector<float> exact = logits(2, 1), nearly = logits(2, 1 - 1e-6), half = logits(2, 0.5);
