@@ -74,9 +74,8 @@ void add_prompt_options(CLI::App& app, PromptOptions& options) {
   app.add_option_function<std::string>(
          "--prefill", [&options](const std::string& text) { options.mass = *parse_prefill(text); },
          "which keys a prompt's tokens attend to: dense (all, default), or sparse, which leaves out those "
-         "that get "
-         "little of the attention: faster on long prompts, not exact; sparse:mass=X keeps at least that "
-         "share")
+         "that get little of the attention: faster on long prompts, not exact; sparse:mass=X keeps at least "
+         "that share")
       ->type_name("WHICH")
       ->check(CLI::Validator(prefill, ""));
 }

@@ -158,8 +158,7 @@ void KltDecoder::hold(KltWork& work, int64_t head_kv) {
   for (int64_t i = 0; i < n; ++i) positions[i] = static_cast<int32_t>(layer_.n_sink()) + selected[i];
 }
 
-// While a thread works
-// on one, the rows of the slice that will probably be its next are on their way.
+// While a thread works on a slice, the rows of the one that will probably be its next are on their way.
 void KltDecoder::attend_slices(StepScratch::Thread& thread, int n_threads, KltWork& work,
                                KltWork::Thread& mine) {
   thread.clock.enter(AttentionStage::rebuild);

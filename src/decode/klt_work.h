@@ -49,10 +49,9 @@ struct KltWork {
     AlignedArray<float> slice_weight;  ///< [n_head, 2 kSlices]: makes a slice's numbers probabilities
     std::vector<float> weights;        ///< [n_head, ld_run] of a slice's tokens, grown with the context
     std::vector<int32_t> per_page;     ///< [n_page]: selected tokens of all KV heads
-    std::vector<int64_t> slice_page;   ///< [kAttendSlices + 1]: where the slices of the pages begin
-    std::vector<int64_t>
-        slice_begin;         ///< [n_head_kv, kAttendSlices + 1]: and where those of the selected tokens do
-    std::vector<Part> left;  ///< [n_head_kv]: of those, the ones not yet summed
+    std::vector<int64_t> slice_page;   ///< [kAttendSlices + 1]: first page of a slice
+    std::vector<int64_t> slice_begin;  ///< [n_head_kv, kAttendSlices + 1]: first of the selected in it
+    std::vector<Part> left;            ///< [heads of a part]: of a slice's selected, those not yet summed
   };
 
   /// Softmax states of all query heads over one slice of the selected tokens; the sums are latents().

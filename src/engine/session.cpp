@@ -25,12 +25,6 @@ double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
 kernels::RopeTable make_rope(const Hparams& hp, int64_t n_ctx) { return {hp.rope, n_ctx}; }
 
-}  // namespace
-
-AttentionShape attention_shape(const Hparams& hp) {
-  return {hp.n_head, hp.n_head_kv, hp.head_dim, hp.attention_scale};
-}
-
 Status check_prompt_options(const PromptOptions& options) {
   if (!(options.mass > 0 && options.mass <= 1)) {
     return {
@@ -45,6 +39,12 @@ Status check_prompt_options(const PromptOptions& options) {
                     attention_name(options.attention))};
   }
   return {};
+}
+
+}  // namespace
+
+AttentionShape attention_shape(const Hparams& hp) {
+  return {hp.n_head, hp.n_head_kv, hp.head_dim, hp.attention_scale};
 }
 
 Result<int> threads_to_use(int n_threads) {

@@ -64,7 +64,5 @@ Result<int> threads_to_use(int n_threads);
 
 /// Attention shape of a model, for caches made outside a session (tests, eval, inspect).
 AttentionShape attention_shape(const Hparams& hp);
-/// invalid_argument: a mass out of range, or below 1 with an attention that cannot leave keys out.
-Status check_prompt_options(const PromptOptions& options);
 
 }  // namespace narrows

@@ -90,20 +90,26 @@ bool PromptAttention::is_sparse(int64_t n, int64_t first) const {
   return mass_ < 1 && n >= kQueryRows && n <= kMaxBlocks * kQueryRows && first >= kDenseTiles * kPrefillTile;
 }
 
-void PromptAttention::choose(int ith) {
+kernels::PrefillRows PromptAttention::rows_of(int64_t head, int64_t row, int ith) {
   const int64_t ld = sizes_.n_head * sizes_.head_dim;
+  kernels::PrefillRows rows;
+  rows.q = q_ + row * ld + head * sizes_.head_dim;
+  rows.ldq = ld;
+  rows.head_dim = sizes_.head_dim;
+  rows.tiles = tile(head / (sizes_.n_head / sizes_.n_head_kv), 0);
+  rows.end = first_ + n_;
+  rows.first = first_ + row;
+  rows.scale = sizes_.scale;
+  rows.scratch = scratch_[static_cast<size_t>(ith)].data();
+  return rows;
+}
+
+void PromptAttention::choose(int ith) {
   for (int64_t head = next_choice_++; head < sizes_.n_head; head = next_choice_++) {
-    kernels::PrefillRows rows;
-    rows.q = q_ + head * sizes_.head_dim;
-    rows.ldq = ld * kSampleStep;
+    kernels::PrefillRows rows = rows_of(head, 0, ith);
+    rows.ldq *= kSampleStep;
     rows.n_row = (n_ + kSampleStep - 1) / kSampleStep;
-    rows.head_dim = sizes_.head_dim;
-    rows.tiles = tile(head / (sizes_.n_head / sizes_.n_head_kv), 0);
-    rows.end = first_ + n_;
-    rows.first = first_;
     rows.step = kSampleStep;
-    rows.scale = sizes_.scale;
-    rows.scratch = scratch_[static_cast<size_t>(ith)].data();
     kernel_.look(rows, share(head));
     for (int64_t block = 0; block * kQueryRows < n_; ++block) choose_block(head, block);
   }
@@ -153,19 +159,11 @@ void PromptAttention::run(int ith) {
   for (int64_t task = next_task_++; task < tasks; task = next_task_++) {
     const int64_t head_kv = task / (group * blocks), rest = task % (group * blocks);
     const int64_t head = head_kv * group + rest % group, row = (blocks - 1 - rest / group) * kQueryRows;
-    kernels::PrefillRows rows;
-    rows.q = q_ + row * ld + head * sizes_.head_dim;
-    rows.ldq = ld;
+    kernels::PrefillRows rows = rows_of(head, row, ith);
     rows.n_row = std::min(kQueryRows, n_ - row);
-    rows.head_dim = sizes_.head_dim;
-    rows.tiles = tile(head_kv, 0);
-    rows.end = first_ + n_;
-    rows.first = first_ + row;
     if (sparse_) rows.skip = skip(head, row / kQueryRows);
-    rows.scale = sizes_.scale;
     rows.out = out_ + row * ld + head * sizes_.head_dim;
     rows.ldo = ld;
-    rows.scratch = scratch_[static_cast<size_t>(ith)].data();
     kernel_.attend(rows);
     if (!all_finite(rows)) non_finite_ = true;
   }

@@ -68,6 +68,8 @@ class PromptAttention {
   static constexpr int64_t kSampleStep = 16;
   static constexpr int64_t kMaxBlocks = kernels::kLookRows * kSampleStep / kernels::kQueryRows;
 
+  /// What all calls for rows of a head from `row` on have in common.
+  kernels::PrefillRows rows_of(int64_t head, int64_t row, int ith);
   void choose_block(int64_t head, int64_t block);
   float* share(int64_t head) { return share_.data() + head * n_tile_ * kernels::kLookRows; }
   uint8_t* skip(int64_t head, int64_t block) { return skip_.data() + (head * kMaxBlocks + block) * n_tile_; }

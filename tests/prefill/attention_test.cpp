@@ -112,7 +112,6 @@ TEST(PromptAttention, SparseRowsReadTheTilesThatMatter) {
     PromptAttention attention(kernels::PrefillKind::f32, sizes, 2000, n_threads, 0.999);
     ASSERT_TRUE(attention.ok());
     pack_all(attention, sizes, x, 0, 2000);
-    attention.start(x.q.data() + from * ld, 2000 - from, from, nullptr);
     ASSERT_TRUE(attention.is_sparse(2000 - from, from));
     std::vector<float> out(x.q.size());
     attention.start(x.q.data() + from * ld, 2000 - from, from, out.data() + from * ld);
@@ -128,7 +127,7 @@ TEST(PromptAttention, SparseRowsReadTheTilesThatMatter) {
                     expected(sizes, x, row, i / sizes.head_dim, i % sizes.head_dim), 2e-3)
             << row << " " << i;
     }
-    // Of 13 to 16 tiles: the first, the fifth, and the two or three around the rows themselves.
+    // Of 13 to 16 tiles: the first, tile 5, that of the rows themselves and the one before it.
     EXPECT_EQ(attention.tiles_seen(), 6 * (13 + 14 + 15 + 16));
     EXPECT_EQ(attention.tiles_read(), 6 * 4 * 4);
   }
@@ -140,6 +139,7 @@ TEST(PromptAttention, ShortPromptsAndFewRowsAreDense) {
   EXPECT_FALSE(sparse.is_sparse(512, 512));
   EXPECT_TRUE(sparse.is_sparse(512, 2048));
   EXPECT_FALSE(sparse.is_sparse(1, 2048));
+  EXPECT_FALSE(sparse.is_sparse(513, 2048)) << "more rows than a sample has room for";
   const PromptAttention dense(kernels::PrefillKind::f32, sizes, 4096, 1);
   EXPECT_FALSE(dense.is_sparse(512, 2048));
 }
