@@ -1,5 +1,6 @@
-// fold_query, pool_candidates, amplitudes, read_index, sum_planes, score_rows_f16: what a sparse step over
-// latent pages does beside scoring. A lane is a coordinate, but for pool_candidates, where it is a token.
+// fold_query, pool_candidates, count_above, keep_above, amplitudes, read_index: what a sparse step over
+// latent pages does beside scoring and attending. A lane is a coordinate, but where candidates are told
+// apart: there it is a token.
 #include <algorithm>
 
 #include "kernels/latent_page.h"
@@ -18,12 +19,6 @@ namespace narrows::kernels::HWY_NAMESPACE {
 namespace {
 
 using VI = hn::Vec<DI>;
-
-/// What a set bit of plane j adds to the value of all unset: 2^(1 - j).
-constexpr float kTwice[kMaxBits] = {2.0F, 1.0F, 0.5F, 0.25F, 0.125F, 0.0625F, 0.03125F, 0.015625F};
-
-/// Query rows of one pass of sum_planes: that many sums of a vector of coordinates stay in registers.
-constexpr int64_t kSumRows = 4;
 
 }  // namespace
 
@@ -182,143 +177,6 @@ void read_index(const uint8_t* codes, int64_t token, int64_t n_coord, const floa
   for (; c < n_coord; ++c) {
     const auto code = static_cast<float>(four[c / 4 * 4 * kTile + c % 4]);
     z[c] = (code - centre[c]) * (step[c] * amplitude[c]);
-  }
-}
-
-namespace {
-
-/// One vector of coordinates, octets [o, o + kOctets), of kRows sums over n tokens.
-template <int kRows>
-HWY_INLINE void sum_vector(const uint8_t* const* rows, const float* const* amplitudes, int64_t n,
-                           const PlaneRow& shape, int64_t o, const float* weight, int64_t ldw,
-                           bool accumulate, float* sum, int64_t lds) {
-  constexpr int64_t kOctets = kLanes / kOctet;  // 1 or 2
-  const DF d;
-  const auto first_octet = hn::FirstN(d, kOctet);
-  int n_plane = 0;
-  int n_whole = 0;
-  while (n_plane < shape.n_plane && shape.octets[static_cast<size_t>(n_plane)] > o) ++n_plane;
-  while (n_whole < n_plane && shape.octets[static_cast<size_t>(n_whole)] >= o + kOctets) ++n_whole;
-  // A set bit of plane j counts 2^-j, an unset one -2^-j: bits twice, less all of them.
-  float all_first = 0;
-  float all_second = 0;
-  for (int j = 0; j < n_plane; ++j) all_first += kTwice[j] / 2;
-  for (int j = 0; j < n_whole; ++j) all_second += kTwice[j] / 2;
-  const VF base = hn::Neg(hn::IfThenElse(first_octet, hn::Set(d, all_first), hn::Set(d, all_second)));
-  VF total[kRows];
-  NARROWS_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    total[r] = accumulate ? hn::LoadU(d, sum + r * lds + o * kOctet) : hn::Zero(d);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const uint8_t* row = rows[i];
-    VF value = base;
-    for (int j = 0; j < n_plane; ++j) {
-      const uint8_t* from = row + shape.offset[static_cast<size_t>(j)] + o;
-      uint16_t bits = from[0];
-      if (kOctets == 2 && j < n_whole) std::memcpy(&bits, from, sizeof(bits));
-      const auto set = mask_from_bits(d, bits);
-      value = hn::IfThenElse(set, hn::Add(value, hn::Set(d, kTwice[j])), value);
-    }
-    value = hn::Mul(value, hn::LoadU(d, amplitudes[i] + o * kOctet));
-    NARROWS_UNROLL
-    for (int r = 0; r < kRows; ++r) total[r] = hn::MulAdd(hn::Set(d, weight[r * ldw + i]), value, total[r]);
-  }
-  NARROWS_UNROLL
-  for (int r = 0; r < kRows; ++r) hn::StoreU(total[r], d, sum + r * lds + o * kOctet);
-}
-
-}  // namespace
-
-void sum_planes(const uint8_t* const* rows, const float* const* amplitudes, int64_t n, const PlaneRow& shape,
-                const float* weight, int64_t ldw, int64_t n_row, bool accumulate, float* sum, int64_t lds) {
-  if constexpr (kLanes < kOctet) {
-    ref::sum_planes(rows, amplitudes, n, shape, weight, ldw, n_row, accumulate, sum, lds);
-  } else {
-    for (int64_t r = 0; r < n_row; r += kSumRows) {
-      const float* w = weight + r * ldw;
-      float* to = sum + r * lds;
-      for (int64_t o = 0; o < shape.n_octet; o += kLanes / kOctet) {
-        switch (n_row - r) {
-          case 1:
-            sum_vector<1>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
-            break;
-          case 2:
-            sum_vector<2>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
-            break;
-          case 3:
-            sum_vector<3>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
-            break;
-          default:
-            sum_vector<kSumRows>(rows, amplitudes, n, shape, o, w, ldw, accumulate, to, lds);
-        }
-      }
-    }
-  }
-}
-
-namespace {
-
-/// kRows query rows against one key.
-template <int kRows>
-HWY_INLINE void score_key(const f16_t* k, const float* q, int64_t head_dim, float* score, int64_t lds) {
-  const DF d;
-  VF sum[kRows];
-  NARROWS_UNROLL
-  for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
-  int64_t c = 0;
-  for (; c + kLanes <= head_dim; c += kLanes) {
-    const VF key = load_float(d, k + c);
-    NARROWS_UNROLL
-    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(key, hn::LoadU(d, q + r * head_dim + c), sum[r]);
-  }
-  if (c < head_dim) {
-    const VF key = load_float_n(d, k + c, head_dim - c);
-    NARROWS_UNROLL
-    for (int r = 0; r < kRows; ++r)
-      sum[r] = hn::MulAdd(key, load_n(d, q + r * head_dim + c, head_dim - c), sum[r]);
-  }
-  NARROWS_UNROLL
-  for (int r = 0; r < kRows; ++r) score[r * lds] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
-}
-
-}  // namespace
-
-void score_rows_f16(const f16_t* key, const int32_t* slot, int64_t n, const float* q, int64_t n_row,
-                    int64_t head_dim, float* score, int64_t lds) {
-  constexpr int kRows = 8;
-  for (int64_t r = 0; r < n_row; r += kRows) {
-    const float* rows = q + r * head_dim;
-    float* to = score + r * lds;
-    const auto each = [&](auto m) {
-      for (int64_t i = 0; i < n; ++i)
-        score_key<decltype(m)::value>(key + slot[i] * head_dim, rows, head_dim, to + i, lds);
-    };
-    switch (n_row - r) {
-      case 1:
-        each(std::integral_constant<int, 1>());
-        break;
-      case 2:
-        each(std::integral_constant<int, 2>());
-        break;
-      case 3:
-        each(std::integral_constant<int, 3>());
-        break;
-      case 4:
-        each(std::integral_constant<int, 4>());
-        break;
-      case 5:
-        each(std::integral_constant<int, 5>());
-        break;
-      case 6:
-        each(std::integral_constant<int, 6>());
-        break;
-      case 7:
-        each(std::integral_constant<int, 7>());
-        break;
-      default:
-        each(std::integral_constant<int, kRows>());
-    }
   }
 }
 
