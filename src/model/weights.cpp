@@ -57,8 +57,8 @@ void to_float(ggml_type type, const void* from, float* to, int64_t n) {
 
 class WeightLoader {
  public:
-  WeightLoader(ModelWeights& model, const LoadOptions& options)
-      : m_(model), hp_(model.hparams_), options_(options) {}
+  WeightLoader(ModelWeights& model, const LoadOptions& options, int64_t read_bytes)
+      : m_(model), hp_(model.hparams_), options_(options), read_bytes_(read_bytes) {}
 
   Status run() {
     declare();
@@ -284,6 +284,11 @@ class WeightLoader {
   Status fill() {
     std::vector<char> raw, whole;
     for (const Plan& p : plans_) {
+      const bool in_order = std::none_of(p.reorder.begin(), p.reorder.end(), [](bool r) { return r; });
+      if (p.packed_at >= 0 && in_order) {
+        if (Status s = pack_from_file(p); !s.ok()) return s;
+        continue;
+      }
       int64_t bytes = 0;
       for (const TensorEntry* t : p.parts) bytes += to_f32(p) ? t->ne[0] * t->n_row() * 4 : t->bytes;
       whole.resize(static_cast<size_t>(bytes));
@@ -297,25 +302,48 @@ class WeightLoader {
       if (p.packed_at < 0) {
         ggml_backend_tensor_set(*p.target, whole.data(), 0, whole.size());
       } else {
-        pack(p, reinterpret_cast<const uint8_t*>(whole.data()));
+        pack(p, 0, n_out(p), whole.data());
       }
     }
     return {};
   }
 
-  /// Rows [n_out] in the file's blocks into the plan's tiles.
-  void pack(const Plan& p, const uint8_t* rows) {
-    const kernels::Packing kind = *packing(p);
-    const int64_t n_in = p.parts.front()->ne[0], n = n_out(p);
-    const int64_t row = kernels::file_row_bytes(kind, n_in), tile = kernels::tile_bytes(kind, n_in);
-    uint8_t* to = m_.tiles_.data() + p.packed_at;
-    for (int64_t t = 0; t < kernels::pack_tiles(n); ++t) {
-      const uint8_t* of_tile[kernels::kPackRows] = {};
-      const int64_t first = t * kernels::kPackRows, here = std::min(kernels::kPackRows, n - first);
-      for (int64_t r = 0; r < here; ++r) of_tile[r] = rows + (first + r) * row;
-      kernels::pack_tile(kind, n_in, of_tile, to + t * tile);
+  /// Rows in the file's order, some at a time.
+  Status pack_from_file(const Plan& p) {
+    const int64_t row = p.parts.front()->row_bytes(), n = n_out(p);
+    const int64_t at_once =
+        std::max<int64_t>(1, read_bytes_ / (row * kernels::kPackRows)) * kernels::kPackRows;
+    std::vector<char> rows(static_cast<size_t>(std::min(at_once, n) * row));
+    for (int64_t first = 0; first < n; first += at_once) {
+      const int64_t end = std::min(first + at_once, n);
+      int64_t part = 0;  // the part's first row
+      for (const TensorEntry* t : p.parts) {
+        const int64_t from = std::max(first, part), to = std::min(end, part + t->ne[1]);
+        if (from < to) {
+          Status s = m_.file_.read(t->offset + (from - part) * row, (to - from) * row,
+                                   rows.data() + (from - first) * row);
+          if (!s.ok()) return s;
+        }
+        part += t->ne[1];
+      }
+      pack(p, first, end, rows.data());
     }
-    m_.packed_[*p.target] = {kind, n_in, n, to};
+    return {};
+  }
+
+  /// Rows [begin, end) of a plan's matrix in the file's blocks into its tiles; begin is a tile's first.
+  void pack(const Plan& p, int64_t begin, int64_t end, const char* rows) {
+    const kernels::Packing kind = *packing(p);
+    const int64_t n_in = p.parts.front()->ne[0];
+    const int64_t row = kernels::file_row_bytes(kind, n_in), tile = kernels::tile_bytes(kind, n_in);
+    uint8_t* const to = m_.tiles_.data() + p.packed_at;
+    for (int64_t first = begin; first < end; first += kernels::kPackRows) {
+      const uint8_t* of_tile[kernels::kPackRows] = {};
+      for (int64_t r = 0; r < std::min(kernels::kPackRows, end - first); ++r)
+        of_tile[r] = reinterpret_cast<const uint8_t*>(rows) + (first - begin + r) * row;
+      kernels::pack_tile(kind, n_in, of_tile, to + first / kernels::kPackRows * tile);
+    }
+    m_.packed_[*p.target] = {kind, n_in, n_out(p), to};
   }
 
   /// Copies one part, converted and reordered; returns the bytes written. What moves is a row of a matrix, or
@@ -344,6 +372,7 @@ class WeightLoader {
   ModelWeights& m_;
   const Hparams& hp_;
   const LoadOptions& options_;
+  int64_t read_bytes_;
   std::vector<Plan> plans_;
   std::set<std::string> used_;
   Status status_;
@@ -358,9 +387,9 @@ ModelWeights::~ModelWeights() {
 }
 
 Result<std::unique_ptr<ModelWeights>> ModelWeights::load(GgufFile file, const Hparams& hparams,
-                                                         const LoadOptions& options) {
+                                                         const LoadOptions& options, int64_t read_bytes) {
   std::unique_ptr<ModelWeights> m(new ModelWeights(std::move(file), hparams));
-  if (Status s = WeightLoader(*m, options).run(); !s.ok()) return s;
+  if (Status s = WeightLoader(*m, options, read_bytes).run(); !s.ok()) return s;
   return m;
 }
 

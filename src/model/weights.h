@@ -49,8 +49,11 @@ struct LayerWeights {
 
 class ModelWeights {
  public:
+  /// read_bytes: of a matrix that goes from the file into tiles, at once (a tile's rows at least), so that a
+  /// large vocabulary is not in memory twice.
   static Result<std::unique_ptr<ModelWeights>> load(GgufFile file, const Hparams& hparams,
-                                                    const LoadOptions& options);
+                                                    const LoadOptions& options,
+                                                    int64_t read_bytes = int64_t{4} << 20);
   ~ModelWeights();
   ModelWeights(const ModelWeights&) = delete;
   ModelWeights& operator=(const ModelWeights&) = delete;

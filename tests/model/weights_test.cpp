@@ -18,13 +18,13 @@ struct Loaded {
   TempDir dir;
   std::unique_ptr<ModelWeights> weights;
 
-  explicit Loaded(const TinyModel& m, bool repack = false) {
+  explicit Loaded(const TinyModel& m, bool repack = false, int64_t read_bytes = int64_t{4} << 20) {
     silence_llama_log();
     auto file = GgufFile::open(m.write(dir.path("m.gguf")));
     EXPECT_TRUE(file.ok());
     const auto hp = read_hparams(*file);
     EXPECT_TRUE(hp.ok());
-    auto made = ModelWeights::load(std::move(*file), *hp, {.repack = repack});
+    auto made = ModelWeights::load(std::move(*file), *hp, {.repack = repack}, read_bytes);
     EXPECT_TRUE(made.ok()) << made.status().message();
     weights = std::move(*made);
   }
@@ -231,10 +231,11 @@ TEST(Weights, PackedOnesTakeTheBytesOfTheFile) {
   }
 }
 
-// Joined, reordered, of mixed types: row by row what read_rows() says of the file.
-TEST(Weights, PackedRowsAreTheFiles) {
+// Joined, reordered, of mixed types, read from the file in one piece or in small ones: row by row what
+// read_rows() says of the file.
+void expect_rows_of_the_file(int64_t read_bytes) {
   for (const TinyCase& c : quantised_cases()) {
-    const Loaded loaded(c.model, true);
+    const Loaded loaded(c.model, true, read_bytes);
     int n_packed = 0;
     std::vector<const ggml_tensor*> all = {loaded.weights->output()};
     for (int64_t i = 0; i < c.model.n_layer; ++i) {
@@ -258,6 +259,12 @@ TEST(Weights, PackedRowsAreTheFiles) {
     const bool has_packing = c.model.type != GGML_TYPE_F16 && c.model.type != GGML_TYPE_IQ4_NL;
     EXPECT_EQ(n_packed > 0, has_packing) << c.name;
   }
+}
+
+TEST(Weights, PackedRowsAreTheFiles) {
+  expect_rows_of_the_file(int64_t{4} << 20);
+  expect_rows_of_the_file(1);       // a tile of 16 rows at a time
+  expect_rows_of_the_file(10'000);  // some tiles, the last time fewer
 }
 
 TEST(Weights, RopeFactorsReachTheTable) {
