@@ -13,6 +13,8 @@ class Row(list):
         return [list(self)] if i is None else list.__getitem__(self, i)
 def array(x):
     return [Row(r) for r in x]
+def roll(row, n):
+    return Row([row[(i - n) % len(row)] for i in range(len(row))])
 def resize(row, n):
     return Row([row[i % len(row)] for i in range(n)])
 def ascontiguousarray(x):
@@ -90,8 +92,10 @@ class BenchOpenVino(unittest.TestCase):
         self.assertEqual(rows, [["7", "decode", "100.0", "50.0", "2.00"], ["7", "prefill", "500.0", "2000.0", "0.25"],
                                 ["1000", "decode", "100.0", "50.0", "2.00"], ["1000", "prefill", "500.0", "2000.0", "0.25"]])
         # A short text is repeated, and both sides generate as many tokens.
-        self.assertEqual(done.stderr.count("ids 7 [97, 98, 99] 9 9"), 2)
-        self.assertEqual(done.stderr.count("ids 1000 "), 2)
+        # Each prompt begins elsewhere, or the pipeline would still have its first blocks.
+        given = [line for line in done.stderr.splitlines() if line.startswith("ids ")]
+        self.assertEqual(given, ["ids 7 [98, 99, 97] 9 9", "ids 1000 [99, 97, 98] 9 9",
+                                 "ids 7 [97, 98, 99] 9 9", "ids 1000 [98, 99, 97] 9 9"])
 
     def test_what_cannot_be_measured_is_one_sentence(self):
         done = self.run_tool(model="bad.gguf")
