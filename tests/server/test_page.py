@@ -49,6 +49,7 @@ def test_a_document_is_dropped_asked_about_saved_and_restored(page, server, long
     })()""")
     page.wait_for("/^[1-9][0-9]* of [0-9]+ tokens read/.test(document.getElementById('progress-text').textContent)"
                   " && !document.getElementById('progress').hidden")
+    picture(page, "reading")
     page.wait_for("document.querySelectorAll('.message.assistant').length === 1"
                   " && document.querySelector('.message.assistant').textContent.length > 3", seconds=300)
     picture(page, "answering")
@@ -65,6 +66,9 @@ def test_a_document_is_dropped_asked_about_saved_and_restored(page, server, long
     # Save, and restore in a new page.
     page.run("document.getElementById('session-name').value = 'from-the-page'; document.getElementById('save-button').click()")
     page.wait_for("document.getElementById('session-text').textContent.includes('tokens saved')")
+    # The list's button shows all of its word.
+    assert page.run("(b => b.scrollWidth <= b.clientWidth && b.offsetHeight < 40)(document.querySelector('#sessions button'))")
+    page.run("document.getElementById('sessions').scrollIntoView()")
     picture(page, "saved")
     page.send("Page.reload")
     page.wait_for("document.readyState === 'complete' && document.querySelectorAll('#sessions button').length === 1")
