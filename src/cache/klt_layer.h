@@ -43,8 +43,12 @@ class KltStatistics {
   int64_t n_queries_ = 0;
 };
 
-/// Tokens a layer needs before it makes its own transforms (docs/experiments.md has the sweep).
-inline constexpr int64_t tokens_for_klt(int64_t width) { return std::max<int64_t>(512, 2 * width); }
+/// Tokens a layer needs before it makes its own transforms: enough to estimate them (docs/experiments.md has
+/// the sweep), and so many that the exact cache would be the larger one, transforms and rebuilt keys
+/// included.
+inline constexpr int64_t tokens_for_klt(int64_t width) {
+  return std::max({int64_t{512}, 2 * width, 256 + 5 * std::min(width, kMaxTransform) / 2});
+}
 
 /// Positions that make a layer's own transforms: the first few are attention sinks with outlying keys, and
 /// more than 4096 change nothing that was measurable.

@@ -453,6 +453,11 @@ TEST(KltLayer, WaitsForTokensAndConverts) {
   const Heads s(6, 3, 16);
   const Tokens tokens(s, 800);
   ASSERT_EQ(tokens_for_klt(s.width()), 512);
+  // Wider ones wait until an exact cache would be the larger, the widest for their statistics.
+  EXPECT_EQ(tokens_for_klt(128), 576);
+  EXPECT_EQ(tokens_for_klt(192), 736);
+  EXPECT_EQ(tokens_for_klt(256), 896);
+  EXPECT_EQ(tokens_for_klt(1024), 2048);
   for (const bool by_steps : {false, true}) {
     const auto cache = make_cache(s, "klt");
     KltLayer& layer = klt_layer(*cache);
@@ -597,11 +602,11 @@ TEST(KltLayer, ClearForgetsOwnTransformsOnly) {
 TEST(KltLayer, BytesAreWhatIsAllocated) {
   for (const int64_t head_dim : {20, 64}) {
     const Heads s(4, 4, head_dim);
-    const Tokens tokens(s, 700);
+    const Tokens tokens(s, 960);
     for (const bool from_file : {false, true}) {
       const auto cache = from_file ? with_basis(s, tokens, "klt") : make_cache(s, "klt");
       KltLayer& layer = klt_layer(*cache);
-      ASSERT_TRUE(layer.append(tokens.key(0), tokens.value(0), 700).ok());
+      ASSERT_TRUE(layer.append(tokens.key(0), tokens.value(0), 960).ok());
       int64_t page = 8, basis = 0;  // a page begins with the bits of its anchors
       for (const KltPart& part : layer.parts()) {
         int64_t octets = 0;  // bits of octets: 8 coordinates of 64 tokens are 64 bytes
@@ -615,9 +620,9 @@ TEST(KltLayer, BytesAreWhatIsAllocated) {
         basis += part.width() * part.ld_score() * 4;
       }
       const LayerBytes bytes = layer.bytes();
-      EXPECT_EQ(bytes.n_tokens_in_pages, 576);
-      EXPECT_EQ(bytes.pages, 9 * page);
-      EXPECT_EQ(bytes.exact, (16 + ceil_div(700 - 16 - 576, 16) * 16) * s.width() * 2 * 2);
+      EXPECT_EQ(bytes.n_tokens_in_pages, 832);
+      EXPECT_EQ(bytes.pages, 13 * page);
+      EXPECT_EQ(bytes.exact, (16 + ceil_div(960 - 16 - 832, 16) * 16) * s.width() * 2 * 2);
       EXPECT_GE(bytes.basis, basis);
       // Steps and centres of the index: four floats a coordinate, in vectors that may have doubled their
       // room.

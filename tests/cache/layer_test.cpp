@@ -26,7 +26,7 @@ class Layer : public testing::TestWithParam<Case> {
  protected:
   Heads heads_{GetParam().n_head_kv, GetParam().n_head_kv, GetParam().head_dim};
   KvProfile profile_ = profile_of(GetParam().profile);
-  Tokens tokens_{heads_, 700};
+  Tokens tokens_{heads_, 960};
   std::shared_ptr<const BasisFile> basis_ = GetParam().with_basis ? basis_from(tokens_) : nullptr;
 
   std::unique_ptr<KvCache> cache() const {
@@ -41,7 +41,10 @@ class Layer : public testing::TestWithParam<Case> {
   int64_t unit() const { return profile_.kind == KvKind::klt ? 64 : profile_.kind == KvKind::kivi ? 32 : 16; }
   bool encodes(int64_t n) const {
     if (profile_.kind == KvKind::f16) return false;
-    return profile_.kind == KvKind::kivi || basis_ || n >= std::max<int64_t>(512, 2 * heads_.width());
+    const int64_t width = heads_.width();
+    const int64_t larger_exact =
+        profile_.kind == KvKind::klt ? 256 + 5 * std::min<int64_t>(width, 256) / 2 : 0;
+    return profile_.kind == KvKind::kivi || basis_ || n >= std::max({int64_t{512}, 2 * width, larger_exact});
   }
   /// The rule, word by word: a unit leaves when all its tokens are older than the last n_recent.
   int64_t in_pages(int64_t n) const {
@@ -129,7 +132,7 @@ TEST_P(Layer, PiecesMakeTheSameCache) {
 TEST_P(Layer, RefusesNonFiniteWithoutEffect) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
-  for (const int64_t held : {0, 10, 90, 200, 640}) {
+  for (const int64_t held : {0, 10, 90, 200, 900}) {
     const auto made = cache();
     LayerCache& layer = made->layer(kCompressed);
     if (held > 0) {
@@ -196,7 +199,7 @@ TEST_P(Layer, ClearForgets) {
   // klt copies the transforms of a file, in half precision: they stay.
   const int64_t idle = layer.bytes().total();
   EXPECT_EQ(idle, layer.bytes().basis);
-  ASSERT_TRUE(layer.append(tokens_.key(0), tokens_.value(0), 650).ok());
+  ASSERT_TRUE(layer.append(tokens_.key(0), tokens_.value(0), 910).ok());
   EXPECT_GT(layer.bytes().total(), idle);
   layer.clear();
   EXPECT_EQ(layer.n_tokens(), 0);
@@ -208,12 +211,12 @@ TEST_P(Layer, ClearForgets) {
 TEST_P(Layer, ReadsAnyRange) {
   const auto made = cache();
   LayerCache& layer = made->layer(kCompressed);
-  ASSERT_TRUE(layer.append(tokens_.key(0), tokens_.value(0), 640).ok());
+  ASSERT_TRUE(layer.append(tokens_.key(0), tokens_.value(0), 900).ok());
   const Decoded all(layer);
   const auto d = static_cast<size_t>(heads_.width());
-  for (const int64_t first : {0, 3, 15, 16, 17, 79, 80, 143, 500, 575, 576, 639}) {
-    for (const int64_t n : {1, 2, 63, 64, 65, 640}) {
-      if (first + n > 640) continue;
+  for (const int64_t first : {0, 3, 15, 16, 17, 79, 80, 143, 500, 575, 576, 639, 835, 836, 899}) {
+    for (const int64_t n : {1, 2, 63, 64, 65, 900}) {
+      if (first + n > 900) continue;
       const Decoded part(layer, first, n);
       for (size_t i = 0; i < part.k.size(); ++i) {
         // Products of a tile of another width may sum in another order.
