@@ -19,6 +19,14 @@ struct ChatMessage {
   std::string content;  ///< UTF-8
 };
 
+/// A conversation as the model wants to read it.
+struct ChatPrompt {
+  std::string text;
+  /// Sorted byte offsets in `text`. What looks like a control token and has one in it (begin <= b < end)
+  /// comes from a message, not from the template, and is text to the model.
+  std::vector<size_t> breaks;
+};
+
 class Tokenizer {
  public:
   /// Reads only the vocabulary of the GGUF file. invalid_file if libllama refuses it.
@@ -27,9 +35,14 @@ class Tokenizer {
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
 
-  /// add_special: put the BOS/EOS tokens that the file asks for; parse_special: read "<|im_start|>" as one
-  /// token. invalid_argument on invalid UTF-8 (names the byte offset).
+  /// add_special: put the BOS token that the file asks for; the end token that some files ask for never,
+  /// since what is encoded is there to be continued. parse_special: read "<|im_start|>" as one token.
+  /// invalid_argument on invalid UTF-8 (names the byte offset).
   Result<std::vector<Token>> encode(std::string_view text, bool add_special, bool parse_special) const;
+
+  /// A conversation, control tokens read where the template wrote them and nowhere else. From byte `from` on;
+  /// from its start with the BOS token that the file asks for.
+  Result<std::vector<Token>> encode(const ChatPrompt& prompt, size_t from = 0) const;
 
   /// Bytes of one token; may be a part of a UTF-8 sequence. Control tokens give "" unless special is set.
   std::string piece(Token token, bool special = false) const;
@@ -43,15 +56,18 @@ class Tokenizer {
   bool has_chat_template() const;
   /// The conversation as the model wants to read it (Jinja template of the file, through llama.cpp's common
   /// library). Falls back to ChatML if the file has none. invalid_argument if the template refuses the
-  /// messages.
-  Result<std::string> apply_chat_template(std::span<const ChatMessage> messages,
-                                          bool add_generation_prompt) const;
+  /// messages. A message of the assistant keeps its control tokens if the template looks for them in it.
+  Result<ChatPrompt> apply_chat_template(std::span<const ChatMessage> messages,
+                                         bool add_generation_prompt) const;
 
   struct Impl;
   const Impl& impl() const { return *impl_; }
 
  private:
   explicit Tokenizer(std::unique_ptr<Impl> impl);
+  Result<std::vector<Token>> encode_parts(std::string_view text, bool add_bos, bool control,
+                                          std::span<const size_t> breaks) const;
+  Result<std::string> render(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -57,27 +57,27 @@ void Chat::add_to_totals(const Answer& answer) {
 
 RunReport Chat::report() const { return make_report(session_, totals_, options_.sampling.seed); }
 
-Result<std::vector<Token>> Chat::missing_tokens(const std::string& conversation) {
+Result<std::vector<Token>> Chat::missing_tokens(const ChatPrompt& conversation) {
   const Tokenizer& tokenizer = session_.model().tokenizer();
-  const auto [in_cache, in_text] =
-      std::mismatch(cached_text_.begin(), cached_text_.end(), conversation.begin(), conversation.end());
+  const auto [in_cache, in_text] = std::mismatch(cached_text_.begin(), cached_text_.end(),
+                                                 conversation.text.begin(), conversation.text.end());
   // Many templates trim an answer's end: white space that only the cache has does no harm.
   const bool same = std::all_of(in_cache, cached_text_.end(), [](char c) { return c == ' ' || c == '\n'; });
-  if (session_.n_past() > 0 && same && in_text != conversation.end()) {
-    return tokenizer.encode(std::string(in_text, conversation.end()), false, true);
+  if (session_.n_past() > 0 && same && in_text != conversation.text.end()) {
+    return tokenizer.encode(conversation, static_cast<size_t>(in_text - conversation.text.begin()));
   }
   if (session_.n_past() > 0) {
     note("[the model's template has rewritten the conversation: reading it again from the start]");
     session_.reset();
   }
   cached_text_.clear();
-  return tokenizer.encode(conversation, true, true);
+  return tokenizer.encode(conversation);
 }
 
 Outcome Chat::ask(const std::string& question) {
   const bool first = messages_.empty() || messages_.back().role == "system";
   messages_.push_back({"user", first ? join_parts({options_.documents, question}) : question});
-  const Result<std::string> conversation = session_.model().tokenizer().apply_chat_template(messages_, true);
+  const Result<ChatPrompt> conversation = session_.model().tokenizer().apply_chat_template(messages_, true);
   const Result<std::vector<Token>> tokens =
       conversation.ok() ? missing_tokens(*conversation) : Result<std::vector<Token>>(conversation.status());
   if (!tokens.ok()) {
@@ -98,7 +98,7 @@ Outcome Chat::ask(const std::string& question) {
     }
     return outcome;
   }
-  cached_text_ = *conversation + answer.cached_text;
+  cached_text_ = conversation->text + answer.cached_text;
   // Text that is not UTF-8 cannot go through the template; it then differs from the cache, which is noticed.
   const bool whole = find_invalid_utf8(answer.all_text) == std::string::npos;
   messages_.push_back({"assistant", whole ? answer.all_text : answer.text});

@@ -33,7 +33,7 @@ class Chat {
   Outcome handle(const std::string& line);
   Outcome ask(const std::string& question);
   /// The tokens that the cache lacks of `conversation`; resets the session if it holds something else.
-  Result<std::vector<Token>> missing_tokens(const std::string& conversation);
+  Result<std::vector<Token>> missing_tokens(const ChatPrompt& conversation);
   void forget();
   void add_to_totals(const Answer& answer);
   RunReport report() const;

@@ -88,9 +88,9 @@ Result<std::vector<Token>> prompt_tokens(const Tokenizer& tokenizer, const RunFl
   std::vector<ChatMessage> messages;
   if (!flags.system.empty()) messages.push_back({"system", flags.system});
   messages.push_back({"user", text});
-  const Result<std::string> rendered = tokenizer.apply_chat_template(messages, true);
+  const Result<ChatPrompt> rendered = tokenizer.apply_chat_template(messages, true);
   if (!rendered.ok()) return rendered.status();
-  return tokenizer.encode(*rendered, true, true);
+  return tokenizer.encode(*rendered);
 }
 
 /// The session of --session, or a new one.

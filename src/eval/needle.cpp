@@ -57,9 +57,9 @@ Result<std::vector<Token>> prompt_of(const Tokenizer& tokenizer, const Filler& f
   }
   text += "\n\n" + trial.question;
   const ChatMessage message{"user", text};
-  const Result<std::string> rendered = tokenizer.apply_chat_template({&message, 1}, true);
+  const Result<ChatPrompt> rendered = tokenizer.apply_chat_template({&message, 1}, true);
   if (!rendered.ok()) return rendered.status();
-  return tokenizer.encode(*rendered, true, true);
+  return tokenizer.encode(*rendered);
 }
 
 /// The longest prompt that leaves room for the answer.

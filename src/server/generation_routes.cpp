@@ -75,8 +75,7 @@ std::shared_ptr<Job> HttpServer::Impl::make_job(const httplib::Request& req, boo
     }
     job->profile = std::move(*profile);
   }
-  const auto encode = [&](const std::string& text) {
-    Result<std::vector<Token>> tokens = tokenizer.encode(text, true, true);
+  const auto take = [&](Result<std::vector<Token>> tokens) {
     if (tokens.ok()) {
       job->prompts.push_back(std::move(*tokens));
       return true;
@@ -85,17 +84,17 @@ std::shared_ptr<Job> HttpServer::Impl::make_job(const httplib::Request& req, boo
     return false;
   };
   if (chat) {
-    const Result<std::string> text = tokenizer.apply_chat_template(request->messages, true);
-    if (!text.ok()) {
-      error = to_api_error(text.status());
+    const Result<ChatPrompt> prompt = tokenizer.apply_chat_template(request->messages, true);
+    if (!prompt.ok()) {
+      error = to_api_error(prompt.status());
       return nullptr;
     }
-    if (!encode(*text)) return nullptr;
+    if (!take(tokenizer.encode(*prompt))) return nullptr;
   } else {
     for (Prompt& prompt : request->prompts) {
       if (prompt.is_tokens) {
         job->prompts.push_back(std::move(prompt.tokens));
-      } else if (!encode(prompt.text)) {
+      } else if (!take(tokenizer.encode(prompt.text, true, true))) {
         return nullptr;
       }
     }

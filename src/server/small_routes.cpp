@@ -100,9 +100,9 @@ void HttpServer::Impl::add_small_routes() {
     if (!has_json_body(req, error)) return reply(res, error);
     const auto messages = parse_apply_template(req.body, error);
     if (!messages) return reply(res, error);
-    const Result<std::string> prompt = model->tokenizer().apply_chat_template(*messages, true);
+    const Result<ChatPrompt> prompt = model->tokenizer().apply_chat_template(*messages, true);
     if (!prompt.ok()) return reply(res, to_api_error(prompt.status()));
-    reply(res, {{"prompt", *prompt}});
+    reply(res, {{"prompt", prompt->text}});
   });
 
   const auto page = [this](const char* path, std::string_view content, const char* type) {

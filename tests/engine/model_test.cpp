@@ -14,7 +14,7 @@ TEST(SmolLM2, AnswersAQuestionOnALongText) {
   const std::vector<ChatMessage> chat = {{"user", gpl3() + "\n\nIn one sentence: what is this document?"}};
   const auto prompt = model->tokenizer().apply_chat_template(chat, true);
   ASSERT_TRUE(prompt.ok());
-  const auto tokens = model->tokenizer().encode(*prompt, true, true);
+  const auto tokens = model->tokenizer().encode(*prompt);
   ASSERT_TRUE(tokens.ok());
   std::printf("%zu tokens\n", tokens->size());
   std::vector<std::unique_ptr<Session>> sessions;

@@ -30,6 +30,10 @@ std::vector<Seed> seeds();
 /// Inputs that the reader took; counted by the target. All refused or all taken would be a poor fuzzer.
 inline uint64_t g_accepted = 0;
 
+/// Bytes that an input may take beside what its own size allows; for targets that make more of it. Set by
+/// seeds().
+inline int64_t g_more_bytes = 0;
+
 [[noreturn]] inline void finding(const std::string& what) {
   (void)std::fprintf(stderr, "finding: %s\n", what.c_str());
   std::abort();

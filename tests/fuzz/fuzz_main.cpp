@@ -33,7 +33,9 @@ constexpr unsigned kPatience = 60;
 /// What a reader may use while it reads: the file itself a few times (the tables of many short entries are
 /// the worst case: ggml's entry of a tensor takes 25 bytes in the file and 400 in memory, twice while its
 /// array grows), and fixed buffers.
-int64_t allowed_bytes(size_t input) { return (int64_t{6} << 20) + 40 * static_cast<int64_t>(input); }
+int64_t allowed_bytes(size_t input) {
+  return (int64_t{6} << 20) + g_more_bytes + 40 * static_cast<int64_t>(input);
+}
 
 // What the handler of a crash prints: no allocation is allowed there.
 uint64_t g_seed = 0;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace narrows::testing {
@@ -16,6 +17,12 @@ struct TinyVocabulary {
   bool wants_unknown_bos = false;  ///< asks for a BOS token that it does not have: asserted at each use
   bool no_tokens = false;
   std::string tokenizer = "gpt2";  ///< "none": a file without a vocabulary
+  std::string pre = "gpt-2";       ///< how texts are cut into words
+  bool add_eos = false;            ///< asks for the end token behind a text
+  bool add_bos = false;            ///< asks for a token before it: the end token too
+  std::string name;                ///< general.name; with "phi-3" control tokens swallow spaces behind them
+  /// More tokens, from 258 on, with their types (1 normal, 3 control, 4 defined by the user).
+  std::vector<std::pair<std::string, int32_t>> more;
 
   bool write(const std::string& path) const;
 };
@@ -36,7 +43,7 @@ inline bool TinyVocabulary::write(const std::string& path) const {
   gguf_context* file = gguf_init_empty();
   gguf_set_val_str(file, "general.architecture", "llama");
   gguf_set_val_str(file, "tokenizer.ggml.model", tokenizer.c_str());
-  gguf_set_val_str(file, "tokenizer.ggml.pre", "gpt-2");
+  gguf_set_val_str(file, "tokenizer.ggml.pre", pre.c_str());
   // 0..255 the bytes, 256 the end, 257 one merged pair.
   std::vector<std::string> words;
   for (int byte = 0; byte < 256; ++byte) words.push_back(gpt2_character(byte));
@@ -44,6 +51,16 @@ inline bool TinyVocabulary::write(const std::string& path) const {
   if (word_twice) words.back() = "h";
   std::vector<int32_t> types(words.size(), 1);
   types[256] = 3;  // control
+  for (const auto& [word, type] : more) {
+    words.push_back(word);
+    types.push_back(type);
+  }
+  if (!name.empty()) gguf_set_val_str(file, "general.name", name.c_str());
+  if (add_bos) {
+    gguf_set_val_bool(file, "tokenizer.ggml.add_bos_token", true);
+    gguf_set_val_u32(file, "tokenizer.ggml.bos_token_id", 256);
+  }
+  if (add_eos) gguf_set_val_bool(file, "tokenizer.ggml.add_eos_token", true);
   if (wants_unknown_bos) {
     gguf_set_val_bool(file, "tokenizer.ggml.add_bos_token", true);
     words.resize(10);  // libllama's own guess for this tokenizer is 11

@@ -33,7 +33,7 @@ TEST(TokenizerConcurrent, SharedUseAndFailingLoads) {
       const ChatMessage message = {"user", "he said " + std::to_string(i)};
       for (int round = 0; round < 300; ++round) {
         const auto text = (*shared)->apply_chat_template(std::span(&message, 1), true);
-        if (!text.ok() || *text != message.content) ++wrong;
+        if (!text.ok() || text->text != message.content) ++wrong;
         const auto tokens = (*shared)->encode(message.content, true, true);
         if (!tokens.ok() || (*shared)->decode(*tokens) != message.content) ++wrong;
         const bool odd = i % 2 == 1;

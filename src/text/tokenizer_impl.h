@@ -1,0 +1,37 @@
+// The inside of Tokenizer, for the files that implement it.
+#pragma once
+
+#include <chat.h>
+#include <llama.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "narrows/text.h"
+#include "text/special_tokens.h"
+
+namespace narrows {
+
+struct Tokenizer::Impl {
+  struct ModelFree {
+    void operator()(llama_model* model) const { llama_model_free(model); }
+  };
+
+  std::unique_ptr<llama_model, ModelFree> model;  ///< vocabulary only
+  const llama_vocab* vocab = nullptr;
+  int32_t n_vocab = 0;
+  SpecialTokens special;
+  bool has_template = false;
+  common_chat_templates_ptr templates;  ///< null if the file has none, or one that does not parse
+  std::string template_error;           ///< why it does not parse
+
+  /// A template that does not parse spoils chat, not the model: the error waits for apply_chat_template().
+  void read_template();
+};
+
+/// The line that says what is wrong: Jinja draws the template over many lines and ends with "Error: ..."; a
+/// parser's error begins with its reason.
+std::string reason_in(std::string_view text);
+
+}  // namespace narrows
