@@ -31,6 +31,18 @@ set(llama_cpp_options
 # In link order: each library needs those after it.
 set(llama_cpp_libraries llama-common llama-common-base cpp-httplib llama ggml ggml-cpu ggml-base)
 
+# GCC before 12.4 and 13.3 told the compiler of 8 of the 64 bytes that _tile_loadconfig() reads (PR target/114098), so that
+# ggml's tile configuration is optimised away and its products end in a general protection fault where the CPU has AMX.
+# This stands before every C++ source of llama.cpp.
+set(llama_cpp_tile_config [=[
+#if defined(__AMX_TILE__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+struct narrows_tile_config { char bytes[64]; };
+#define _tile_loadconfig(config) \
+  __asm__ volatile("ldtilecfg\t%X0" ::"m"(*reinterpret_cast<const narrows_tile_config*>(config)))
+#endif
+]=])
+
 # Sets source_out to the tree that is asked for.
 function(narrows_llama_cpp_source source_out)
   if(NARROWS_LLAMA_CPP)
@@ -54,7 +66,7 @@ function(narrows_llama_cpp_key source key_out)
   # What -march=native means on this CPU.
   execute_process(COMMAND ${CMAKE_CXX_COMPILER} -march=native -Q --help=target OUTPUT_VARIABLE native ERROR_QUIET)
   set(key "${source}|${llama_cpp_options}|${CMAKE_C_COMPILER}|${CMAKE_CXX_COMPILER}|${CMAKE_CXX_COMPILER_VERSION}")
-  string(APPEND key "|$ENV{CFLAGS}|$ENV{CXXFLAGS}|${native}")
+  string(APPEND key "|$ENV{CFLAGS}|$ENV{CXXFLAGS}|${native}|${llama_cpp_tile_config}")
   # An edited source file is another build.
   file(GLOB_RECURSE files "${source}/CMakeLists.txt" "${source}/common/*" "${source}/ggml/*" "${source}/include/*"
     "${source}/src/*" "${source}/vendor/*")
@@ -76,10 +88,12 @@ function(narrows_llama_cpp_build source folder)
   file(MAKE_DIRECTORY "${folder}")
   set(tree "${folder}/tree")
   set(log "${folder}/configure.log")
+  file(WRITE "${folder}/tile_config.h" "${llama_cpp_tile_config}")
   execute_process(
     COMMAND ${CMAKE_COMMAND} -S "${source}" -B "${tree}" -G "${CMAKE_GENERATOR}" ${llama_cpp_options}
       -DCMAKE_C_COMPILER=${CMAKE_C_COMPILER} -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}
       -DCMAKE_C_COMPILER_LAUNCHER=${CMAKE_C_COMPILER_LAUNCHER} -DCMAKE_CXX_COMPILER_LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
+      "-DCMAKE_CXX_FLAGS=$ENV{CXXFLAGS} -include ${folder}/tile_config.h"
     OUTPUT_FILE "${log}" ERROR_FILE "${log}" RESULT_VARIABLE failed)
   if(NOT failed)
     set(log "${folder}/build.log")
