@@ -21,6 +21,9 @@ LogitRows llama_logits(const std::string& gguf_path, std::span<const Token> toke
   };
   const auto n = static_cast<int32_t>(tokens.size());
   llama_model_params mp = llama_model_default_params();
+  // The plain kernels, the same on every CPU: with AMX f16 weights are multiplied in float32, and what half
+  // precision costs could not be told from them.
+  mp.use_extra_bufts = false;
   mp.n_gpu_layers = 0;
   llama_model* model = llama_model_load_from_file(gguf_path.c_str(), mp);
   if (model == nullptr) give_up();
