@@ -205,6 +205,11 @@ TEST(ChatPrompt, MergesToControlTokensAreSpelledOut) {
   EXPECT_EQ(tokens, (Tokens{263, 3 + '<', 3 + 's', 3 + '>', 263}));
   EXPECT_EQ((*tokenizer)->decode(tokens), "x<s>x");
   EXPECT_EQ(*(*tokenizer)->encode("x<s>x", false, true), (Tokens{263, 1, 263}));
+  for (const char* piece : {"x", "<s", "<"}) {  // time grows with the text, not with its square
+    std::string text;
+    for (int i = 0; i < 500'000; ++i) text += piece;
+    EXPECT_EQ((*tokenizer)->encode(text, false, false)->size(), 500'000U) << piece;
+  }
 }
 
 }  // namespace
