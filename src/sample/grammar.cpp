@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <new>
 
 #include "base/utf8.h"
+#include "sample/schema_check.h"
 #include "text/llama_log.h"
 
 namespace narrows {
@@ -23,6 +25,8 @@ constexpr int kMaxNesting = 200;
 /// Far above any schema that a person writes; the sampler's time grows with it.
 constexpr size_t kMaxRules = 20'000;
 constexpr size_t kMaxGrammarBytes = size_t{1} << 20;
+/// Of the names of all rules, those that the parser makes included.
+constexpr size_t kMaxNameBytes = size_t{1} << 24;
 
 /// Deepest nesting of round brackets, quoted ones included.
 int nesting(std::string_view text) {
@@ -43,12 +47,29 @@ Status wrong(const std::string& reason) {
   return {StatusCode::invalid_argument, fmt::format("the grammar cannot be used: {}", reason)};
 }
 
-/// The first line of an exception's text, quoted where it shows the grammar.
+/// The first line of an exception's text without its full stop, quoted where it shows the grammar.
 std::string short_reason(const char* what) {
   std::string text = what;
   text.resize(std::min(text.find('\n'), text.size()));
   const std::string quoted = quote(text, 120);
-  return quoted.substr(1, quoted.size() - 2);
+  const size_t end = quoted.find_last_not_of('.', quoted.size() - 2);
+  return quoted.substr(1, end == std::string::npos ? 0 : end);
+}
+
+/// The converter's own reasons come in lines below a heading.
+const char* without_heading(const char* what) {
+  const char* line = std::strchr(what, '\n');
+  return std::strncmp(what, "JSON schema conversion failed", 29) == 0 && line != nullptr ? line + 1 : what;
+}
+
+/// Brackets of any kind, in strings too: a schema that has more in its strings is none that a person writes.
+int deepest_bracket(std::string_view json) {
+  int depth = 0, deepest = 0;
+  for (const char c : json) {
+    if (c == '{' || c == '[') deepest = std::max(deepest, ++depth);
+    if ((c == '}' || c == ']') && depth > 0) --depth;
+  }
+  return deepest;
 }
 
 /// Index behind a quoted text or a range of characters that begins at `at` and ends with `end`.
@@ -79,10 +100,20 @@ bool read_times(std::string_view inside, uint64_t& m, uint64_t& n) {
   return true;
 }
 
+bool is_name(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-';
+}
+
 /// Repetitions before the parser meets them: bounds of each, and the copies of all together.
 Status check_repetitions(std::string_view text) {
   size_t item = 1;  // elements of what a repetition here would repeat, at most
   size_t copies = 0;
+  // The parser makes rules of brackets and repetitions, named as the rule that they are in.
+  size_t word = 0, rules = 0, name = 0, name_bytes = 0;
+  const auto make_rules = [&](size_t n) {
+    rules += n;
+    name_bytes += n * name;
+  };
   for (size_t at = 0; at < text.size();) {
     const char c = text[at];
     size_t next = at + 1;
@@ -99,21 +130,33 @@ Status check_repetitions(std::string_view text) {
       if (m > n) return wrong(fmt::format("the repetition {{{},{}}} ends before it begins", m, n));
       item *= std::clamp<uint64_t>(n <= kMaxTimes ? n : m, 1, kMaxTimes);
       copies += item;
+      make_rules(n > kMaxTimes ? 1 : n - m);
       next = end + 1;
     } else if (c == '*' || c == '+' || c == '?') {
       copies += item;
+      make_rules(1);
+    } else if (c == '(') {
+      make_rules(1);
+      item = 1;
+    } else if (text.substr(at, 3) == "::=") {
+      name = word;
+      make_rules(1);
+      next = at + 3;
     } else if (c != ' ' && c != '\t' && c != '\r' && c != '\n') {
       item = 1;  // a name or a bracket: the rest is a rule of its own
+      if (is_name(c)) {
+        while (next < text.size() && is_name(text[next])) ++next;
+        word = next - at;
+      }
     }
+    if (rules > kMaxRules || name_bytes > kMaxNameBytes) return wrong("it has too many rules");
     if (copies > kMaxCopies) return wrong("its repetitions are too many together");
     at = next;
   }
   return {};
 }
 
-}  // namespace
-
-Status check_grammar(const std::string& gbnf) {
+Status parse(const std::string& gbnf, llama_grammar_parser& parser) {
   if (gbnf.size() > kMaxGrammarBytes) return wrong(fmt::format("it has {} bytes", gbnf.size()));
   if (gbnf.find('\0') != std::string::npos) return wrong("it holds a zero byte");
   if (nesting(gbnf) > kMaxNesting)
@@ -121,7 +164,6 @@ Status check_grammar(const std::string& gbnf) {
   if (Status s = check_repetitions(gbnf); !s.ok()) return s;
   const LlamaAbortGuard guard;
   try {
-    llama_grammar_parser parser;
     // As llama_grammar_parser::parse() goes through the rules; spaces before a rule are read by the rule
     // before.
     const char* at = gbnf.c_str();
@@ -141,6 +183,7 @@ Status check_grammar(const std::string& gbnf) {
         return wrong(fmt::format("rule {} is not defined", quote(name)));
     }
     if (!parser.symbol_ids.contains("root")) return wrong("it has no rule called root");
+    if (Status s = check_rules(parser.rules); !s.ok()) return wrong(s.message());
     return {};
   } catch (const std::bad_alloc&) {
     return {StatusCode::out_of_memory, "no memory for the grammar"};
@@ -149,16 +192,55 @@ Status check_grammar(const std::string& gbnf) {
   }
 }
 
+}  // namespace
+
+Status check_grammar(const std::string& gbnf) {
+  llama_grammar_parser parser;
+  return parse(gbnf, parser);
+}
+
+void GrammarDeleter::operator()(llama_grammar* grammar) const { llama_grammar_free_impl(grammar); }
+
+Result<LlamaGrammar> make_grammar(const std::string& gbnf, const llama_vocab* vocabulary) {
+  llama_grammar_parser parser;
+  if (Status s = parse(gbnf, parser); !s.ok()) return s;
+  const LlamaAbortGuard guard;
+  clear_llama_error();
+  try {
+    std::vector<const llama_grammar_element*> rules = parser.c_rules();
+    LlamaGrammar made(
+        llama_grammar_init_impl(vocabulary, rules.data(), rules.size(), parser.symbol_ids.at("root")));
+    if (made) return made;
+  } catch (const std::bad_alloc&) {
+    return Status(StatusCode::out_of_memory, "no memory for the grammar");
+  } catch (const std::exception& error) {
+    return wrong(short_reason(error.what()));
+  }
+  return wrong(llama_error());
+}
+
 Result<std::string> grammar_of_schema(const std::string& schema_json) {
+  const auto cannot = [](const char* why) {
+    return Status(StatusCode::invalid_argument, short_reason(without_heading(why)));
+  };
+  if (schema_json.size() > kMaxGrammarBytes)
+    return Status(StatusCode::invalid_argument, fmt::format("the schema has {} bytes", schema_json.size()));
+  if (deepest_bracket(schema_json) > kMaxNesting)
+    return Status(StatusCode::invalid_argument,
+                  fmt::format("the schema is nested deeper than {} levels", kMaxNesting));
   const LlamaAbortGuard guard;
   try {
-    std::string gbnf = json_schema_to_grammar(common_json::parse(schema_json), /*force_gbnf=*/true);
+    const common_json schema = common_json::parse(schema_json);
+    if (Status s = check_schema(schema); !s.ok()) return s;
+    common_chat_schema_document document = common_chat_schema_from_json(schema);
+    if (Status s = prepare_schema(document); !s.ok()) return s;
+    std::string gbnf = json_schema_to_grammar(document);
     if (Status s = check_grammar(gbnf); !s.ok()) return s;
     return gbnf;
   } catch (const std::bad_alloc&) {
     return Status(StatusCode::out_of_memory, "no memory to convert the schema");
   } catch (const std::exception& error) {
-    return Status(StatusCode::invalid_argument, short_reason(error.what()));
+    return cannot(error.what());
   }
 }
 

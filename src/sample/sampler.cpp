@@ -3,6 +3,7 @@
 // beside the chain: it looks at the drawn token alone, and only if it refuses that at all of them, because
 // looking at the whole vocabulary at every step would cost more than the step.
 #include <fmt/format.h>
+#include <llama-grammar.h>
 #include <llama.h>
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 
 #include "narrows/sampling.h"
 #include "sample/grammar.h"
+#include "sample/schema_check.h"
 #include "text/llama_log.h"
 #include "text/vocabulary.h"
 
@@ -103,7 +105,7 @@ std::optional<size_t> largest(std::span<const float> logits) {
 
 struct Sampler::Impl {
   Chain chain;
-  Chain grammar;  ///< null: free text
+  LlamaGrammar grammar;  ///< null: free text
   bool has_penalties = false;
   bool plain_greedy = false;  ///< neither bias, penalty nor temperature: the largest logit is the answer
   std::vector<llama_token_data> candidates;
@@ -123,14 +125,14 @@ llama_token_data_array Sampler::Impl::all_candidates(std::span<const float> logi
 bool Sampler::Impl::grammar_allows(Token token) const {
   llama_token_data one = {token, 1.0F, 0.0F};
   llama_token_data_array array = {&one, 1, kNoIndex, false};
-  llama_sampler_apply(grammar.get(), &array);
+  llama_grammar_apply_impl(*grammar, &array);
   return one.logit > -std::numeric_limits<float>::infinity();
 }
 
 Result<Token> Sampler::Impl::choose(std::span<const float> logits, bool by_grammar) {
   llama_token_data_array array = all_candidates(logits);
   if (by_grammar) {
-    llama_sampler_apply(grammar.get(), &array);
+    llama_grammar_apply_impl(*grammar, &array);
     const bool any = std::any_of(array.data, array.data + array.size,
                                  [](const llama_token_data& c) { return std::isfinite(c.logit); });
     if (!any) {
@@ -147,29 +149,12 @@ Result<Token> Sampler::Impl::choose(std::span<const float> logits, bool by_gramm
 Sampler::Sampler(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Sampler::~Sampler() = default;
 
-namespace {
-
-Result<Chain> make_grammar(const SamplerOptions& options, const Tokenizer* tokenizer) {
-  if (Status s = check_grammar(options.grammar); !s.ok()) return s;
-  if (tokenizer == nullptr) return {StatusCode::invalid_argument, "a grammar needs the model's tokenizer"};
-  const LlamaAbortGuard guard;
-  clear_llama_error();
-  try {
-    Chain grammar(llama_sampler_init_grammar(vocabulary(*tokenizer), options.grammar.c_str(), "root"));
-    if (grammar) return grammar;
-    return {StatusCode::invalid_argument, "the grammar cannot be used: " + llama_error()};
-  } catch (const std::exception&) {
-    return {StatusCode::invalid_argument, "the grammar cannot be used: " + llama_error()};
-  }
-}
-
-}  // namespace
-
 Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, const Tokenizer* tokenizer) {
   if (Status status = check(options); !status.ok()) return status;
   auto impl = std::make_unique<Impl>();
   if (!options.grammar.empty()) {
-    Result<Chain> grammar = make_grammar(options, tokenizer);
+    if (tokenizer == nullptr) return {StatusCode::invalid_argument, "a grammar needs the model's tokenizer"};
+    Result<LlamaGrammar> grammar = make_grammar(options.grammar, vocabulary(*tokenizer));
     if (!grammar.ok()) return grammar.status();
     impl->grammar = std::move(*grammar);
   }
@@ -245,7 +230,16 @@ void Sampler::accept(Token token) {
   if (!impl_->grammar) return;
   const LlamaAbortGuard guard;
   try {
-    llama_sampler_accept(impl_->grammar.get(), token);
+    llama_grammar_accept_impl(*impl_->grammar, token);
+    // Each is compared with the whole vocabulary, and grows into several with the next character.
+    if (llama_grammar_get_stacks(impl_->grammar.get()).size() > static_cast<size_t>(kMaxWays))
+      impl_->failed =
+          Status(StatusCode::invalid_argument,
+                 fmt::format("the grammar is too ambiguous: what has been written can go on in more "
+                             "than {} ways",
+                             kMaxWays));
+  } catch (const std::bad_alloc&) {
+    impl_->failed = Status(StatusCode::out_of_memory, "no memory for the state of the grammar");
   } catch (const std::exception&) {
     impl_->failed =
         Status(StatusCode::invalid_argument, "the grammar does not allow the token that was drawn");

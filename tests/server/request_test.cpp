@@ -133,6 +133,13 @@ TEST(ChatRequest, Grammars) {
   expect_chat_refused(R"("response_format":{"type":"json_schema"})", "response_format.json_schema");
   expect_chat_refused(R"("response_format":"json")", "response_format");
   expect_chat_refused(R"("json_schema":{"type":"nonsense"})", "json_schema");
+  // llama.cpp's converter would follow it without end.
+  const std::string circle = R"({"$defs":{"a":{"$ref":"#/$defs/a"}},"allOf":[{"$ref":"#/$defs/a"}]})";
+  expect_chat_refused(R"("json_schema":)" + circle, "json_schema");
+  expect_chat_refused(R"("response_format":{"type":"json_object","schema":)" + circle + "}",
+                      "response_format");
+  expect_chat_refused(R"("response_format":{"type":"json_schema","json_schema":{"schema":)" + circle + "}}",
+                      "response_format");
   expect_chat_refused(R"("grammar":"root ::= \"a\"","json_schema":{})", "response_format");
   std::string deep = R"({"type":"object"})";
   for (int i = 0; i < 20; ++i) deep = R"({"type":"object","properties":{"a":)" + deep + "}}";

@@ -1,0 +1,29 @@
+// JSON schemas and grammars before llama.cpp's converter and sampler meet them: both recurse along references
+// without a bound, and some of their loops grow with the square, the cube or a power of what they are given.
+// Here the same ways are walked first, with a budget.
+#pragma once
+
+#include <json-schema.h>
+#include <llama-grammar.h>
+
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// Before common_chat_schema_from_json(): the nodes that it would make, its depth, numbers that it would cut
+/// off. ok for a schema that it refuses by itself. invalid_argument with a sentence.
+Status check_schema(const common_json& schema);
+
+/// Before json_schema_to_grammar(): circles that consume nothing, the depth and the work of the converter.
+/// Changes the document so that it converts well: references get names that cannot be mixed up, an allOf of
+/// one schema becomes that schema, patterns that the converter does not know are taken out (any string).
+/// invalid_argument with a sentence.
+Status prepare_schema(common_chat_schema_document& document);
+
+/// Before llama_grammar_init_impl(): rules that begin with themselves, through rules that may be empty too,
+/// chains of rules that are too deep for its recursion, more than kMaxWays ways to go on at one place. All
+/// rules that are referred to exist.
+inline constexpr int kMaxWays = 4000;
+Status check_rules(const llama_grammar_rules& rules);
+
+}  // namespace narrows
