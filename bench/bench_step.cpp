@@ -123,7 +123,9 @@ int run(const Arguments& a) {
       lanes.push_back(session.lane());
     }
     program.run(lanes);
-    for (const auto& session : sessions) session->impl().finish_step();
+    for (const auto& session : sessions) {
+      if (Status s = session->impl().finish_step(); !s.ok()) return fail(s);
+    }
     const double before = seconds();
     if (i == 0) klt = {};
     for (size_t l = 0; l < sessions.size(); ++l) add_klt_work(sessions[l]->impl(), selected[l], klt);

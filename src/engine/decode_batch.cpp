@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "base/guarded.h"
 #include "engine/session_impl.h"
 #include "engine/step_program.h"
 
@@ -83,6 +84,8 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
   StepProgram& program = *impl_->program;
   std::vector<size_t> taking_part;
   std::vector<DecodeLane> lanes;
+  taking_part.reserve(sessions.size());  // nothing is thrown once a session has begun
+  lanes.reserve(sessions.size());
   for (size_t i = 0; i < sessions.size(); ++i) {
     Session::Impl& session = *sessions[i]->impl_;
     const auto before = sessions.first(i);
@@ -96,7 +99,7 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
   }
   if (lanes.empty()) return {};
   program.run(lanes);
-  for (const size_t i : taking_part) sessions[i]->impl_->finish_step();
+  for (const size_t i : taking_part) each[i] = sessions[i]->impl_->finish_step();
   for_each(static_cast<int64_t>(lanes.size()), [&](int64_t lane) {
     Session::Impl& session = *sessions[taking_part[static_cast<size_t>(lane)]]->impl_;
     const std::span<const float> logits = program.logits(static_cast<int>(lane));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "base/guarded.h"
 #include "base/memory.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
@@ -172,8 +173,9 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   }
   const auto n_new = static_cast<int64_t>(tokens.size());
   Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.prompt);
-  const Status status =
-      prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
+  const Status status = guarded("the prompt", [&] {
+    return prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
+  });
   for (Session* s : sessions) {
     s->impl_->logits_from_program = false;
     if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
@@ -225,19 +227,22 @@ void Session::Impl::note_prompt(int64_t n_past, double read_share) {
 }
 
 Status Session::begin_prefill(std::span<const Token> tokens) {
-  Impl& m = *impl_;
+  return guarded("the prompt", [&] { return impl_->begin_prefill(this, tokens); });
+}
+
+Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens) {
+  Impl& m = *this;
   if (tokens.empty()) return {StatusCode::invalid_argument, "the prompt is empty, give at least one token"};
   if (Status s = m.check_usable(); !s.ok()) return s;
   const auto n_new = static_cast<int64_t>(tokens.size());
   if (Status s = m.check_room(n_new); !s.ok()) return s;
-  auto prefill = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.prompt);
-  Session* self = this;
+  auto made = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.prompt);
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
-  if (Status s =
-          prefill->begin(m.prefill_tokens, n_past(), m.hooks_for({&self, 1}, n_new), m.own_logits.data());
+  if (Status s = made->begin(m.prefill_tokens, m.cache->n_tokens(), m.hooks_for({&self, 1}, n_new),
+                             m.own_logits.data());
       !s.ok())
     return s;
-  m.prefill = std::move(prefill);
+  m.prefill = std::move(made);
   m.logits_from_program = false;
   return {};
 }
@@ -245,7 +250,7 @@ Status Session::begin_prefill(std::span<const Token> tokens) {
 Status Session::prefill_step() {
   Impl& m = *impl_;
   if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
-  const Status status = m.prefill->step();
+  const Status status = guarded("a part of the prompt", [&] { return m.prefill->step(); });
   if (status.ok() && !m.prefill->done()) return {};
   const double read_share = m.prefill->read_share();
   m.prefill.reset();
@@ -287,12 +292,27 @@ Status Session::share_prefix(const Session& from, int64_t n) {
   if (!alike || n <= 0 || from.kept_prefix(n) != n)
     return {StatusCode::invalid_argument, "sessions that differ, or a prefix that is no segment's end"};
   reset();
-  if (Status s = m.cache->share(*other.cache, n); !s.ok()) return s;
+  const Status shared = guarded("the shared beginning", [&] { return m.cache->share(*other.cache, n); });
+  if (!shared.ok()) {
+    reset();
+    return shared;
+  }
   m.sealed = n;
   return {};
 }
 
 Status Session::Impl::begin_step(Token token, float* embedding) {
+  Status status;
+  try {
+    status = prepare_step(token, embedding);
+  } catch (...) {
+    status = status_of_exception("a step");
+    broken = true;
+  }
+  return status;
+}
+
+Status Session::Impl::prepare_step(Token token, float* embedding) {
   if (Status s = check_usable(); !s.ok()) return s;
   if (cache->n_tokens() >= n_ctx) {
     return {StatusCode::context_full, fmt::format("the context of {} tokens is full", n_ctx)};
@@ -306,8 +326,12 @@ Status Session::Impl::begin_step(Token token, float* embedding) {
   return {};
 }
 
-void Session::Impl::finish_step() {
-  for (auto& d : decoders) d->finish();
+Status Session::Impl::finish_step() {
+  Status status = guarded("the end of a step", [this] {
+    for (auto& d : decoders) d->finish();
+  });
+  if (!status.ok()) broken = true;
+  return status;
 }
 
 Status Session::Impl::make_program() {
@@ -323,11 +347,11 @@ Status Session::Impl::make_program() {
 
 Status Session::decode(Token token) {
   Impl& m = *impl_;
-  if (Status s = m.make_program(); !s.ok()) return s;
+  if (Status s = guarded("the first step", [&] { return m.make_program(); }); !s.ok()) return s;
   if (Status s = m.begin_step(token, m.program->input(0)); !s.ok()) return s;
   const DecodeLane lane = m.lane();
   m.program->run({&lane, 1});
-  m.finish_step();
+  if (Status s = m.finish_step(); !s.ok()) return s;
   m.logits_from_program = true;
   return {};
 }

@@ -35,10 +35,12 @@ class Session::Impl {
   /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
   /// that fails here is as it was.
   Status begin_step(Token token, float* embedding);
+  Status prepare_step(Token token, float* embedding);
+  Status begin_prefill(Session* self, std::span<const Token> tokens);
   Status make_program();
   DecodeLane lane() const { return {decoders, scratch.get(), cache->n_tokens()}; }
-  /// Serial, after the step.
-  void finish_step();
+  /// Serial, after the step. A session that fails here must be reset.
+  Status finish_step();
 
   std::shared_ptr<const Model> model;
   SessionOptions options;

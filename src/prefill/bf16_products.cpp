@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "base/aligned.h"
+#include "base/guarded.h"
 
 namespace narrows {
 
@@ -122,6 +123,16 @@ struct Bf16Products::Impl {
     return true;
   }
 
+  bool prepare_or_fail(int64_t n, const Matrix& m) {
+    bool prepared = false;
+    error.run("a product in bfloat16", [&]() -> Status {
+      prepared = prepare(n, m);
+      if (prepared) return {};
+      return {StatusCode::out_of_memory, "no memory for a product in bfloat16"};
+    });
+    return prepared;
+  }
+
   /// dst [n_out, n] = weight x src[0] [n_in, n].
   static void run(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const Matrix& m = *static_cast<const Matrix*>(userdata);
@@ -130,7 +141,7 @@ struct Bf16Products::Impl {
     auto* y = static_cast<float*>(dst->data);
     Thread& t = self.threads[static_cast<size_t>(ith)];
     const int64_t n = dst->ne[1], block = self.block_rows(n);
-    try {
+    self.error.run("a product in bfloat16", [&] {
       for (int64_t r = ith * block; r < n; r += nth * block) {
         const int64_t rows = std::min(block, n - r);
         ggml_cpu_fp32_to_bf16(x + r * m.n_in, t.rows.data(), rows * m.n_in);
@@ -141,25 +152,23 @@ struct Bf16Products::Impl {
                              {DNNL_ARG_DST, memory(p.result, self.engine, y + r * m.n_out)},
                              {DNNL_ARG_SCRATCHPAD, memory(p.scratchpad, self.engine, t.scratchpad.data())}});
       }
-    } catch (...) {
-      self.failed = true;
-    }
+    });
   }
 
   /// Tasks of kUnpackRows rows of `unpacking` into `plain`.
   static void unpack(ggml_tensor* /*dst*/, int ith, int /*nth*/, void* userdata) {
     Impl& self = *static_cast<Impl*>(userdata);
-    const Matrix& m = *self.unpacking;
-    std::vector<float>& floats = self.threads[static_cast<size_t>(ith)].unpacked;
-    for (int64_t r = self.next_row.fetch_add(kUnpackRows); r < m.n_out;
-         r = self.next_row.fetch_add(kUnpackRows)) {
+    self.error.run("a layer's weights in bfloat16", [&] { return self.unpack_rows(ith); });
+  }
+  Status unpack_rows(int ith) {
+    const Matrix& m = *unpacking;
+    std::vector<float>& floats = threads[static_cast<size_t>(ith)].unpacked;
+    for (int64_t r = next_row.fetch_add(kUnpackRows); r < m.n_out; r = next_row.fetch_add(kUnpackRows)) {
       const int64_t n = std::min(kUnpackRows, m.n_out - r);
-      if (Status s = self.weights.read_rows(m.weight, r, n, floats.data()); !s.ok()) {
-        self.unreadable = true;
-        return;
-      }
-      ggml_cpu_fp32_to_bf16(floats.data(), self.plain.data() + r * m.n_in, n * m.n_in);
+      if (Status s = weights.read_rows(m.weight, r, n, floats.data()); !s.ok()) return s;
+      ggml_cpu_fp32_to_bf16(floats.data(), plain.data() + r * m.n_in, n * m.n_in);
     }
+    return {};
   }
 
   Status run_unpack(Matrix& m) {
@@ -168,7 +177,9 @@ struct Bf16Products::Impl {
     next_row = 0;
     const size_t bytes = ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false);
     graph_memory.resize(bytes);
-    ggml_context* ctx = ggml_init({bytes, graph_memory.data(), true});
+    const std::unique_ptr<ggml_context, void (*)(ggml_context*)> owner(
+        ggml_init({bytes, graph_memory.data(), true}), ggml_free);
+    ggml_context* const ctx = owner.get();
     ggml_tensor* nothing = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
     ggml_cgraph* graph = ggml_new_graph_custom(ctx, 4, false);
     ggml_tensor* op =
@@ -177,10 +188,8 @@ struct Bf16Products::Impl {
     nothing->data = &cell[0];
     op->data = &cell[1];
     ggml_build_forward_expand(graph, op);
-    Status s = runner.run(graph);
-    ggml_free(ctx);
-    if (s.ok() && unreadable) s = Status(StatusCode::io_error, "the model's file cannot be read any more");
-    return s;
+    if (Status s = runner.run(graph); !s.ok()) return s;
+    return error.take();
   }
 
   Status load(int64_t layer) {
@@ -221,8 +230,7 @@ struct Bf16Products::Impl {
   AlignedArray<ggml_bf16_t> plain;  ///< [n_out, n_in] of the weight that is being loaded
   const Matrix* unpacking = nullptr;
   std::atomic<int64_t> next_row{0};
-  std::atomic<bool> unreadable{false};
-  std::atomic<bool> failed{false};
+  mutable FirstError error;  ///< of ops on ggml's threads, and of products that could not be made
   std::vector<uint8_t> graph_memory;
 };
 
@@ -273,20 +281,14 @@ Status Bf16Products::load(int64_t layer) {
 ggml_tensor* Bf16Products::multiply(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x) {
   for (Impl::Matrix& m : impl_->matrices) {
     if (m.weight != weight || !ggml_is_contiguous(x) || x->type != GGML_TYPE_F32) continue;
-    try {
-      if (!impl_->prepare(x->ne[1], m)) break;
-    } catch (...) {
-      break;  // the others can do it too
-    }
+    const bool prepared = impl_->prepare_or_fail(x->ne[1], m);
+    if (!prepared) break;  // status() says why; the graph is not run
     return ggml_custom_4d(ctx, GGML_TYPE_F32, m.n_out, x->ne[1], 1, 1, &x, 1, &Impl::run, GGML_N_TASKS_MAX,
                           &m);
   }
   return impl_->otherwise.multiply(ctx, weight, x);
 }
 
-Status Bf16Products::status() const {
-  if (!impl_->failed) return {};
-  return {StatusCode::internal, "oneDNN could not compute a product"};
-}
+Status Bf16Products::status() const { return impl_->error.take(); }
 
 }  // namespace narrows

@@ -37,7 +37,8 @@ class Bf16Products final : public Products {
   /// load().
   ggml_tensor* multiply(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x) override;
 
-  /// internal if oneDNN failed in a graph that has run; ask after every run.
+  /// What went wrong since it was asked last: a product that could not be prepared (ask before a graph is
+  /// run), or computed (ask after it). out_of_memory, or internal if oneDNN failed.
   Status status() const;
 
  private:

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "base/aligned.h"
+#include "base/guarded.h"
 #include "ggml-alloc.h"
 #include "kernels/ops.h"
 #include "prefill/attention.h"
@@ -68,6 +69,18 @@ struct Prefill::LayerBuffers {
            attention.ok() && allocator != nullptr;
   }
 
+  /// Memory for the graph's tensors; false, or an exception, if there is none.
+  bool allocate(ggml_cgraph* graph) {
+    try {
+      return ggml_gallocr_alloc_graph(allocator, graph);
+    } catch (...) {
+      // It has freed its buffer and would do so again: it is C and expects no exception of the C++ that it
+      // calls. What is left of it is a list.
+      allocator = nullptr;
+      throw;
+    }
+  }
+
   int64_t n;  ///< new tokens
   int64_t n_past;
   int64_t tail;
@@ -103,6 +116,7 @@ struct Prefill::ChunkOp {
   int64_t n;            ///< tokens of the chunk
   int64_t attend_from;  ///< first row of the chunk that needs attention
   std::atomic<int64_t> next_task{0};
+  FirstError error;  ///< of its ops: nothing may be thrown on ggml's threads
 
   int64_t width() const { return hp->n_head_kv * hp->head_dim; }
   int64_t position() const { return b->n_past + first; }
@@ -130,34 +144,40 @@ struct Prefill::ChunkOp {
 
   static void store(ggml_tensor* dst, int ith, int nth, void* userdata) {
     ChunkOp& op = *static_cast<ChunkOp*>(userdata);
-    const Qkv t{dst->src[0], dst->src[1], dst->src[2]};
-    std::vector<float> angle(static_cast<size_t>(op.hp->rope.n_rot));
-    const int64_t from = op.n * ith / nth, to = op.n * (ith + 1) / nth;
-    for (int64_t r = from; r < to; ++r) op.store_row(t, r, angle.data());
+    op.error.run("a chunk of the prompt", [&] {
+      const Qkv t{dst->src[0], dst->src[1], dst->src[2]};
+      std::vector<float> angle(static_cast<size_t>(op.hp->rope.n_rot));
+      const int64_t from = op.n * ith / nth, to = op.n * (ith + 1) / nth;
+      for (int64_t r = from; r < to; ++r) op.store_row(t, r, angle.data());
+    });
   }
 
   /// Tiles of the chunk, the one in which it begins included: tasks of one tile of one KV head.
   static void pack(ggml_tensor* /*dst*/, int /*ith*/, int /*nth*/, void* userdata) {
     ChunkOp& op = *static_cast<ChunkOp*>(userdata);
-    const int64_t begin = op.position() / kPrefillTile * kPrefillTile, end = op.position() + op.n;
-    const int64_t tasks = PromptAttention::tiles(end - begin) * op.hp->n_head_kv;
-    for (int64_t task = op.next_task++; task < tasks; task = op.next_task++) {
-      const int64_t at = task / op.hp->n_head_kv * kPrefillTile;
-      op.b->attention.pack(task % op.hp->n_head_kv, (begin + at) / kPrefillTile,
-                           op.b->k_rotated.data() + at * op.width(),
-                           op.b->v.data() + (begin + at - op.b->n_past + op.b->tail) * op.width(),
-                           std::min(kPrefillTile, end - begin - at));
+    op.error.run("a chunk of the prompt", [&op] { op.pack_tiles(); });
+  }
+  void pack_tiles() {
+    const int64_t begin = position() / kPrefillTile * kPrefillTile, end = position() + n;
+    const int64_t tasks = PromptAttention::tiles(end - begin) * hp->n_head_kv;
+    for (int64_t task = next_task++; task < tasks; task = next_task++) {
+      const int64_t at = task / hp->n_head_kv * kPrefillTile;
+      b->attention.pack(task % hp->n_head_kv, (begin + at) / kPrefillTile, b->k_rotated.data() + at * width(),
+                        b->v.data() + (begin + at - b->n_past + b->tail) * width(),
+                        std::min(kPrefillTile, end - begin - at));
     }
   }
 
   /// A sparse prompt: which tiles are read.
   static void choose(ggml_tensor* /*dst*/, int ith, int /*nth*/, void* userdata) {
-    static_cast<ChunkOp*>(userdata)->b->attention.choose(ith);
+    ChunkOp& op = *static_cast<ChunkOp*>(userdata);
+    op.error.run("a chunk of the prompt", [&] { op.b->attention.choose(ith); });
   }
 
   /// dst [n_head * head_dim, n - attend_from].
   static void attend(ggml_tensor* /*dst*/, int ith, int /*nth*/, void* userdata) {
-    static_cast<ChunkOp*>(userdata)->b->attention.run(ith);
+    ChunkOp& op = *static_cast<ChunkOp*>(userdata);
+    op.error.run("a chunk of the prompt", [&] { op.b->attention.run(ith); });
   }
 };
 
@@ -225,7 +245,8 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   LayerBuffers& b = *buffers_;
   const bool final_chunk = first + n == b.n;
   const ggml_init_params params = {b.graph_memory.size(), b.graph_memory.data(), true};
-  ggml_context* ctx = ggml_init(params);
+  const std::unique_ptr<ggml_context, void (*)(ggml_context*)> owner(ggml_init(params), ggml_free);
+  ggml_context* const ctx = owner.get();
   ggml_cgraph* graph = ggml_new_graph_custom(ctx, kGraphTensors, false);
 
   ChunkOp op;
@@ -264,7 +285,9 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
   ggml_set_output(result);
   ggml_build_forward_expand(graph, result);
   Status status;
-  if (!packed_.ok() || !ggml_gallocr_alloc_graph(b.allocator, graph)) {
+  if (bf16_) status = bf16_->status();
+  if (!status.ok()) return status;
+  if (!packed_.ok() || !b.allocate(graph)) {
     status = Status(StatusCode::out_of_memory, "no memory for the activations of a chunk of the prompt");
   } else {
     if (attends) {
@@ -272,6 +295,7 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
                         op.position() + op.attend_from, static_cast<float*>(attention->data));
     }
     status = runner_.run(graph);
+    if (status.ok()) status = op.error.take();
     if (status.ok() && bf16_) status = bf16_->status();
     if (status.ok() && attends && !b.attention.finite()) {
       // From the first new token on: in the last layer only the last row attends.
@@ -286,7 +310,6 @@ Status Prefill::run_chunk(int64_t layer, int64_t first, int64_t n, bool last_row
     const int64_t count = last_row_only ? hp.n_vocab : n * hp.n_embd;
     std::memcpy(to, result->data, static_cast<size_t>(count) * sizeof(float));
   }
-  ggml_free(ctx);
   return status;
 }
 

@@ -1,6 +1,7 @@
 // What a slot does with its turns: from the prompt to the last token of the answer.
 #include <algorithm>
 
+#include "base/guarded.h"
 #include "server/scheduler.h"
 
 namespace narrows::server {
@@ -94,7 +95,7 @@ Scheduler::Drawn Scheduler::draw(Slot& slot) const {
 /// What comes of it.
 void Scheduler::pass_on(Slot& slot, Drawn drawn) {
   if (!drawn.token.ok()) {
-    fail(slot, to_api_error(drawn.token.status()));
+    fail(slot, drawn.token.status());
     return;
   }
   if (drawn.is_end) {
@@ -145,17 +146,29 @@ void Scheduler::fail(const Waiting& waiting, const ApiError& error) {
   waiting.job->channel.push(std::move(event));
 }
 
-void Scheduler::fail(Slot& slot, const ApiError& error) {
-  fail(Waiting{slot.job, slot.choice}, error);
-  leave(slot, false);
+void Scheduler::fail(const Waiting& waiting, const Status& status) noexcept {
+  // Without memory for the event the reader is told by other means.
+  const Status told = guarded("the error", [&] { fail(waiting, to_api_error(status)); });
+  if (!told.ok()) waiting.job->channel.break_off();
+}
+
+void Scheduler::fail(Slot& slot, const Status& status) noexcept {
+  fail(Waiting{slot.job, slot.choice}, status);
+  const bool anywhere = status.code() == StatusCode::out_of_memory || status.code() == StatusCode::internal;
+  anywhere ? abandon(slot) : leave(slot, false);
+}
+
+void Scheduler::abandon(Slot& slot) noexcept {
+  slot.held = {};
+  leave(slot, true);
 }
 
 /// The slot is idle. Its session stays as it is, to be saved or to serve a prompt that begins as this one,
 /// unless it stands in the middle of something.
-void Scheduler::leave(Slot& slot, bool keeps) {
+void Scheduler::leave(Slot& slot, bool keeps) noexcept {
   if (!keeps) {
-    slot.held.session->reset();
     slot.held.tokens.clear();
+    if (!guarded("the slot", [&] { slot.held.session->reset(); }).ok()) slot.held = {};
   }
   slot.state = SlotState::idle;
   slot.job.reset();

@@ -2,6 +2,7 @@
 // stream.
 #include <fmt/format.h>
 
+#include "base/guarded.h"
 #include "server/http_impl.h"
 #include "server/replies.h"
 
@@ -19,6 +20,23 @@ constexpr std::chrono::milliseconds kEarly{150};
 constexpr const char* kTooLong = "the answer took longer than this server allows";
 
 std::string sse(const std::string& data) { return "data: " + data + "\n\n"; }
+
+/// A content provider; httplib catches nothing that is thrown from one, the program would end.
+template <class Provider>
+auto without_exceptions(Provider provider) {
+  return [provider = std::move(provider)](size_t offset, httplib::DataSink& to) {
+    bool goes_on = false;
+    const Status status = guarded("the stream", [&] { goes_on = provider(offset, to); });
+    if (status.ok()) return goes_on;
+    // The client should know why the stream ends.
+    (void)guarded("the last event", [&] {
+      const std::string text = sse(to_json(to_api_error(status)));
+      goes_on = to.write(text.data(), text.size());
+      if (goes_on) to.done();
+    });
+    return goes_on;
+  };
+}
 
 /// Cancels the job when the handler is left, however that happens.
 class CancelAtEnd {
@@ -190,7 +208,7 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
   res.set_header("Cache-Control", "no-cache");
   res.set_header("X-Accel-Buffering", "no");  // a proxy should pass on every token
   res.set_chunked_content_provider(
-      "text/event-stream; charset=utf-8", [this, state](size_t, httplib::DataSink& to) {
+      "text/event-stream; charset=utf-8", without_exceptions([this, state](size_t, httplib::DataSink& to) {
         Streaming& s = *state;
         const Job& of = *s.job;
         const auto write = [&](const std::string& text) {
@@ -232,7 +250,7 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
         if (!write(end)) return false;
         to.done();
         return true;
-      });
+      }));
 }
 
 }  // namespace narrows::server

@@ -72,6 +72,8 @@ struct Event {
 class Channel {
  public:
   void push(Event event);
+  /// For when there is no memory for an event: pop() then gives the reader a failure, after what is there.
+  void break_off() noexcept;
   /// The next event, or nothing after `wait`.
   std::optional<Event> pop(std::chrono::milliseconds wait);
 
@@ -83,6 +85,7 @@ class Channel {
   std::mutex mutex_;
   std::condition_variable ready_;
   std::deque<Event> events_;
+  bool broken_off_ = false;
   std::atomic<bool> cancelled_{false};
 };
 

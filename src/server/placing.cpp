@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/guarded.h"
 #include "cache/kv_cache.h"
 #include "server/scheduler.h"
 
@@ -123,6 +124,7 @@ Scheduler::Placing Scheduler::place(const Waiting& w) {
     if (better) target = &slot;
   }
   if (target == nullptr) return Placing::later;
+  target_ = target;
   const int64_t need = bytes_needed(*w.job, w.choice);
 
   if (target == source_slot && target->held.session->kept_prefix(target->held.session->n_past()) == n) {
@@ -136,7 +138,7 @@ Scheduler::Placing Scheduler::place(const Waiting& w) {
     } else {
       Result<std::unique_ptr<Session>> made = fresh_session(profile);
       if (!made.ok()) {
-        fail(w, to_api_error(made.status()));
+        fail(w, made.status());
         return Placing::placed;
       }
       next.session = std::move(*made);
@@ -152,7 +154,17 @@ Scheduler::Placing Scheduler::place(const Waiting& w) {
   target->last_used = Clock::now();
   if (!fits) return Placing::no_memory;
   target->reserved_bytes = need;
-  if (Status s = begin(*target, w, n); !s.ok()) fail(w, to_api_error(s));
+  if (Status s = begin(*target, w, n); !s.ok()) fail(w, s);
+  return Placing::placed;
+}
+
+Scheduler::Placing Scheduler::place_or_fail(const Waiting& w) noexcept {
+  target_ = nullptr;
+  Placing placing = Placing::placed;
+  const Status s = guarded("a place for the request", [&] { placing = place(w); });
+  if (s.ok()) return placing;
+  fail(w, s);
+  if (target_ != nullptr) abandon(*target_);
   return Placing::placed;
 }
 
@@ -161,7 +173,7 @@ void Scheduler::place_waiting() {
     const bool free =
         std::any_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.state == SlotState::idle; });
     if (!free) return;
-    const Placing placing = place(*it);
+    const Placing placing = place_or_fail(*it);
     // What waits for another's prompt lets others pass; what waits for memory does not, or it would wait for
     // ever.
     if (placing == Placing::no_memory) return;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <future>
 
+#include "base/guarded.h"
 #include "base/memory.h"
 
 namespace narrows::server {
@@ -39,6 +40,7 @@ Result<std::unique_ptr<Scheduler>> Scheduler::create(std::shared_ptr<const Model
     s->slots_.emplace_back();
     s->slots_.back().id = i;
   }
+  s->returned_.resize(s->slots_.size());
   // One session now: whatever is wrong with the options shows before the first request.
   Result<std::unique_ptr<Session>> first = s->fresh_session(options.session.kv);
   if (!first.ok()) return first.status();
@@ -75,8 +77,12 @@ void Scheduler::on_engine(const std::function<void()>& work) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!ended_) {
       commands_.push_back([&] {
-        work();
-        done.set_value();
+        try {
+          work();
+          done.set_value();
+        } catch (...) {
+          done.set_exception(std::current_exception());
+        }
       });
     } else {
       work();  // nobody else is there any more
@@ -84,7 +90,7 @@ void Scheduler::on_engine(const std::function<void()>& work) {
     }
   }
   wake_.notify_one();
-  done.get_future().wait();
+  done.get_future().get();
 }
 
 void Scheduler::stop(std::chrono::milliseconds patience) {
@@ -101,17 +107,43 @@ void Scheduler::take_commands(bool may_wait) {
   std::vector<std::function<void()>> commands;
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    const auto news = [this] { return closed_ || !arrived_.empty() || !commands_.empty(); };
+    const auto news = [this] {
+      return closed_ || !arrived_.empty() || !commands_.empty() ||
+             std::any_of(returned_.begin(), returned_.end(), [](const auto& r) { return r.has_value(); });
+    };
     // What waits while no slot works waits for a session that is being saved.
     if (may_wait && waiting_.empty()) wake_.wait(lock, news);
     if (may_wait && !waiting_.empty()) wake_.wait_for(lock, std::chrono::milliseconds(10), news);
-    for (std::shared_ptr<Job>& job : arrived_) {
-      for (int c = 0; c < job->n_choice(); ++c) waiting_.push_back({job, c});
-    }
-    arrived_.clear();
+    take_returned();
+    take_arrived();
     commands.swap(commands_);
   }
   for (const auto& command : commands) command();
+}
+
+/// Under the lock.
+void Scheduler::take_arrived() {
+  for (const std::shared_ptr<Job>& job : arrived_) {
+    const Status s = guarded("another request", [&] {
+      for (int c = 0; c < job->n_choice(); ++c) waiting_.push_back({job, c});
+    });
+    if (s.ok()) continue;
+    std::erase_if(waiting_, [&](const Waiting& w) { return w.job == job; });
+    job->channel.break_off();
+  }
+  arrived_.clear();
+}
+
+/// Under the lock.
+void Scheduler::take_returned() noexcept {
+  for (Slot& slot : slots_) {
+    std::optional<Held>& held = returned_[static_cast<size_t>(slot.id)];
+    if (!held) continue;
+    slot.held = std::move(*held);
+    held.reset();
+    slot.state = SlotState::idle;
+    slot.last_used = Clock::now();
+  }
 }
 
 void Scheduler::drop_cancelled() {
@@ -143,16 +175,20 @@ void Scheduler::run() {
     if (!reading || decode_credit_s_ > 0) write_answers();
   }
 
-  const ApiError error = http_error(503, "the server is shutting down");
+  const auto fail_at_end = [this](const Waiting& w) {
+    const Status s =
+        guarded("the last event", [&] { fail(w, http_error(503, "the server is shutting down")); });
+    if (!s.ok()) w.job->channel.break_off();
+  };
   for (Slot& slot : slots_) {
-    if (slot.busy()) fail(slot, error);
+    if (!slot.busy()) continue;
+    fail_at_end({slot.job, slot.choice});
+    leave(slot, false);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const std::shared_ptr<Job>& job : arrived_) {
-    for (int c = 0; c < job->n_choice(); ++c) waiting_.push_back({job, c});
-  }
-  arrived_.clear();
-  for (const Waiting& w : waiting_) fail(w, error);
+  take_returned();
+  take_arrived();
+  for (const Waiting& w : waiting_) fail_at_end(w);
   waiting_.clear();
   for (const auto& command : commands_) command();
   commands_.clear();
@@ -178,22 +214,34 @@ bool Scheduler::read_prompts() {
   }
   Slot& slot = ++turn_ % 2 == 0 ? *oldest : *shortest;
   const auto begin = Clock::now();
-  const Status status = slot.held.session->prefill_step();
+  // A part of the prompt, and what comes of it.
+  const Status status = guarded("the prompt", [&]() -> Status {
+    if (Status s = slot.held.session->prefill_step(); !s.ok()) return s;
+    if (slot.held.session->prefill_done() == 1) {
+      prompt_is_read(slot);
+    } else {
+      report_progress(slot);
+    }
+    return {};
+  });
   const double seconds = seconds_since(begin);
   metrics_->prefill_us += microseconds(seconds);
   decode_credit_s_ = std::min(
       kMostCredit_s, decode_credit_s_ + seconds * options_.decode_share / (1 - options_.decode_share));
-  if (!status.ok()) {
-    fail(slot, to_api_error(status));
-  } else if (slot.held.session->prefill_done() == 1) {
-    prompt_is_read(slot);
-  } else {
-    report_progress(slot);
-  }
+  if (!status.ok()) fail(slot, status);
   return true;
 }
 
+/// A step of all slots that write.
 void Scheduler::write_answers() {
+  const Status status = guarded("a step of the answers", [this] { write_step(); });
+  if (status.ok()) return;
+  for (Slot& slot : slots_) {
+    if (slot.state == SlotState::writing) fail(slot, status);
+  }
+}
+
+void Scheduler::write_step() {
   std::vector<Slot*> writing;
   std::vector<Session*> sessions;
   std::vector<Token> tokens;
@@ -215,16 +263,17 @@ void Scheduler::write_answers() {
   std::vector<Drawn> drawn(writing.size());
   batch_->for_each(static_cast<int64_t>(writing.size()), [&](int64_t i) {
     const auto at = static_cast<size_t>(i);
-    if (each[at].ok()) drawn[at] = draw(*writing[at]);
+    if (each[at].ok()) each[at] = guarded("a token", [&] { drawn[at] = draw(*writing[at]); });
   });
   for (size_t i = 0; i < writing.size(); ++i) {
     Slot& slot = *writing[i];
-    if (!each[i].ok()) {
-      fail(slot, to_api_error(each[i]));
-      continue;
+    if (each[i].ok()) {
+      each[i] = guarded("a token", [&] {
+        slot.held.tokens.push_back(tokens[i]);
+        pass_on(slot, std::move(drawn[i]));
+      });
     }
-    slot.held.tokens.push_back(tokens[i]);
-    pass_on(slot, std::move(drawn[i]));
+    if (!each[i].ok()) fail(slot, each[i]);
   }
   const double seconds = seconds_since(begin);
   ++metrics_->decode_steps;
@@ -252,13 +301,14 @@ std::optional<Held> Scheduler::hold(int id, ApiError& error) {
   return held;
 }
 
-void Scheduler::release(int id, Held held) {
-  on_engine([&] {
-    Slot& slot = slots_[static_cast<size_t>(id)];
-    slot.held = std::move(held);
-    slot.state = SlotState::idle;
-    slot.last_used = Clock::now();
-  });
+void Scheduler::release(int id, Held held) noexcept {
+  // Without a command, which would need memory.
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    returned_[static_cast<size_t>(id)] = std::move(held);
+    if (ended_) take_returned();
+  }
+  wake_.notify_one();
 }
 
 std::vector<SlotInfo> Scheduler::slots() {

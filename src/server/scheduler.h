@@ -62,7 +62,7 @@ class Scheduler {
   /// Takes the session out of an idle slot, to be saved or replaced by this thread; give it back with
   /// release(). Nothing: error says why. From any thread.
   std::optional<Held> hold(int slot, ApiError& error);
-  void release(int slot, Held held);
+  void release(int slot, Held held) noexcept;
 
   std::vector<SlotInfo> slots();
   Gauges gauges();
@@ -88,13 +88,18 @@ class Scheduler {
   void drop_cancelled();
   bool read_prompts();
   void write_answers();
-  /// Runs on the engine thread, between two turns; waits for it.
+  void take_arrived();
+  void take_returned() noexcept;
+  void write_step();
+  /// Runs on the engine thread, between two turns; waits for it. What it throws is thrown here.
   void on_engine(const std::function<void()>& work);
 
   // placing.cpp: which choice gets which slot
   void place_waiting();
   enum class Placing { placed, later, no_memory };
   Placing place(const Waiting& waiting);
+  /// The same without exceptions: what it throws fails the choice.
+  Placing place_or_fail(const Waiting& waiting) noexcept;
   bool will_be_read(const Waiting& waiting, int64_t n_now) const;
   bool make_room(int64_t bytes);
   int64_t bytes_needed(const Job& job, int choice) const;
@@ -114,9 +119,12 @@ class Scheduler {
   Drawn draw(Slot& slot) const;
   void pass_on(Slot& slot, Drawn drawn);
   void finish(Slot& slot, const char* reason);
-  void fail(Slot& slot, const ApiError& error);
+  void fail(Slot& slot, const Status& status) noexcept;
+  void fail(const Waiting& waiting, const Status& status) noexcept;
   void fail(const Waiting& waiting, const ApiError& error);
-  void leave(Slot& slot, bool keeps);
+  void leave(Slot& slot, bool keeps) noexcept;
+  /// As leave(), and the session is gone: whatever state it was left in.
+  void abandon(Slot& slot) noexcept;
   void report_progress(Slot& slot);
 
   std::shared_ptr<const Model> model_;
@@ -130,12 +138,14 @@ class Scheduler {
   std::deque<Waiting> waiting_;
   double decode_credit_s_ = 0;  ///< time that steps may take before prompts have their turn again
   uint64_t turn_ = 0;
+  Slot* target_ = nullptr;  ///< of place()
 
   std::mutex mutex_;  ///< of what follows
   std::condition_variable wake_;
   std::vector<std::shared_ptr<Job>> arrived_;
   std::vector<std::function<void()>> commands_;
-  int n_waiting_ = 0;  ///< choices arrived or waiting
+  std::vector<std::optional<Held>> returned_;  ///< by slot: sessions that were given back
+  int n_waiting_ = 0;                          ///< choices arrived or waiting
   bool closed_ = false;
   std::optional<Clock::time_point> deadline_;  ///< when patience ends
   bool ended_ = false;

@@ -37,7 +37,10 @@ void keep_errors(ggml_log_level level, const char* text, void* /*user_data*/) {
          (std::isspace(static_cast<unsigned char>(line.back())) != 0 || line.back() == '.')) {
     line.remove_suffix(1);
   }
-  t_first_error = line;
+  try {
+    t_first_error = line;
+  } catch (...) {  // called from C: without memory there is no reason given
+  }
 }
 
 void on_abort(const char* message) {
