@@ -46,7 +46,8 @@ class Model {
  public:
   /// invalid_file: missing, empty, cut off, not GGUF, tensor missing or of a wrong shape;
   /// unsupported: architecture or tensor type; out_of_memory: larger than the machine (says how much is
-  /// needed).
+  /// needed); io_error: the file was written to meanwhile. The file stays open, rows of the embedding are
+  /// read from it: prompts and steps on a file that has been written to since refuse with io_error.
   static Result<std::shared_ptr<const Model>> load(const std::string& path, const LoadOptions& options = {});
   ~Model();
   Model(const Model&) = delete;
@@ -69,7 +70,7 @@ struct SessionOptions {
   KvProfile kv;
   std::string basis_path;  ///< file made by `narrows calibrate`; empty: the prompt calibrates
   int64_t n_ctx = 0;       ///< most tokens the cache may hold; 0: the model's n_ctx_train
-  int n_threads = 0;       ///< 0: one a core
+  int n_threads = 0;       ///< 0: one a core that the process may use
   PromptOptions prompt;
   /// Prompts are read in segments (Session::segment_end()): the tokens of one attend to earlier ones as the
   /// cache holds them. At the end of a segment the cache depends on the tokens before it alone; it can go
@@ -105,12 +106,12 @@ class Session {
 
   /// Runs tokens, layer by layer, on top of what the cache holds; then logits() are those after the last
   /// token. context_full (both counts) leaves the session untouched; cancelled or an error makes it unusable
-  /// until reset().
+  /// until reset() or go_back().
   Status prefill(std::span<const Token> tokens, const ProgressFn& progress = {});
 
   /// prefill() in pieces of some tens of milliseconds, between which other sessions may work: prefill_step()
   /// until prefill_done() is 1. The tokens are copied. Errors as prefill(); begin_prefill() refuses, and
-  /// leaves the session untouched; after an error of a step, or to give up, reset().
+  /// leaves the session untouched; after an error of a step, or to give up, reset() or go_back().
   Status begin_prefill(std::span<const Token> tokens);
   Status prefill_step();
   double prefill_done() const;  ///< share of the prompt that has been begun, in [0, 1]
@@ -135,6 +136,14 @@ class Session {
   const KvProfile& profile() const;
   CacheStats cache_stats() const;
   void reset();  ///< forgets all tokens, keeps the buffers
+
+  /// Forgets tokens from n on, and as many before it as must go with them; returns how many are left, there
+  /// are no logits until the next prompt. Also after a prompt that failed or was given up in the middle, of
+  /// which a session with segments keeps what has gone through all layers (some thousand tokens at a time),
+  /// and any session what it held before. With segments it goes to kept_prefix(n), and reading on gives what
+  /// reading all gives to the last bit; without, exact tokens end anywhere and compressed ones at a whole
+  /// unit (16 to 64 tokens), and the last of these are then read as the cache holds them.
+  int64_t go_back(int64_t n);
 
   // --- prefixes; for sessions with `segments`
 

@@ -185,6 +185,11 @@ Result<std::string> read_file(const std::string& path, int64_t max_bytes) {
   }
 }
 
+void drop_byte_order_mark(std::string& text) {
+  constexpr std::string_view kMark = "\xEF\xBB\xBF";
+  if (text.compare(0, kMark.size(), kMark) == 0) text.erase(0, kMark.size());
+}
+
 Status check_writable(const std::string& path) {
   if (Status status = check_target(path); !status.ok()) return status;
   const std::string name = temporary_name(resolved(path));

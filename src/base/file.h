@@ -19,6 +19,10 @@ Status check_readable(const std::string& path);
 /// reading fails on the way; out_of_memory. Pipes and devices such as /dev/stdin may be read too.
 Result<std::string> read_file(const std::string& path, int64_t max_bytes);
 
+/// Without the mark (U+FEFF) that some editors put before a text in UTF-8: it belongs to the file, not to the
+/// text, and would become a token.
+void drop_byte_order_mark(std::string& text);
+
 /// ok if write_file_atomically() could begin now: for asking before long work. Leaves nothing behind.
 Status check_writable(const std::string& path);
 

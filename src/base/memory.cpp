@@ -1,9 +1,11 @@
-// Reads /proc/meminfo, /proc/self/status and the cgroup v2 files of Linux.
+// Reads /proc/meminfo and /proc/self/status of Linux.
 #include "base/memory.h"
 
 #include <algorithm>
 #include <fstream>
 #include <string>
+
+#include "base/cgroup.h"
 
 namespace narrows {
 
@@ -26,23 +28,11 @@ int64_t read_plain_line(const char* path, const std::string& name) {
 /// The same for a line in kB, as bytes.
 int64_t read_kb_line(const char* path, const std::string& name) { return read_plain_line(path, name) * 1024; }
 
-int64_t read_number(const char* path) {
-  std::ifstream file(path);
-  int64_t v = 0;
-  return (file >> v) ? v : -1;  // "max" and a missing file alike: no limit
-}
-
 }  // namespace
 
 int64_t available_memory_bytes() {
   int64_t bytes = read_kb_line("/proc/meminfo", "MemAvailable:");
-  const int64_t limit = read_number("/sys/fs/cgroup/memory.max");
-  // memory.current counts cached file pages, which the kernel gives back: "anon" is what cannot go.
-  const int64_t used = read_plain_line("/sys/fs/cgroup/memory.stat", "anon");
-  if (limit > 0) {
-    const int64_t left = std::max<int64_t>(1, limit - used);
-    bytes = bytes > 0 ? std::min(bytes, left) : left;
-  }
+  if (const auto left = cgroup_limits().memory_left) bytes = bytes > 0 ? std::min(bytes, *left) : *left;
   return bytes;
 }
 

@@ -6,7 +6,7 @@
 
 namespace narrows {
 
-/// Bytes: the lesser of MemAvailable and what the process's control group still allows; 0 if unknown.
+/// Bytes: the lesser of MemAvailable and what the process's control groups still allow; 0 if unknown.
 int64_t available_memory_bytes();
 
 /// Resident set now and its peak, bytes; 0 if unknown.

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <functional>
-#include <thread>
 
+#include "base/cgroup.h"
 #include "cache/klt_layer.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
@@ -36,7 +36,7 @@ Status run_text(const Model& model, std::span<const Token> text, int n_threads, 
                     n, width, 2 * width + kSkipTokens));
   }
   const int64_t sequence = std::min(kSequence, hp.n_ctx_train);
-  if (n_threads == 0) n_threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  if (n_threads == 0) n_threads = usable_cores();
   kernels::RopeTable rope(hp.rope, sequence);
   GraphRunner runner(n_threads);
   Prefill prefill(model.weights(), rope, runner);

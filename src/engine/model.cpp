@@ -47,6 +47,8 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(path);
   if (!tokenizer.ok()) return tokenizer.status();
   model->tokenizer_ = std::move(*tokenizer);
+  // Weights and vocabulary were read one after another: of one file, if it is still as it was.
+  if (Status s = model->weights_->file().unchanged_under_its_name(); !s.ok()) return s;
   return std::shared_ptr<const Model>(std::move(model));
 }
 

@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <thread>
 
+#include "base/cgroup.h"
 #include "base/guarded.h"
 #include "base/memory.h"
 #include "engine/session_impl.h"
@@ -21,6 +21,12 @@ constexpr int kMaxThreads = 512;
 /// Tokens that a prompt keeps for its last segment: enough exact ones for the recent window, and more than
 /// make Prefill leave its products to another kernel.
 constexpr int64_t kLeastRest = 128;
+
+/// A session with segments takes a prompt in stripes of about this many tokens, whole segments: more, and a
+/// prompt that is given up loses more; fewer, and weights are unpacked, and the cache is read back, more
+/// often (docs/experiments.md).
+constexpr int64_t kStripeTokens = 4096;
+static_assert(kStripeTokens % kSegmentTokens == 0);
 
 double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
@@ -53,7 +59,7 @@ Result<int> threads_to_use(int n_threads) {
     return {StatusCode::invalid_argument,
             fmt::format("{} threads are out of range, give 1 to {}", n_threads, kMaxThreads)};
   }
-  return n_threads > 0 ? n_threads : static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  return n_threads > 0 ? n_threads : std::min(kMaxThreads, usable_cores());
 }
 
 Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int n_threads, int64_t ctx)
@@ -95,8 +101,10 @@ Status Session::Impl::check_room(int64_t n_new) const {
   const int64_t more_cache =
       cache_bytes_estimate(model->info(), options.kv, n_past + n_new, options.segments) -
       cache->stats().bytes;
-  const int64_t need =
-      more_cache + Prefill::bytes_needed(model->weights(), n_new, n_past, runner.n_threads(), options.prompt);
+  const int64_t at_once =
+      in_segments(n_past) ? std::min(n_new, options.kv.n_sink + kStripeTokens / 2 * 3) : n_new;
+  const int64_t need = more_cache + Prefill::bytes_needed(model->weights(), at_once, n_past + n_new - at_once,
+                                                          runner.n_threads(), options.prompt);
   const int64_t have = available_memory_bytes();
   if (have > 0 && need > have) {
     return {StatusCode::out_of_memory,
@@ -153,8 +161,17 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
 }
 
 Status Session::prefill(std::span<const Token> tokens, const ProgressFn& progress) {
-  Session* self = this;
-  return prefill_together({&self, 1}, tokens, progress);
+  if (Status s = begin_prefill(tokens); !s.ok()) return s;
+  while (impl_->prefill != nullptr) {
+    if (progress && !progress(prefill_done())) {
+      impl_->prefill.reset();
+      impl_->broken = true;
+      return {StatusCode::cancelled, "the prompt was cancelled"};
+    }
+    if (Status s = prefill_step(); !s.ok()) return s;
+  }
+  if (progress) progress(1.0);
+  return {};
 }
 
 Status Session::prefill_together(std::span<Session* const> sessions, std::span<const Token> tokens,
@@ -180,13 +197,14 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
     s->impl_->logits_from_program = false;
     if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
     s->impl_->broken = !status.ok();
+    s->impl_->stripe_past = n_past;
     if (status.ok()) s->impl_->note_prompt(n_past, prefill.read_share());
   }
   return status;
 }
 
 /// What connects the layers of a prompt with the caches; the sessions outlive it.
-PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_new) {
+PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_new, bool goes_on) {
   const std::vector<Session*> sessions(list.begin(), list.end());
   PrefillHooks hooks;
   hooks.layer_done = [sessions](int64_t layer, const float* k, const float* v, int64_t n) -> Status {
@@ -206,7 +224,8 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
   };
   const int64_t n_past = cache->n_tokens();
   if (!in_segments(n_past)) return hooks;
-  const int64_t last = segment_end(options.kv, n_past + n_new);
+  const int64_t last = goes_on ? n_past + n_new - kSegmentTokens : segment_end(options.kv, n_past + n_new);
+  hooks.goes_on = goes_on;
   for (int64_t end = options.kv.n_sink + kSegmentTokens; end <= last; end += kSegmentTokens) {
     if (end > n_past) hooks.segment_ends.push_back(end - n_past);
   }
@@ -226,23 +245,55 @@ void Session::Impl::note_prompt(int64_t n_past, double read_share) {
   if (in_segments(n_past)) sealed = segment_end(options.kv, cache->n_tokens());
 }
 
+int64_t Session::Impl::stripe_tokens(int64_t n_past, int64_t n_left) const {
+  if (!in_segments(n_past)) return n_left;
+  const int64_t n = std::max(n_past, options.kv.n_sink) + kStripeTokens - n_past;
+  return n_left >= n + kStripeTokens / 2 ? n : n_left;
+}
+
+void Session::Impl::keep_spare(int64_t n_new) {
+  const Hparams& hp = model->weights().hparams();
+  const int64_t n_exact = exact_tokens(options.kv, hp.n_head_kv * hp.head_dim, !options.basis_path.empty());
+  if (!in_segments(stripe_past) || stripe_past == 0 || stripe_past >= n_exact ||
+      stripe_past + n_new <= n_exact)
+    return;
+  Result<std::unique_ptr<KvCache>> made =
+      KvCache::create(model->info(), options.kv, attention_shape(hp), &rope, nullptr, {}, options.segments);
+  if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);
+}
+
+Status Session::Impl::begin_stripe(Session* self) {
+  const auto n_all = static_cast<int64_t>(prefill_tokens.size());
+  const int64_t past = cache->n_tokens();
+  const int64_t n = stripe_tokens(past, n_all - stripe_begin);
+  const auto tokens = std::span<const Token>(prefill_tokens)
+                          .subspan(static_cast<size_t>(stripe_begin), static_cast<size_t>(n));
+  stripe_end = stripe_begin + n;
+  stripe_past = past;
+  keep_spare(n);
+  return prefill->begin(tokens, past, hooks_for({&self, 1}, n, stripe_end < n_all), own_logits.data());
+}
+
 Status Session::begin_prefill(std::span<const Token> tokens) {
-  return guarded("the prompt", [&] { return impl_->begin_prefill(this, tokens); });
+  Impl& m = *impl_;
+  const bool was_reading = m.prefill != nullptr;
+  Status status = guarded("the prompt", [&] { return m.begin_prefill(this, tokens); });
+  if (!status.ok() && !was_reading) {
+    m.prefill.reset();
+    m.spare.reset();
+  }
+  return status;
 }
 
 Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens) {
   Impl& m = *this;
   if (tokens.empty()) return {StatusCode::invalid_argument, "the prompt is empty, give at least one token"};
   if (Status s = m.check_usable(); !s.ok()) return s;
-  const auto n_new = static_cast<int64_t>(tokens.size());
-  if (Status s = m.check_room(n_new); !s.ok()) return s;
-  auto made = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.prompt);
+  if (Status s = m.check_room(static_cast<int64_t>(tokens.size())); !s.ok()) return s;
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
-  if (Status s = made->begin(m.prefill_tokens, m.cache->n_tokens(), m.hooks_for({&self, 1}, n_new),
-                             m.own_logits.data());
-      !s.ok())
-    return s;
-  m.prefill = std::move(made);
+  m.stripe_begin = 0;
+  m.prefill = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.prompt);
+  if (Status s = m.begin_stripe(self); !s.ok()) return s;
   m.logits_from_program = false;
   return {};
 }
@@ -250,18 +301,33 @@ Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens
 Status Session::prefill_step() {
   Impl& m = *impl_;
   if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
-  const Status status = guarded("a part of the prompt", [&] { return m.prefill->step(); });
+  Status status = guarded("a part of the prompt", [&] { return m.prefill->step(); });
   if (status.ok() && !m.prefill->done()) return {};
+  if (status.ok() && m.stripe_end < static_cast<int64_t>(m.prefill_tokens.size())) {
+    m.spare.reset();
+    m.sealed = n_past();
+    m.stripe_begin = m.stripe_end;
+    status = guarded("a part of the prompt", [&] { return m.begin_stripe(this); });
+    if (status.ok()) return {};
+  }
   const double read_share = m.prefill->read_share();
   m.prefill.reset();
   m.broken = !status.ok();
-  if (status.ok()) m.note_prompt(n_past() - static_cast<int64_t>(m.prefill_tokens.size()), read_share);
-  return status;
+  if (!status.ok()) return status;
+  m.spare.reset();
+  m.note_prompt(m.stripe_past, read_share);
+  return {};
 }
 
 double Session::prompt_read() const { return impl_->prompt_read; }
 
-double Session::prefill_done() const { return impl_->prefill != nullptr ? impl_->prefill->progress() : 1.0; }
+double Session::prefill_done() const {
+  const Impl& m = *impl_;
+  if (m.prefill == nullptr) return 1.0;
+  const auto n_stripe = static_cast<double>(m.stripe_end - m.stripe_begin);
+  return (static_cast<double>(m.stripe_begin) + n_stripe * m.prefill->progress()) /
+         static_cast<double>(m.prefill_tokens.size());
+}
 
 int64_t Session::segment_end(const KvProfile& profile, int64_t n_tokens) {
   const int64_t n = n_tokens - kLeastRest - profile.n_sink;
@@ -281,6 +347,32 @@ void Session::keep_prefix(int64_t n) {
   impl_->cache->keep(n);
   impl_->sealed = n;
   impl_->logits_from_program = false;
+}
+
+int64_t Session::go_back(int64_t n) {
+  Impl& m = *impl_;
+  if (m.prefill != nullptr || m.broken) {
+    // Layers hold different numbers of tokens: what was there before is in all of them.
+    n = std::min(n, m.stripe_past);
+    m.prefill.reset();
+    m.broken = false;
+    if (m.spare != nullptr && !m.cache->share(*m.spare, m.stripe_past).ok()) n = 0;
+    m.spare.reset();
+  }
+  n = std::clamp<int64_t>(n, 0, n_past());
+  if (m.options.segments) {
+    n = kept_prefix(n);
+  } else {
+    while (n > 0 && !m.cache->can_keep(n)) --n;
+  }
+  if (n == 0) {
+    reset();
+  } else {
+    m.cache->keep(n);
+    if (m.options.segments) m.sealed = n;
+    m.logits_from_program = false;
+  }
+  return n;
 }
 
 Status Session::share_prefix(const Session& from, int64_t n) {
@@ -369,6 +461,7 @@ CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
 
 void Session::reset() {
   impl_->prefill.reset();
+  impl_->spare.reset();
   impl_->cache->clear();
   impl_->sealed = 0;
   impl_->logits_from_program = false;

@@ -26,11 +26,21 @@ class Session::Impl {
   Status check_usable() const;
 
   /// What connects the layers of a prompt of n_new tokens with the caches, this one's first.
-  PrefillHooks hooks_for(std::span<Session* const> sessions, int64_t n_new);
+  /// goes_on: more tokens of the prompt follow, in another run.
+  PrefillHooks hooks_for(std::span<Session* const> sessions, int64_t n_new, bool goes_on = false);
   /// True if a prompt on top of n_past tokens is read in segments: not what follows tokens of steps.
   bool in_segments(int64_t n_past) const { return options.segments && n_past == sealed; }
   /// A prompt on top of n_past tokens has been read.
   void note_prompt(int64_t n_past, double read_share);
+
+  /// Of n_left tokens on top of n_past those that go through all layers before the next ones do: a stripe. A
+  /// prompt that is given up keeps the stripes that are done.
+  int64_t stripe_tokens(int64_t n_past, int64_t n_left) const;
+  /// Begins the next stripe of `prefill_tokens`. A failure leaves the cache as it was.
+  Status begin_stripe(Session* self);
+  /// Can a layer that has read on no longer go back to where the stripe began, then what it held there is put
+  /// aside. Without memory for that it is done without.
+  void keep_spare(int64_t n_new);
 
   /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
   /// that fails here is as it was.
@@ -54,14 +64,18 @@ class Session::Impl {
   std::unique_ptr<StepProgram> program;  ///< of this session alone
   std::unique_ptr<Prefill> prefill;      ///< while one is on its way
   std::vector<Token> prefill_tokens;
-  std::vector<float> own_logits;  ///< [n_vocab], of a prompt or a batch
+  int64_t stripe_begin = 0;  ///< of the running prompt's tokens, those before the running stripe
+  int64_t stripe_end = 0;
+  int64_t stripe_past = 0;         ///< tokens that all layers held before the running stripe, or prompt
+  std::unique_ptr<KvCache> spare;  ///< those, where the layers could not go back to them
+  std::vector<float> own_logits;   ///< [n_vocab], of a prompt or a batch
   bool logits_from_program = false;
   double prompt_read = 1;  ///< Prefill::read_share() of the last prompt
   int64_t sealed = 0;      ///< with segments: the last end of one that a prompt has reached
   bool broken = false;     ///< a step failed half way: layers hold different numbers of tokens
 };
 
-/// The number of threads asked for, 0: one a core. invalid_argument if it is out of range.
+/// The number of threads asked for, 0: one a core that the process may use. invalid_argument if it is out of range.
 Result<int> threads_to_use(int n_threads);
 
 /// Attention shape of a model, for caches made outside a session (tests, eval, inspect).

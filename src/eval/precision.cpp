@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "base/aligned.h"
+#include "base/cgroup.h"
 #include "engine/session_impl.h"
 #include "kernels/half.h"
 #include "prefill/attention.h"
@@ -341,9 +342,7 @@ Result<std::vector<PrecisionRow>> measure_precision(const std::shared_ptr<const 
                               text.size(), options.context));
   }
   const std::vector<PrefillAttention> kernels = options.kernels.empty() ? all_kernels() : options.kernels;
-  const int n_threads = options.n_threads > 0
-                            ? options.n_threads
-                            : static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  const int n_threads = options.n_threads > 0 ? options.n_threads : usable_cores();
   Sink sink{kernels, n_threads, {}};
   for (int64_t i = 0; options.random && i < random_cases(); i += n_threads) {
     const int64_t n = std::min<int64_t>(n_threads, random_cases() - i);

@@ -17,7 +17,7 @@ struct PrecisionOptions {
   std::vector<PrefillAttention> kernels;  ///< empty: all, automatic excepted
   int64_t context = 2048;                 ///< tokens of the model's part; 0 leaves it out
   bool random = true;                     ///< the random benchmark too
-  int n_threads = 0;                      ///< 0: one a core
+  int n_threads = 0;                      ///< 0: one a core that the process may use
 };
 
 /// One kernel on one head.

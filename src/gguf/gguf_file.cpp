@@ -15,6 +15,7 @@
 #include <set>
 
 #include "base/utf8.h"
+#include "gguf/header_fault.h"
 
 namespace narrows {
 
@@ -53,6 +54,7 @@ GgufFile::GgufFile(GgufFile&& other) noexcept { *this = std::move(other); }
 GgufFile& GgufFile::operator=(GgufFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(size_, other.size_);
+  std::swap(stamp_, other.stamp_);
   std::swap(fd_, other.fd_);
   std::swap(gguf_, other.gguf_);
   std::swap(tensors_, other.tensors_);
@@ -69,19 +71,66 @@ Result<GgufFile> GgufFile::open(const std::string& path) {
   if (S_ISDIR(info.st_mode)) return bad(path, "is a directory, give a GGUF file");
   if (!S_ISREG(info.st_mode)) return bad(path, "is not a regular file, give a GGUF file");
   file.size_ = info.st_size;
+  file.stamp_ = stamp_of(info);
   if (file.size_ == 0) return bad(path, "is empty, give a GGUF file");
 
   char magic[4] = {};
   if (file.size_ < 24 || !file.read(0, 4, magic).ok() || std::memcmp(magic, GGUF_MAGIC, 4) != 0) {
     return bad(path, "is not a GGUF file (it does not begin with \"GGUF\")");
   }
+  uint32_t version = 0;
+  if (Status s = file.read(4, sizeof(version), &version); !s.ok()) return s;
+  if (const std::string fault = version_fault(version); !fault.empty()) return bad(path, fault);
   const gguf_init_params params = {/*no_alloc=*/true, /*ctx=*/nullptr};
   file.gguf_ = gguf_init_from_file(path.c_str(), params);
   if (file.gguf_ == nullptr) {
-    return bad(path, "is cut off or corrupt in its header (metadata or tensor table), get the file again");
+    const std::string fault = type_fault(file);
+    return bad(path, !fault.empty() ? fault
+                                    : "is cut off or corrupt in its header (metadata or tensor table), get "
+                                      "the file again");
   }
+  if (Status s = file.unchanged_under_its_name(); !s.ok()) return s;  // ggml opened it by its name
+  if (Status s = file.check_part(); !s.ok()) return s;
   if (Status s = file.check_tensors(); !s.ok()) return s;
   return file;
+}
+
+GgufFile::Stamp GgufFile::stamp_of(const struct stat& info) {
+  return {info.st_dev, info.st_ino, info.st_size, info.st_mtim.tv_sec, info.st_mtim.tv_nsec};
+}
+
+Status GgufFile::changed(const Stamp& now) const {
+  if (now == stamp_) return {};
+  return {StatusCode::io_error,
+          fmt::format("{}: the file was overwritten after it was opened ({}), and two models must not be "
+                      "mixed; start again to load it, and replace model files by renaming",
+                      path_,
+                      now.bytes != stamp_.bytes
+                          ? fmt::format("it had {} bytes and has {}", stamp_.bytes, now.bytes)
+                          : std::string("its time of change is another"))};
+}
+
+Status GgufFile::unchanged() const {
+  struct stat info {};
+  if (fstat(fd_, &info) != 0)
+    return {StatusCode::io_error, fmt::format("{}: cannot be read: {}", path_, std::strerror(errno))};
+  return changed(stamp_of(info));
+}
+
+Status GgufFile::unchanged_under_its_name() const {
+  struct stat info {};
+  if (::stat(path_.c_str(), &info) != 0)
+    return {StatusCode::io_error, fmt::format("{}: cannot be read: {}", path_, std::strerror(errno))};
+  return changed(stamp_of(info));
+}
+
+Status GgufFile::check_part() const {
+  const Result<std::optional<int64_t>> count = integer("split.count"), number = integer("split.no");
+  if (!count.ok() || !count->has_value() || **count <= 1) return {};
+  const std::string which = number.ok() && number->has_value() ? fmt::format(" {}", **number + 1) : "";
+  return bad(path_, fmt::format("is part{} of {} of a split model; join them with llama-gguf-split --merge "
+                                "FIRST-PART WHOLE.gguf and give the whole",
+                                which, **count));
 }
 
 Status GgufFile::check_tensors() {

@@ -3,6 +3,8 @@
 // is read.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -30,7 +32,8 @@ struct TensorEntry {
 
 class GgufFile {
  public:
-  /// invalid_file: missing, a directory, empty, not GGUF, cut off, tensors beyond the end of the file.
+  /// invalid_file: missing, a directory, empty, not GGUF, of a version, byte order or tensor type that cannot
+  /// be read, a part of a split model, cut off, tensors beyond the end of the file.
   static Result<GgufFile> open(const std::string& path);
   ~GgufFile();
   GgufFile(GgufFile&&) noexcept;
@@ -52,16 +55,33 @@ class GgufFile {
   /// Reads bytes [offset, offset + n) of the file. io_error if they cannot be read any more. Thread-safe.
   Status read(int64_t offset, int64_t n, void* into) const;
 
+  /// io_error if the file has been written to since it was opened (its size or time of change differs): what
+  /// is read now need not fit what was read before. Another file under the same name does no harm. A check
+  /// after read() covers what it read. Thread-safe.
+  Status unchanged() const;
+  /// The same, or if the path names another file by now: for what has been read by its name meanwhile.
+  Status unchanged_under_its_name() const;
+
   /// 16 hex digits: FNV-1a over the metadata, the tensor table and the first and last bytes of every tensor.
   /// Tells models apart cheaply; no protection against somebody who wants a collision.
   Result<std::string> fingerprint() const;
 
  private:
   GgufFile() = default;
+  /// What tells one state of a file from another.
+  struct Stamp {
+    uint64_t device = 0, inode = 0;
+    int64_t bytes = 0, seconds = 0, nanoseconds = 0;
+    bool operator==(const Stamp&) const = default;
+  };
+  static Stamp stamp_of(const struct stat& info);
+  Status changed(const Stamp& now) const;
+  Status check_part() const;
   Status check_tensors();
 
   std::string path_;
   int64_t size_ = 0;
+  Stamp stamp_;
   int fd_ = -1;
   gguf_context* gguf_ = nullptr;
   std::vector<TensorEntry> tensors_;

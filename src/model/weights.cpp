@@ -405,7 +405,7 @@ Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
       return s;
     to_float(embedding_.type, row.data(), out + static_cast<int64_t>(i) * hparams_.n_embd, hparams_.n_embd);
   }
-  return {};
+  return file_.unchanged();
 }
 
 Status ModelWeights::read_rows(const ggml_tensor* matrix, int64_t first, int64_t n, float* out) const {
@@ -434,7 +434,7 @@ Status ModelWeights::read_rows(const ggml_tensor* matrix, int64_t first, int64_t
     first = 0;
     if (n == 0) break;
   }
-  return {};
+  return file_.unchanged();
 }
 
 const kernels::PackedMatrix* ModelWeights::packed(const ggml_tensor* matrix) const {

@@ -69,13 +69,17 @@ class ModelWeights {
   const kernels::PackedMatrix* packed(const ggml_tensor* matrix) const;
 
   /// Embedding rows of tokens, out [n, n_embd]. Rows are read from the file each time: the table is the
-  /// largest tensor of small models and a token needs one row of it. io_error if the file is gone;
+  /// largest tensor of small models and a token needs one row of it. io_error if the file has been written to
+  /// since it was loaded: its rows are not those of the weights then;
   /// invalid_argument for a token outside the vocabulary. Thread-safe.
   Status embed(std::span<const Token> tokens, float* out) const;
 
   /// Rows [first, first + n) of a matrix of layer(), joined and ordered as it was loaded, as float, out [n,
-  /// ne[0]]; from the file, whose rows lie in one piece. io_error if it is gone. Thread-safe.
+  /// ne[0]]; from the file, whose rows lie in one piece. io_error as embed(). Thread-safe.
   Status read_rows(const ggml_tensor* matrix, int64_t first, int64_t n, float* out) const;
+
+  /// What load() took its weights from.
+  const GgufFile& file() const { return file_; }
 
   /// Bytes allocated for weights.
   int64_t allocated_bytes() const;

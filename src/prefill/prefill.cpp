@@ -340,8 +340,8 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
             fmt::format("a prompt of {} tokens needs {:.1f} GB beside the weights; shorten it", n,
                         static_cast<double>(bytes) / 1e9)};
   }
-  bf16_.reset();
-  if (in_bf16(weights_, options_.products, n)) {
+  if (!in_bf16(weights_, options_.products, n)) bf16_.reset();
+  if (bf16_ == nullptr && in_bf16(weights_, options_.products, n)) {
     Result<std::unique_ptr<Bf16Products>> made = Bf16Products::create(weights_, runner_, packed_);
     if (!made.ok()) return made.status();
     bf16_ = std::move(*made);
@@ -372,12 +372,13 @@ Status Prefill::close_segment() {
   Status status =
       hooks_.layer_done(b.layer, b.k_raw.data() + b.segment_begin * width,
                         b.v.data() + (b.tail + b.segment_begin) * width, b.next - b.segment_begin);
-  if (status.ok() && b.next < b.n && hooks_.seal) {
+  const bool ends = b.next == b.n;
+  if (status.ok() && hooks_.seal && (!ends || hooks_.goes_on)) {
     // The segment itself is always read back: what the cache holds of it is rounded at the least.
     const int64_t begin = b.n_past + b.segment_begin;
     int64_t changed_from = begin;
     status = hooks_.seal(b.layer, &changed_from);
-    if (status.ok()) pack_past(std::min(changed_from, begin), b.n_past + b.next);
+    if (status.ok() && !ends) pack_past(std::min(changed_from, begin), b.n_past + b.next);
   }
   if (!status.ok()) return {status.code(), fmt::format("layer {}: {}", b.layer, status.message())};
   b.segment_begin = b.next;
@@ -386,10 +387,10 @@ Status Prefill::close_segment() {
   b.next = b.segment_begin = 0;
   b.segment = 0;
   if (++b.layer == weights_.hparams().n_layer) {
-    const int64_t seen = b.attention.tiles_seen();
-    read_share_ = seen > 0 ? static_cast<double>(b.attention.tiles_read()) / static_cast<double>(seen) : 1;
+    tiles_seen_ += b.attention.tiles_seen();
+    tiles_read_ += b.attention.tiles_read();
     buffers_.reset();
-    bf16_.reset();
+    if (!hooks_.goes_on) bf16_.reset();
   }
   return {};
 }

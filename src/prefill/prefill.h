@@ -32,6 +32,8 @@ struct PrefillHooks {
   /// After layer_done of a segment that is not the last. changed_from: the first position before the segment
   /// for which read_past now gives other numbers than it gave, if there is one.
   std::function<Status(int64_t layer, int64_t* changed_from)> seal = {};
+  /// The last segment is sealed too: tokens of the same prompt are to follow in another run.
+  bool goes_on = false;
   /// Rotated keys and values of tokens [first, first + n) that the cache held before, [n, D] each.
   std::function<void(int64_t layer, int64_t first, int64_t n, float* k, float* v)> read_past;
 };
@@ -49,16 +51,19 @@ class Prefill {
              float* logits);
 
   /// The same in pieces: begin(), then step() until done(). Between steps anything else may run on the
-  /// runner. logits outlives it. After an error, or to give up, just destroy it.
+  /// runner. logits outlives it. After an error, or to give up, just destroy it. When it is done, another
+  /// begin() may follow with more of the same prompt.
   Status begin(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, float* logits);
   /// A chunk of one layer: some tens of milliseconds.
   Status step();
   bool done() const { return buffers_ == nullptr; }
   /// The share done in [0, 1].
   double progress() const;
-  /// Of the run that is done: the share of the tiles of keys that was read by blocks which could leave some
+  /// Of all runs that are done: the share of the tiles of keys that was read by blocks which could leave some
   /// out; 1 if none could.
-  double read_share() const { return read_share_; }
+  double read_share() const {
+    return tiles_seen_ > 0 ? static_cast<double>(tiles_read_) / static_cast<double>(tiles_seen_) : 1;
+  }
 
   /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
   /// activations.
@@ -82,7 +87,8 @@ class Prefill {
   std::unique_ptr<Bf16Products> bf16_;  ///< null: packed_ multiplies
   PrefillHooks hooks_;
   float* logits_ = nullptr;
-  double read_share_ = 1;
+  int64_t tiles_seen_ = 0;
+  int64_t tiles_read_ = 0;
 };
 
 }  // namespace narrows

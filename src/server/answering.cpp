@@ -155,20 +155,27 @@ void Scheduler::fail(const Waiting& waiting, const Status& status) noexcept {
 void Scheduler::fail(Slot& slot, const Status& status) noexcept {
   fail(Waiting{slot.job, slot.choice}, status);
   const bool anywhere = status.code() == StatusCode::out_of_memory || status.code() == StatusCode::internal;
-  anywhere ? abandon(slot) : leave(slot, false);
+  anywhere ? abandon(slot) : leave(slot, true);
 }
 
 void Scheduler::abandon(Slot& slot) noexcept {
   slot.held = {};
+  slot.state = SlotState::idle;
   leave(slot, true);
 }
 
-/// The slot is idle. Its session stays as it is, to be saved or to serve a prompt that begins as this one,
-/// unless it stands in the middle of something.
+/// The slot is idle. Its session stays, to be saved or to serve a prompt that begins as this one: whole, or
+/// as much of it as is in all layers.
 void Scheduler::leave(Slot& slot, bool keeps) noexcept {
   if (!keeps) {
     slot.held.tokens.clear();
     if (!guarded("the slot", [&] { slot.held.session->reset(); }).ok()) slot.held = {};
+  } else if (slot.state == SlotState::reading) {
+    const Status kept = guarded("the slot", [&] {
+      const int64_t n = slot.held.session->go_back(slot.result.n_prompt);
+      slot.held.tokens.assign(slot.prompt().begin(), slot.prompt().begin() + n);
+    });
+    if (!kept.ok()) slot.held = {};
   }
   slot.state = SlotState::idle;
   slot.job.reset();

@@ -151,7 +151,7 @@ void Scheduler::drop_cancelled() {
   for (Slot& slot : slots_) {
     if (!slot.busy() || !slot.job->channel.cancelled()) continue;
     ++metrics_->cancelled;
-    leave(slot, slot.state == SlotState::writing);
+    leave(slot, true);
   }
 }
 

@@ -119,9 +119,11 @@ class Scheduler {
   Drawn draw(Slot& slot) const;
   void pass_on(Slot& slot, Drawn drawn);
   void finish(Slot& slot, const char* reason);
+  /// The session stays as leave() keeps it, unless the failure may have left it in any state.
   void fail(Slot& slot, const Status& status) noexcept;
   void fail(const Waiting& waiting, const Status& status) noexcept;
   void fail(const Waiting& waiting, const ApiError& error);
+  /// keeps: of a prompt that is still read, what its session can go back to; of an answer, all.
   void leave(Slot& slot, bool keeps) noexcept;
   /// As leave(), and the session is gone: whatever state it was left in.
   void abandon(Slot& slot) noexcept;

@@ -152,5 +152,19 @@ TEST(WriteFile, RefusesWhatIsNotAFile) {
   EXPECT_TRUE(S_ISCHR(info.st_mode));
 }
 
+TEST(ByteOrderMark, IsDroppedAtTheBeginningOnly) {
+  for (const auto& [text, want] : std::initializer_list<std::pair<std::string, std::string>>{
+           {"\xEF\xBB\xBFx", "x"},
+           {"\xEF\xBB\xBF", ""},
+           {"\xEF\xBB\xBF\xEF\xBB\xBFx", "\xEF\xBB\xBFx"},
+           {"x\xEF\xBB\xBF", "x\xEF\xBB\xBF"},
+           {"\xEF\xBB", "\xEF\xBB"},
+           {"", ""}}) {
+    std::string got = text;
+    drop_byte_order_mark(got);
+    EXPECT_EQ(got, want);
+  }
+}
+
 }  // namespace
 }  // namespace narrows

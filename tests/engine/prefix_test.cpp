@@ -202,6 +202,101 @@ TEST_P(PrefixOf, GivenUpInTheMiddleIsForgotten) {
   }
 }
 
+/// After any number of its steps a prompt is given up; what the session held before is still there, and
+/// reading on gives the bits of reading all.
+void expect_kept_at_every_step(const std::string& profile, int64_t n_prefix, int64_t n_tokens, int stride) {
+  const auto first = prompt(n_prefix, n_prefix + 200, 1), second = prompt(n_prefix, n_tokens, 2);
+  auto before = with_segments(profile), fresh = with_segments(profile);
+  ASSERT_OK(before->prefill(first));
+  const int64_t n = before->kept_prefix(n_prefix);
+  ASSERT_GT(n, 0);
+  ASSERT_OK(fresh->prefill(second));
+  const auto want = copy(fresh->logits());
+  const auto want_cache = cache_content(*fresh);
+  auto session = with_segments(profile);
+  for (int steps = 0;; steps += stride) {
+    ASSERT_OK(session->share_prefix(*before, n));
+    ASSERT_OK(session->begin_prefill(std::span(second).subspan(static_cast<size_t>(n))));
+    for (int i = 0; i < steps && session->prefill_done() < 1; ++i) ASSERT_OK(session->prefill_step());
+    if (session->prefill_done() == 1) break;
+    const int64_t kept = session->go_back(n_tokens);
+    ASSERT_GE(kept, n) << profile << " " << steps;
+    ASSERT_EQ(session->n_past(), kept);
+    ASSERT_EQ(session->kept_prefix(n_tokens), kept);
+    ASSERT_OK(session->prefill(std::span(second).subspan(static_cast<size_t>(kept))));
+    ASSERT_EQ(max_difference(want, copy(session->logits())), 0) << profile << " " << steps;
+    ASSERT_EQ(max_difference(want_cache, cache_content(*session)), 0) << profile << " " << steps;
+  }
+}
+
+TEST_P(PrefixOf, GivenUpAtAnyStepKeepsWhatWasThere) {
+  expect_kept_at_every_step(GetParam(), 600, 900, 1);
+  expect_kept_at_every_step(GetParam(), 600, 2450, 11);  // compressed on the way: it was exact
+  expect_kept_at_every_step(GetParam(), 2400, 2800, 3);
+}
+
+TEST_P(PrefixOf, GivenUpKeepsTheStripesThatAreDone) {
+  const auto tokens = prompt(0, 7000, 1);
+  auto session = with_segments(GetParam()), fresh = with_segments(GetParam());
+  ASSERT_OK(fresh->prefill(tokens));
+  ASSERT_OK(session->begin_prefill(tokens));
+  while (session->prefill_done() < 0.7) ASSERT_OK(session->prefill_step());
+  const int64_t kept = session->go_back(7000);
+  EXPECT_EQ(kept, 16 + 4096);
+  EXPECT_EQ(session->prefill_done(), 1);
+  ASSERT_OK(session->prefill(std::span(tokens).subspan(static_cast<size_t>(kept))));
+  EXPECT_EQ(max_difference(copy(fresh->logits()), copy(session->logits())), 0);
+  EXPECT_EQ(max_difference(cache_content(*fresh), cache_content(*session)), 0);
+}
+
+TEST_P(PrefixOf, StoppedByItsProgressKeepsWhatWasThere) {
+  auto session = with_segments(GetParam());
+  ASSERT_OK(session->prefill(prompt(0, 700, 1)));
+  int calls = 0;
+  const auto stop = [&](double) { return ++calls < 3; };
+  session->go_back(600);
+  expect_refusal(session->prefill(prompt(0, 1000, 2), stop), StatusCode::cancelled, {});
+  expect_refusal(session->decode(1), StatusCode::internal, {"reset"});
+  EXPECT_EQ(session->go_back(5000), 16 + 512);
+  ASSERT_OK(session->prefill(prompt(0, 200, 3)));
+}
+
+// Sessions without segments, as a chat has them: tokens up to the cut stay as they were, whatever came of
+// those behind it.
+TEST_P(PrefixOf, WithoutSegmentsItGoesBackToo) {
+  for (const int64_t n_prompt : {100, 1500}) {
+    for (const int64_t cut : {n_prompt - 30, n_prompt / 2, int64_t{10}}) {
+      auto session = make_session(tiny().model, {.kv = GetParam(), .n_threads = 2});
+      ASSERT_OK(session->prefill(prompt(0, n_prompt, 1)));
+      decode_all(*session, random_tokens(20, 7));
+      const int64_t held = session->n_past();
+      const auto before = cache_content(*session);
+      const int64_t n = session->go_back(cut);
+      ASSERT_LE(n, cut);
+      ASSERT_GT(n, std::min(cut - 64, cut <= 16 ? cut - 1 : int64_t{15})) << n_prompt << " " << cut;
+      ASSERT_EQ(session->n_past(), n);
+      // The first n of each layer's keys and values.
+      const auto after = cache_content(*session);
+      const int64_t width = session->impl().cache->layer(0).shape().width();
+      for (int64_t part = 0; part < 2 * session->impl().cache->n_layer(); ++part) {
+        const auto a = std::span(before).subspan(static_cast<size_t>(part * held * width)),
+                   b = std::span(after).subspan(static_cast<size_t>(part * n * width));
+        ASSERT_TRUE(std::equal(b.begin(), b.begin() + n * width, a.begin())) << n_prompt << " " << cut;
+      }
+      ASSERT_OK(session->prefill(prompt(0, 300, 3)));
+      decode_all(*session, random_tokens(5, 8));
+      EXPECT_EQ(session->n_past(), n + 305);
+      // Given up in the middle of another prompt.
+      const auto stop = [](double done) { return done < 0.4; };
+      expect_refusal(session->prefill(prompt(0, 900, 4), stop), StatusCode::cancelled, {});
+      const int64_t m = session->go_back(9000);
+      EXPECT_GT(m, n + 305 - 64);
+      EXPECT_LE(m, n + 305);
+      decode_all(*session, random_tokens(5, 8));
+    }
+  }
+}
+
 // A long answer to a short prompt is compressed in the end; then nothing can be kept, and that is said.
 TEST_P(PrefixOf, ALongAnswerMayCostThePrefix) {
   auto session = with_segments(GetParam());

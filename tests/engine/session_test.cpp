@@ -8,6 +8,7 @@
 
 #include <thread>
 
+#include "base/cgroup.h"
 #include "calibrate/key_statistics.h"
 #include "engine/session_impl.h"
 #include "support/refusal.h"
@@ -74,8 +75,7 @@ TEST(SessionLimits, ContextAndThreadsOutOfRange) {
   }
   EXPECT_EQ(make_session(tiny().model)->n_ctx(), 2048);
   EXPECT_EQ(make_session(tiny().model, {.n_ctx = 7})->n_ctx(), 7);
-  EXPECT_EQ(make_session(tiny().model, {.n_threads = 0})->n_threads(),
-            static_cast<int>(std::max(1U, std::thread::hardware_concurrency())));
+  EXPECT_EQ(make_session(tiny().model, {.n_threads = 0})->n_threads(), usable_cores());
 }
 
 TEST(SessionLimits, ACacheThatCannotFitIsRefusedAtOnce) {
@@ -380,6 +380,43 @@ TEST(Basis, OfAnotherModelIsRefused) {
   expect_refusal(creation(tiny().model, options), StatusCode::invalid_file, {"folder"});
   options.basis_path = tiny().path;
   expect_refusal(creation(tiny().model, options), StatusCode::invalid_file, {"not a basis"});
+}
+
+// Prompts and steps read rows of the embedding, and prompts in bfloat16 all weights, from the file again: not
+// from another model that lies there by now.
+TEST(SessionFile, AModelFileOverwrittenInPlaceIsNoticed) {
+  for (const PrefillProducts products : {PrefillProducts::int8, PrefillProducts::automatic}) {
+    TinyModel tiny, other;
+    tiny.type = other.type = GGML_TYPE_Q8_0;
+    other.seed = 2;
+    const LoadedTiny loaded(tiny);
+    auto session = make_session(loaded.model, {.prompt = {products, PrefillAttention::f32}});
+    ASSERT_OK(session->prefill(random_tokens(150)));
+    ASSERT_OK(session->decode(3));
+    const auto want = copy(session->logits());
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // clocks of file systems are coarse
+    other.write(loaded.path);
+    expect_refusal(session->decode(3), StatusCode::io_error, {"tiny.gguf", "overwritten", "start again"});
+    expect_refusal(session->prefill(random_tokens(150)), StatusCode::io_error, {"overwritten"});
+    expect_refusal(session->begin_prefill(random_tokens(150)), StatusCode::io_error, {"overwritten"});
+    session->reset();
+    expect_refusal(session->prefill(random_tokens(150)), StatusCode::io_error, {"overwritten"});
+    session->reset();
+    // Cut off: an error too, no signal.
+    ASSERT_EQ(::truncate(loaded.path.c_str(), 1000), 0);
+    expect_refusal(session->prefill(random_tokens(150)), StatusCode::io_error, {"tiny.gguf"});
+  }
+}
+
+TEST(SessionFile, AModelFileReplacedByRenamingDoesNoHarm) {
+  TinyModel other;
+  other.seed = 2;
+  const LoadedTiny loaded{TinyModel()};
+  auto fresh = make_session(loaded.model), session = make_session(loaded.model);
+  ASSERT_OK(fresh->prefill(random_tokens(150)));
+  ASSERT_EQ(::rename(other.write(loaded.dir.path("other.gguf")).c_str(), loaded.path.c_str()), 0);
+  ASSERT_OK(session->prefill(random_tokens(150)));
+  EXPECT_EQ(max_difference(copy(fresh->logits()), copy(session->logits())), 0);
 }
 
 }  // namespace

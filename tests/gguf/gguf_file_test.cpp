@@ -245,11 +245,52 @@ TEST_F(GgufFileTest, RefusesEveryCut) {
 // ---------------------------------------------------------------------------------------------------------
 
 TEST_F(GgufFileTest, RefusesOtherVersions) {
-  for (const uint32_t version : {0U, 1U, 4U, 99U, 0x03000000U, 0xFFFFFFFFU}) {
+  for (const uint32_t version : {0U, 1U, 4U, 9U, 99U, 0x04000000U, 0xFFFFFFFFU}) {
     std::string bytes = TinyModel().bytes();
     put(bytes, 4, version);
-    refused(bytes);
+    refused(bytes, {"version " + std::to_string(version), "reads 2 and 3"});
   }
+  for (const uint32_t version : {0x01000000U, 0x02000000U, 0x03000000U}) {
+    std::string bytes = TinyModel().bytes();
+    put(bytes, 4, version);
+    refused(bytes, {"big-endian", "convert"});
+  }
+}
+
+TEST_F(GgufFileTest, RefusesAPartOfASplitModel) {
+  TinyModel m;
+  uint16_t n_part = 3;
+  m.edit_metadata = [&](gguf_context* g) {
+    gguf_set_val_u16(g, "split.no", 1);
+    gguf_set_val_u16(g, "split.count", n_part);
+  };
+  refused(m.bytes(), {"part 2 of 3", "llama-gguf-split --merge"});
+  for (n_part = 0; n_part < 2; ++n_part) EXPECT_TRUE(open(m.bytes()).ok());  // as joined files have them
+  m.edit_metadata = [](gguf_context* g) { gguf_set_val_str(g, "split.count", "three"); };
+  EXPECT_TRUE(open(m.bytes()).ok());
+}
+
+TEST_F(GgufFileTest, NoticesThatItIsOverwritten) {
+  const std::string bytes = TinyModel().bytes(), path = dir_.file("m.gguf", bytes);
+  auto file = GgufFile::open(path);
+  ASSERT_TRUE(file.ok());
+  EXPECT_TRUE(file->unchanged().ok());
+  // Another file under the name leaves this one as it is.
+  ASSERT_EQ(::rename(dir_.file("other", "other").c_str(), path.c_str()), 0);
+  EXPECT_TRUE(file->unchanged().ok());
+  expect_refusal(file->unchanged_under_its_name(), StatusCode::io_error, {"m.gguf", "overwritten"});
+
+  auto in_place = GgufFile::open(dir_.file("n.gguf", bytes));
+  ASSERT_TRUE(in_place.ok());
+  const timespec then[2] = {{1'000'000'000, 0}, {1'000'000'000, 0}};
+  ASSERT_EQ(::utimensat(AT_FDCWD, in_place->path().c_str(), then, 0), 0);
+  expect_refusal(in_place->unchanged(), StatusCode::io_error, {"n.gguf", "overwritten", "start again"});
+
+  auto shorter = GgufFile::open(dir_.file("o.gguf", bytes));
+  ASSERT_TRUE(shorter.ok());
+  ASSERT_EQ(::truncate(shorter->path().c_str(), 100), 0);
+  expect_refusal(shorter->unchanged(), StatusCode::io_error,
+                 {std::to_string(bytes.size()) + " bytes and has 100"});
 }
 
 TEST_F(GgufFileTest, RefusesCountsThatCannotBe) {
@@ -288,7 +329,7 @@ TEST_F(GgufFileTest, RefusesTypesThatDoNotExist) {
   for (const int32_t type : {-1, 4, 5, 99, std::numeric_limits<int32_t>::max()}) {  // 4 and 5 were once
     std::string bytes = good;
     put(bytes, name + 19 + 4 + 16, type);
-    refused(bytes);
+    refused(bytes, {"blk.1.attn_q.weight", "type number " + std::to_string(type)});
   }
   for (const int32_t type : {-1, 13, 1000}) {
     std::string bytes = good;

@@ -347,6 +347,42 @@ TEST(Scheduler, AClientThatGoesFreesItsSlotAtOnce) {
   EXPECT_GE(engine.metrics.cancelled, 1U);
 }
 
+// What was cached before a question is there after it, though it was given up while its prompt was read; and
+// of that prompt the stripes that were done.
+TEST(Scheduler, AQuestionGivenUpLeavesTheDocumentCached) {
+  for (const int64_t n_document : {900, 2700}) {
+    const auto document = random_tokens(n_document);
+    const auto with = [&](int64_t n, uint32_t seed) {
+      auto all = document;
+      for (const Token t : random_tokens(n, seed)) all.push_back(t);
+      return all;
+    };
+    Engine engine({.n_slots = 1}), solo({.n_slots = 1});
+    EXPECT_FALSE(run(engine, job_of(with(200, 5), 3)).error);
+    const auto n_cancelled = engine.metrics.cancelled.load();
+    const uint64_t before = engine.metrics.prefill_us;
+    auto dropped = job_of(with(5000, 6), 3);
+    ASSERT_FALSE(engine.scheduler->submit(dropped));
+    while (engine.metrics.prefill_us == before) std::this_thread::yield();
+    dropped->channel.cancel();
+    const Answer next = run(engine, job_of(with(200, 7), 10));
+    EXPECT_FALSE(next.error);
+    EXPECT_EQ(engine.metrics.cancelled, n_cancelled + 1);
+    EXPECT_GT(next.result.n_cached, n_document - 257) << "the document is still there";
+    EXPECT_EQ(next.text, run(solo, job_of(with(200, 7), 10)).text);
+  }
+  const auto tokens = random_tokens(7500);
+  Engine engine({.n_slots = 1}), solo({.n_slots = 1});
+  auto dropped = job_of(tokens, 3);
+  ASSERT_FALSE(engine.scheduler->submit(dropped));
+  const auto far = [](const SlotInfo& s) { return s.state == SlotState::reading && s.prefill_done > 0.6; };
+  while (!far(engine.scheduler->slots().front())) std::this_thread::yield();
+  dropped->channel.cancel();
+  const Answer next = run(engine, job_of(tokens, 10));
+  EXPECT_GT(next.result.n_cached, 4000);
+  EXPECT_EQ(next.text, run(solo, job_of(tokens, 10)).text);
+}
+
 // A short prompt while a long one is read; and the long one goes on.
 TEST(Scheduler, AShortPromptPassesALongOne) {
   Engine engine({.n_slots = 2});
