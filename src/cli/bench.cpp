@@ -123,7 +123,7 @@ Command make_bench_command(CLI::App& app) {
   command->add_option("--prefill-rounds", flags->options.prefill_rounds, "prefills a depth (default 1)")
       ->type_name("N")
       ->check(CLI::Range(1, 1000));
-  command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
+  command->add_option("--threads", flags->options.n_threads, "threads (default: one a core that it may use)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
   add_prompt_options(*command, flags->options.prompt);

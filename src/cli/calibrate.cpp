@@ -80,7 +80,7 @@ Command make_calibrate_command(CLI::App& app) {
   command->add_option("-o,--output", flags->output, "basis file to write")
       ->type_name("BASIS.gguf")
       ->required();
-  command->add_option("--threads", flags->threads, "threads (default: one a core)")
+  command->add_option("--threads", flags->threads, "threads (default: one a core that it may use)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
   command->footer(kFooter);

@@ -1,6 +1,6 @@
 // The conversation is rendered by the model's template as a whole each turn; if what the cache holds is its
 // beginning, only the rest is tokenized and run. Templates may rewrite history (some drop the model's
-// thoughts): then the cache is of no use, and the conversation is read again, with a note.
+// thoughts): then the cache goes back to the last token that both have in common.
 #include "cli/chat.h"
 
 #include <fmt/format.h>
@@ -42,8 +42,16 @@ Chat::Chat(Session& session, Sampler& sampler, ChatOptions options)
 void Chat::forget() {
   session_.reset();
   messages_.clear();
+  cached_tokens_.clear();
   cached_text_.clear();
   if (!options_.system.empty()) messages_.push_back({"system", options_.system});
+}
+
+void Chat::go_back(int64_t n) {
+  const int64_t left = session_.go_back(n);
+  if (left == static_cast<int64_t>(cached_tokens_.size())) return;
+  cached_tokens_.resize(static_cast<size_t>(left));
+  cached_text_.clear();
 }
 
 void Chat::add_to_totals(const Answer& answer) {
@@ -63,15 +71,20 @@ Result<std::vector<Token>> Chat::missing_tokens(const ChatPrompt& conversation) 
                                                  conversation.text.begin(), conversation.text.end());
   // Many templates trim an answer's end: white space that only the cache has does no harm.
   const bool same = std::all_of(in_cache, cached_text_.end(), [](char c) { return c == ' ' || c == '\n'; });
-  if (session_.n_past() > 0 && same && in_text != conversation.text.end()) {
+  if (!cached_text_.empty() && same && in_text != conversation.text.end()) {
     return tokenizer.encode(conversation, static_cast<size_t>(in_text - conversation.text.begin()));
   }
-  if (session_.n_past() > 0) {
-    note("[the model's template has rewritten the conversation: reading it again from the start]");
-    session_.reset();
-  }
-  cached_text_.clear();
-  return tokenizer.encode(conversation);
+  Result<std::vector<Token>> tokens = tokenizer.encode(conversation);
+  if (!tokens.ok() || tokens->empty()) return tokens;
+  // One token at least is run, for its logits.
+  const auto end =
+      tokens->begin() + static_cast<std::ptrdiff_t>(std::min(cached_tokens_.size(), tokens->size() - 1));
+  const auto common = std::mismatch(tokens->begin(), end, cached_tokens_.begin()).first - tokens->begin();
+  if (!cached_text_.empty())
+    note("[the model's template has rewritten the conversation: going back to where it differs]");
+  go_back(common);
+  tokens->erase(tokens->begin(), tokens->begin() + static_cast<std::ptrdiff_t>(cached_tokens_.size()));
+  return tokens;
 }
 
 Outcome Chat::ask(const std::string& question) {
@@ -92,13 +105,12 @@ Outcome Chat::ask(const std::string& question) {
   Outcome outcome = generate(session_, sampler_, *tokens, generation, answer);
   if (!outcome.status.ok()) {
     messages_.pop_back();  // as if the question had not been asked
-    if (outcome.phase == Phase::at_work) {
-      session_.reset();
-      cached_text_.clear();
-    }
+    if (outcome.phase == Phase::at_work) go_back(static_cast<int64_t>(cached_tokens_.size()));
     return outcome;
   }
   cached_text_ = conversation->text + answer.cached_text;
+  cached_tokens_.insert(cached_tokens_.end(), tokens->begin(), tokens->end());
+  cached_tokens_.insert(cached_tokens_.end(), answer.tokens_in_cache.begin(), answer.tokens_in_cache.end());
   // Text that is not UTF-8 cannot go through the template; it then differs from the cache, which is noticed.
   const bool whole = find_invalid_utf8(answer.all_text) == std::string::npos;
   messages_.push_back({"assistant", whole ? answer.all_text : answer.text});
@@ -153,6 +165,10 @@ Outcome Chat::run() {
       outcome = {Status(StatusCode::io_error, "cannot read standard input: " + line), Phase::at_work};
       break;
     }
+    if (told_to_end()) {
+      outcome = {Status(StatusCode::cancelled, "ended by a signal"), Phase::at_work};
+      break;
+    }
     if (event == LineReader::Event::interrupt) {
       if (!interrupted()) continue;  // some other signal, such as a resized window
       if (++interrupts > 1 || !interactive_) break;
@@ -163,6 +179,11 @@ Outcome Chat::run() {
     line = trimmed(line);
     if (line.empty()) continue;
     outcome = handle(line);
+    if (told_to_end()) {
+      if (outcome.status.ok())
+        outcome = {Status(StatusCode::cancelled, "ended by a signal: the answer is cut off"), Phase::at_work};
+      break;
+    }
     if (outcome.status.ok() && interrupted() && !interactive_) {
       outcome = {Status(StatusCode::cancelled, "interrupted: further questions are not read"),
                  Phase::at_work};

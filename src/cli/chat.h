@@ -32,9 +32,12 @@ class Chat {
   /// A command such as /stats, or a question. Sets leave_.
   Outcome handle(const std::string& line);
   Outcome ask(const std::string& question);
-  /// The tokens that the cache lacks of `conversation`; resets the session if it holds something else.
+  /// The tokens that the cache lacks of `conversation`; if it holds something else, the session goes back to
+  /// what both begin with.
   Result<std::vector<Token>> missing_tokens(const ChatPrompt& conversation);
   void forget();
+  /// The session goes back to the first n tokens that it holds, or a few less.
+  void go_back(int64_t n);
   void add_to_totals(const Answer& answer);
   RunReport report() const;
 
@@ -43,7 +46,8 @@ class Chat {
   ChatOptions options_;
   LineReader reader_;
   std::vector<ChatMessage> messages_;
-  std::string cached_text_;  ///< what the cache holds, as text; empty with an empty cache
+  std::vector<Token> cached_tokens_;  ///< what the cache holds
+  std::string cached_text_;           ///< the same as text; empty if the cache was cut somewhere
   Answer totals_;
   int64_t n_questions_ = 0;
   bool interactive_;

@@ -48,7 +48,7 @@ std::string profile_help() {
 }
 
 void add_threads_option(CLI::App& app, std::optional<int>& threads) {
-  app.add_option("--threads", threads, "threads (default: one a core)")
+  app.add_option("--threads", threads, "threads (default: one a core that it may use)")
       ->type_name("N")
       ->check(whole_number(1, kMaxThreads));
 }
@@ -143,6 +143,7 @@ Result<std::string> read_text_file(const std::string& path) {
     return {StatusCode::invalid_file,
             fmt::format("{} is not valid UTF-8 at byte {}; convert it to UTF-8 first", quote(path), bad)};
   }
+  drop_byte_order_mark(*text);
   return text;
 }
 

@@ -53,7 +53,8 @@ void add_prompt_options(CLI::App& app, PromptOptions& options);
 /// What --kv means and takes, for help texts.
 std::string profile_help();
 
-/// The text of a file. invalid_file names the file, and the offset of the first byte that is not UTF-8.
+/// The text of a file, without a byte order mark. invalid_file names the file, and the offset of the first
+/// byte that is not UTF-8.
 Result<std::string> read_text_file(const std::string& path);
 
 /// Parts separated by one blank line, empty ones left out.

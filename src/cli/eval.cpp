@@ -212,7 +212,7 @@ Command make_eval_command(CLI::App& app) {
   command->add_option("--tokens", flags->options.tokens, "judged tokens (default 256)")
       ->type_name("N")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
-  command->add_option("--threads", flags->options.n_threads, "threads (default: one a core)")
+  command->add_option("--threads", flags->options.n_threads, "threads (default: one a core that it may use)")
       ->type_name("N")
       ->check(CLI::Range(1, 512));
   add_prompt_options(*command, flags->options.prompt);

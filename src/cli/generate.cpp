@@ -29,7 +29,9 @@ Outcome read_prompt(Session& session, std::span<const Token> prompt, int64_t n_c
   answer.cached_tokens = n_cached;
   if (status.ok()) return {};
   if (status.code() == StatusCode::cancelled) {
-    return {Status(StatusCode::cancelled, "interrupted while reading the prompt"), Phase::at_work};
+    return {Status(StatusCode::cancelled, told_to_end() ? "ended by a signal while reading the prompt"
+                                                        : "interrupted while reading the prompt"),
+            Phase::at_work};
   }
   const bool refused =
       status.code() == StatusCode::context_full || status.code() == StatusCode::invalid_argument;
@@ -38,6 +40,7 @@ Outcome read_prompt(Session& session, std::span<const Token> prompt, int64_t n_c
 
 /// What ends the answer before another token is sampled.
 std::optional<StopReason> reason_to_stop(const Answer& answer, const GenerateOptions& options) {
+  if (told_to_end()) return StopReason::told_to_end;
   if (interrupted()) return StopReason::interrupted;
   if (options.max_tokens && answer.generated_tokens >= *options.max_tokens) return StopReason::token_limit;
   return std::nullopt;
@@ -50,6 +53,7 @@ Outcome generate(Session& session, Sampler& sampler, std::span<const Token> prom
   answer = {};
   if (Outcome outcome = read_prompt(session, prompt, options.n_cached, answer); !outcome.status.ok())
     return outcome;
+  options.prompt_read();
   for (const Token token : prompt) sampler.accept(token);
 
   const Tokenizer& tokenizer = session.model().tokenizer();

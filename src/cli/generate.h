@@ -21,6 +21,7 @@ enum class StopReason {
   token_limit,   ///< -n reached
   context_full,  ///< the cache holds n_ctx tokens
   interrupted,   ///< Ctrl-C
+  told_to_end,   ///< SIGTERM or SIGHUP
 };
 
 struct Answer {
@@ -43,6 +44,7 @@ struct GenerateOptions {
   std::optional<int64_t> max_tokens;  ///< nothing: until the model ends or the context is full
   int64_t n_cached = 0;               ///< tokens of the prompt that the session holds already
   std::function<Status(std::string_view text)> show;  ///< called with whole characters as they come
+  std::function<void()> prompt_read = [] {};          ///< called before the answer
 };
 
 /// Runs the prompt, but for its first n_cached tokens, on top of what the session holds. The phase of a

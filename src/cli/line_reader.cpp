@@ -6,6 +6,8 @@
 #include <cerrno>
 #include <system_error>
 
+#include "base/file.h"
+
 namespace narrows::cli {
 namespace {
 
@@ -22,6 +24,8 @@ LineReader::Event LineReader::next(std::string& text) {
       buffer_.erase(0, end == std::string::npos ? end : end + 1);
       scanned_ = 0;
       if (!text.empty() && text.back() == '\r') text.pop_back();
+      if (at_begin_) drop_byte_order_mark(text);
+      at_begin_ = false;
       return Event::line;
     }
     if (at_end_) return Event::end;

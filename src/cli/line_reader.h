@@ -14,7 +14,8 @@ class LineReader {
 
  private:
   std::string buffer_;
-  size_t scanned_ = 0;  ///< no line break before this offset
+  size_t scanned_ = 0;    ///< no line break before this offset
+  bool at_begin_ = true;  ///< a byte order mark may come
   bool at_end_ = false;
 };
 

@@ -105,6 +105,7 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   using namespace narrows;
   try {
+    cli::open_missing_streams();
     cli::install_signal_handlers();
     if (Status status = kernels::check_forced_target(); !status.ok()) return cli::finish(status);
     return cli::run(argc, argv);

@@ -1,6 +1,7 @@
 // stdout by write(2), stderr by stdio (which does not buffer it).
 #include "cli/output.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
 #include <unistd.h>
@@ -26,6 +27,15 @@ Status write_stdout(std::string_view text) {
     }
   }
   return {};
+}
+
+void open_missing_streams() {
+  // open() takes the lowest free number, so in this order each gets its own.
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (::fcntl(fd, F_GETFD) != -1 || errno != EBADF) continue;
+    // Nobody sees what is written to standard output: opened for reading, it refuses.
+    (void)::open("/dev/null", fd == STDERR_FILENO ? O_WRONLY : O_RDONLY);
+  }
 }
 
 void note(std::string_view line) {

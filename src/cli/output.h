@@ -19,6 +19,10 @@ void note(std::string_view line);
 /// `narrows: <sentence>` on stderr, always one line.
 void print_error(const Status& status);
 
+/// Before anything else: a standard stream that the program was started without would else be the next file
+/// that it opens, the model say. Input is then empty, output an error of each write, and notes go nowhere.
+void open_missing_streams();
+
 bool stdin_is_terminal();
 bool stderr_is_terminal();
 

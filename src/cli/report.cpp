@@ -39,6 +39,8 @@ std::string stop_sentence(const RunReport& report) {
       return fmt::format("stopped at -n: {} tokens", report.answer.generated_tokens);
     case StopReason::interrupted:
       return "stopped by Ctrl-C";
+    case StopReason::told_to_end:
+      return "stopped by a signal";
     case StopReason::context_full:
       break;
   }

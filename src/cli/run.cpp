@@ -11,10 +11,10 @@
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/generate.h"
+#include "cli/interrupt.h"
 #include "cli/output.h"
 #include "cli/report.h"
 #include "cli/saved_session.h"
-#include "narrows/session_file.h"
 
 namespace narrows::cli {
 namespace {
@@ -24,7 +24,9 @@ constexpr int64_t kMaxTokens = 1'000'000'000;
 constexpr const char* kFooter =
     R"(The prompt is the files' contents, then the text of -p, as one message through the model's chat template. Without -p
 the program chats: questions come from the terminal or, one a line, from a pipe. The answer goes to standard output,
-everything else to standard error. Ctrl-C stops an answer.
+everything else to standard error. Ctrl-C stops an answer. SIGTERM and SIGHUP end the program with exit code 1, after the
+running step. With --session the file is written when the prompt is read, and once more at the end: after an answer, a signal
+or a closed pipe. A prompt stopped in the middle leaves the part that was read, in steps of some thousand tokens.
 
 Examples:
   narrows run -m model.gguf -f report.txt -p "What are the three main findings?" --kv klt-10x
@@ -113,22 +115,26 @@ Outcome answer_once(const RunFlags& flags, const std::shared_ptr<const Model>& m
   if (!resumed.ok()) return resumed.status();
   Session& session = *resumed->session;
 
+  SessionKeeper keeper(session, flags.session_file, *tokens, resumed->n_cached);
   GenerateOptions options;
   options.n_cached = resumed->n_cached;
   options.max_tokens = flags.max_tokens;
   options.show = [&](std::string_view part) { return flags.json ? Status() : write_stdout(part); };
+  options.prompt_read = [&] { keeper.prompt_is_read(); };
   Answer answer;
-  if (Outcome outcome = generate(session, sampler, *tokens, options, answer); !outcome.status.ok())
-    return outcome;
-  RunReport report = make_report(session, answer, seed);
-  report.saved = !flags.session_file.empty();
-  Status status = write_stdout(flags.json ? json_document(report) : "\n");
-  if (!status.ok()) return {std::move(status), Phase::at_work};
-  note(summary(report));
-  if (flags.session_file.empty()) return {};
-  tokens->insert(tokens->end(), answer.tokens_in_cache.begin(), answer.tokens_in_cache.end());
-  if (Status s = save_session(session, *tokens, flags.session_file); !s.ok()) return {s, Phase::at_work};
-  note(fmt::format("[{} tokens saved in {}]", tokens->size(), quote(flags.session_file)));
+  catch_end_signals();
+  Outcome outcome = generate(session, sampler, *tokens, options, answer);
+  if (outcome.status.ok()) {
+    RunReport report = make_report(session, answer, seed);
+    report.saved = !flags.session_file.empty();
+    outcome = {write_stdout(flags.json ? json_document(report) : "\n"), Phase::at_work};
+    if (outcome.status.ok()) note(summary(report));
+  }
+  Status saved = keeper.finish(answer);
+  if (!outcome.status.ok()) return outcome;
+  if (!saved.ok()) return {std::move(saved), Phase::at_work};
+  if (answer.stop == StopReason::told_to_end)
+    return {Status(StatusCode::cancelled, "ended by a signal: the answer is cut off"), Phase::at_work};
   return {};
 }
 
@@ -156,6 +162,7 @@ Outcome run(const RunFlags& flags) {
   if (flags.chats()) {
     const Result<std::unique_ptr<Session>> session = Session::create(*model, *session_options);
     if (!session.ok()) return session.status();
+    catch_end_signals();
     return Chat(**session, **sampler, {flags.system, std::move(*documents), flags.max_tokens, sampling})
         .run();
   }
@@ -184,7 +191,7 @@ Command make_run_command(CLI::App& app) {
   command
       ->add_option("--session", flags->session_file,
                    "file that keeps the cache: what the prompt has in common with it is not read again, and "
-                   "the cache after the answer replaces it")
+                   "the cache replaces it when the prompt is read and after the answer")
       ->type_name("FILE");
   flags->sampler.add_to(*command);
   command->add_flag(

@@ -44,4 +44,31 @@ Result<ResumedSession> resume_session(const std::shared_ptr<const Model>& model,
   return ResumedSession{std::move(saved->session), kept};
 }
 
+SessionKeeper::SessionKeeper(Session& session, std::string path, std::vector<Token> prompt, int64_t n_cached)
+    : session_(session), path_(std::move(path)), prompt_(std::move(prompt)), n_cached_(n_cached) {}
+
+Status SessionKeeper::save(std::span<const Token> tokens) {
+  if (Status s = save_session(session_, tokens, path_); !s.ok()) return s;
+  note(fmt::format("[{} tokens saved in {}]", tokens.size(), quote(path_)));
+  return {};
+}
+
+void SessionKeeper::prompt_is_read() {
+  is_read_ = true;
+  // The file has the rest already.
+  if (path_.empty() || session_.kept_prefix(session_.n_past()) <= n_cached_) return;
+  if (Status s = save(prompt_); !s.ok()) print_error(s);
+}
+
+Status SessionKeeper::finish(const Answer& answer) {
+  if (path_.empty()) return {};
+  if (!is_read_) {
+    const int64_t n = session_.go_back(static_cast<int64_t>(prompt_.size()));
+    return n > n_cached_ ? save(std::span(prompt_).first(static_cast<size_t>(n))) : Status();
+  }
+  std::vector<Token> tokens = prompt_;
+  tokens.insert(tokens.end(), answer.tokens_in_cache.begin(), answer.tokens_in_cache.end());
+  return save(tokens);
+}
+
 }  // namespace narrows::cli

@@ -51,8 +51,9 @@ struct ServeFlags {
 
 /// One key a line; empty lines and those that begin with '#' are none.
 Result<std::vector<std::string>> read_keys(const std::string& path) {
-  const Result<std::string> text = read_file(path, kMaxKeyFile);
+  Result<std::string> text = read_file(path, kMaxKeyFile);
   if (!text.ok()) return text.status();
+  drop_byte_order_mark(*text);
   std::vector<std::string> keys;
   size_t begin = 0;
   while (begin < text->size()) {

@@ -158,5 +158,16 @@ TEST(Output, ThatCannotBeWrittenIsAFailure) {
   expect_refusal(run({"--help"}, {.out_is_closed_pipe = true}), 1, {"standard output"});
 }
 
+// A stream that is closed is not the next file that the program opens.
+TEST(BadInput, MissingStreams) {
+  expect_refusal(run({"--help"}, {.closed_stream = 1}), 1, {"standard output"});
+  EXPECT_EQ(run({"--help"}, {.closed_stream = 2}).exit_code, 0);
+  EXPECT_EQ(run({"--help"}, {.closed_stream = 0}).exit_code, 0);
+  const TempDir dir;
+  const std::string text = dir.file("text.gguf", "This is not a model, it is a text of some length.");
+  for (const int fd : {0, 2})
+    EXPECT_EQ(run({"run", "-m", text, "-p", "x"}, {.closed_stream = fd}).exit_code, 2);
+}
+
 }  // namespace
 }  // namespace narrows

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cli/program.h"
+#include "support/tiny_model.h"
 
 namespace narrows {
 namespace {
@@ -102,6 +103,43 @@ TEST(Chat, FullContextIsSaidAndTheNextTurnRefused) {
   EXPECT_EQ(finished.exit_code, 2);
   EXPECT_NE(finished.err.find("CONTEXT FULL"), std::string::npos) << finished.err;
   EXPECT_NE(finished.err.find("narrows: "), std::string::npos);
+}
+
+/// A model whose template leaves out what earlier answers said, as templates do with thoughts.
+std::string forgetful_model(const TempDir& dir) {
+  testing::TinyModel tiny;
+  tiny.edit_metadata = [](gguf_context* file) {
+    gguf_set_val_str(file, "tokenizer.chat_template",
+                     "{% for m in messages %}{% if m.role == 'assistant' %}A: (thought)\n"
+                     "{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}"
+                     "{% if add_generation_prompt %}A: {% endif %}");
+  };
+  return tiny.write(dir.path("forgetful.gguf"));
+}
+
+TEST(Chat, ATemplateThatShortensAnswersCostsTheAnswerOnly) {
+  const TempDir dir;
+  const std::string model = forgetful_model(dir), document(900, 'd');
+  const std::string file = dir.file("document", document);
+  for (const std::string kv : {"f16", "kivi-4", "klt", "sals-25"}) {
+    const auto ask = [&](const std::string& input) {
+      return run({"run", "-m", model, "--greedy", "--threads", "1", "--kv", kv, "-n", "20", "-f", file},
+                 {.input = input});
+    };
+    const Finished one = ask("Why?\n"), three = ask("Why?\nWhen?\nWho?\n");
+    ASSERT_EQ(three.exit_code, 0) << three.err;
+    EXPECT_NE(three.err.find("rewritten"), std::string::npos) << three.err;
+    // What is read again is some tens of tokens: the question, and up to a unit before the cut.
+    const int64_t more = totals(three).prompt - totals(one).prompt;
+    EXPECT_LT(more, 2 * (60 + 64)) << kv;
+    EXPECT_GT(more, 20);
+    if (kv != "f16") continue;
+    // The answers are those to the whole conversation.
+    const std::string whole = "Q: " + document + "\n\nWhy?\nA: (thought)\nQ: When?\nA: ";
+    const Finished raw =
+        run({"run", "-m", model, "--greedy", "--threads", "1", "--kv", kv, "-n", "20", "--raw", "-p", whole});
+    EXPECT_EQ(three.out.substr(0, one.out.size() + raw.out.size()), one.out + raw.out);
+  }
 }
 
 }  // namespace

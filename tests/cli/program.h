@@ -30,6 +30,7 @@ struct ProgramOptions {
   std::string input = {};           ///< standard input
   std::string out_path = {};        ///< standard output; empty: kept
   bool out_is_closed_pipe = false;  ///< standard output is a pipe that nobody reads
+  int closed_stream = -1;           ///< 0, 1 or 2: the program starts without it
 };
 
 /// A running program; its streams are files, so that no pipe can fill up.
@@ -51,6 +52,7 @@ class Program {
     } else {
       posix_spawn_file_actions_addopen(&actions, 1, out_path_.c_str(), O_WRONLY | O_CREAT, 0600);
     }
+    if (options.closed_stream >= 0) posix_spawn_file_actions_addclose(&actions, options.closed_stream);
     std::vector<std::string> all = {NARROWS_PROGRAM};
     all.insert(all.end(), arguments.begin(), arguments.end());
     std::vector<char*> pointers;
@@ -79,7 +81,18 @@ class Program {
     return false;
   }
 
-  void interrupt() const { ::kill(pid_, SIGINT); }
+  void interrupt() const { send(SIGINT); }
+  void send(int signal_number) const { ::kill(pid_, signal_number); }
+
+  /// Until the text stands on standard error or the time is over.
+  bool wait_for_note(const std::string& text, std::chrono::seconds limit = std::chrono::seconds(120)) const {
+    const auto end = std::chrono::steady_clock::now() + limit;
+    while (std::chrono::steady_clock::now() < end) {
+      if (content(dir_.path("err")).find(text) != std::string::npos) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return false;
+  }
 
   Finished wait() {
     int status = 0;

@@ -1,6 +1,7 @@
 // `narrows run` with the model: repeatable answers, the JSON document, limits, Ctrl-C, an output that breaks
 // off.
 #include <gtest/gtest.h>
+#include <signal.h>
 
 #include <nlohmann/json.hpp>
 #include <string>
@@ -180,6 +181,101 @@ TEST(Run, OutputThatBreaksOffEndsTheRun) {
   expect_refusal(run(arguments({"-p", "Hi", "-n", "2", "--json"}), full), 1, {"standard output"});
   const testing::ProgramOptions closed = {.out_is_closed_pipe = true};
   expect_refusal(run(arguments({"--raw", "-p", kEndless}), closed), 1, {"standard output", "Broken pipe"});
+}
+
+/// A text of more than 900 tokens, and the tokens that a session of it can give to another question at least.
+std::string numbered_lines() {
+  std::string words;
+  for (int i = 0; i < 300; ++i) words += "line " + std::to_string(i) + "\n";
+  return words;
+}
+
+/// What the session in the file spares a run with another question, whose answer is that of a fresh run.
+void expect_it_goes_on(const std::string& file, const std::string& text, int64_t at_least) {
+  const TempDir dir;
+  const auto ask = [&](const std::string& session) {
+    return json_of(
+        {"-f", text, "-p", "Which line is last?", "-n", "6", "--greedy", "--json", "--session", session});
+  };
+  const Json next = ask(file), fresh = ask(dir.path("fresh"));
+  EXPECT_GE(next["cached_tokens"], at_least);
+  EXPECT_EQ(fresh["cached_tokens"], 0);
+  EXPECT_EQ(next["text"], fresh["text"]);
+}
+
+TEST(Run, ASignalWhileAnsweringSavesTheSession) {
+  for (const int number : {SIGTERM, SIGHUP}) {
+    const TempDir dir;
+    const std::string text = dir.file("text", numbered_lines()), file = dir.path("s");
+    Program program(arguments(
+        {"-f", text, "-p", "Repeat all of it.", "--greedy", "--repeat-penalty", "1", "--session", file}));
+    ASSERT_TRUE(program.wait_for_note("tokens saved")) << "once the prompt is read";
+    ASSERT_TRUE(std::filesystem::exists(file));
+    ASSERT_TRUE(program.wait_for_output(4));
+    program.send(number);
+    const Finished finished = program.wait();
+    EXPECT_EQ(finished.exit_code, 1) << finished.err;
+    EXPECT_NE(finished.err.find("narrows: ended by a signal"), std::string::npos) << finished.err;
+    expect_it_goes_on(file, text, 700);
+  }
+}
+
+TEST(Run, KilledWhileAnsweringLeavesWhatWasRead) {
+  const TempDir dir;
+  const std::string text = dir.file("text", numbered_lines()), file = dir.path("s");
+  Program program(arguments({"-f", text, "-p", "Repeat all of it.", "--greedy", "--session", file}));
+  ASSERT_TRUE(program.wait_for_output(4));
+  program.send(SIGKILL);
+  (void)program.wait();
+  expect_it_goes_on(file, text, 700);
+}
+
+TEST(Run, AnOutputThatBreaksOffSavesTheSession) {
+  const TempDir dir;
+  const std::string text = dir.file("text", numbered_lines()), file = dir.path("s");
+  const Finished finished =
+      run(arguments({"-f", text, "-p", "Why?", "--greedy", "--session", file}), {.out_is_closed_pipe = true});
+  EXPECT_EQ(finished.exit_code, 1);
+  EXPECT_NE(finished.err.find("Broken pipe"), std::string::npos) << finished.err;
+  EXPECT_NE(finished.err.find("tokens saved"), std::string::npos) << finished.err;
+  expect_it_goes_on(file, text, 700);
+}
+
+TEST(Run, ASignalWhileReadingIsAFailure) {
+  const TempDir dir;
+  std::string text;
+  for (int i = 0; i < 700; ++i) text += "Sentence number " + std::to_string(i) + ".\n";
+  const std::string file = dir.path("s");
+  Program program(
+      arguments({"-f", dir.file("long.txt", text), "-p", "Sum up.", "-n", "0", "--session", file}));
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  program.send(SIGTERM);
+  // While the model is loaded the signal ends the program at once.
+  const Finished finished = program.wait();
+  EXPECT_TRUE(finished.exit_code == 1 || finished.exit_code == -SIGTERM) << finished.exit_code;
+  EXPECT_EQ(finished.out, "");
+}
+
+TEST(Run, AClosedInputIsEmptyAndAByteOrderMarkNoToken) {
+  // What follows a closed standard input: the model's file, read as questions.
+  const Finished closed = run(arguments({"-n", "4"}), {.closed_stream = 0});
+  expect_refusal(closed, 2, {"there is no question"});
+  EXPECT_EQ(run(arguments({"-p", "Hi", "-n", "2"}), {.closed_stream = 0}).exit_code, 0);
+  expect_refusal(run(arguments({"-p", "Hi", "-n", "2"}), {.closed_stream = 1}), 1, {"standard output"});
+
+  const TempDir dir;
+  const auto tokens = [&](const std::string& text) {
+    return json_of({"--raw", "-f", dir.file("text", text), "-n", "0", "--json"})["prompt_tokens"]
+        .get<int64_t>();
+  };
+  EXPECT_EQ(tokens("\xEF\xBB\xBFHello"), tokens("Hello"));
+  EXPECT_GT(tokens("Hello\xEF\xBB\xBF"), tokens("Hello"));  // elsewhere it is text
+  const auto chat = [&](const std::string& input) {
+    return run(arguments({"-n", "4", "--greedy"}), {.input = input});
+  };
+  const Finished with = chat("\xEF\xBB\xBFHi\n"), without = chat("Hi\n");
+  EXPECT_EQ(with.out, without.out);
+  EXPECT_EQ(number_after(with.err, "[prompt "), number_after(without.err, "[prompt "));
 }
 
 TEST(Run, CutOffModelsAndMissingBasesAreRefused) {
