@@ -1,12 +1,17 @@
 // `narrows serve`: the model behind an OpenAI-compatible HTTP server.
 #include <fmt/format.h>
 #include <signal.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <condition_variable>
 #include <filesystem>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/file.h"
@@ -15,6 +20,7 @@
 #include "cli/engine_flags.h"
 #include "cli/output.h"
 #include "server/http_server.h"
+#include "server/replies.h"
 #include "server/scheduler.h"
 
 namespace narrows::cli {
@@ -28,7 +34,8 @@ constexpr std::chrono::seconds kPatience{10};
 constexpr const char* kFooter =
     R"(Serves /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /props, /tokenize, /detokenize,
 /apply-template, /slots, and a chat page at /. docs/server_api.md has the fields. One line of JSON a request goes to standard error.
-SIGTERM or Ctrl-C ends it: requests at work have 10 seconds to finish.
+SIGTERM or Ctrl-C ends it: requests at work have 10 seconds to finish, new ones are refused. A second one ends it at once,
+as one while the model is loaded does.
 
 Examples:
   narrows serve -m model.gguf                                  then open http://127.0.0.1:8080
@@ -85,31 +92,70 @@ server::LogSink log_to_stderr() {
   };
 }
 
-/// SIGTERM and SIGINT wait until wait() takes them; threads that are made later wait too.
+/// SIGTERM and SIGINT, taken by a thread of their own. Before ready() the first one ends the process, since
+/// nothing is served yet; later it makes wait() return, and the second one ends the process. The exit code is
+/// then 128 and the signal's number. (Not the signals' own effect: process 1 of a container has none.)
 class EndSignals {
  public:
   EndSignals() {
     (void)::sigemptyset(&set_);
     (void)::sigaddset(&set_, SIGTERM);
     (void)::sigaddset(&set_, SIGINT);
-    (void)::pthread_sigmask(SIG_BLOCK, &set_, nullptr);
+    (void)::pthread_sigmask(SIG_BLOCK, &set_, nullptr);  // threads that are made later take them neither
+    thread_ = std::thread([this] { run(); });
   }
-  int wait() const {
-    int number = 0;
-    while (::sigwait(&set_, &number) != 0) {
-    }
-    return number;
+  ~EndSignals() {
+    ended_ = true;
+    (void)::pthread_kill(thread_.native_handle(), SIGTERM);
+    thread_.join();
   }
-  /// The next one ends the process.
-  void let_go() const {
-    (void)::signal(SIGTERM, SIG_DFL);
-    (void)::signal(SIGINT, SIG_DFL);
-    (void)::pthread_sigmask(SIG_UNBLOCK, &set_, nullptr);
+  EndSignals(const EndSignals&) = delete;
+  EndSignals& operator=(const EndSignals&) = delete;
+
+  void ready() { ready_ = true; }
+  int wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    came_.wait(lock, [this] { return number_ != 0; });
+    return number_;
   }
 
  private:
+  void run() {
+    while (true) {
+      int number = 0;
+      if (::sigwait(&set_, &number) != 0) continue;
+      if (ended_) return;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!ready_ || number_ != 0) ::_exit(128 + number);
+        number_ = number;
+      }
+      came_.notify_one();
+    }
+  }
+
   sigset_t set_{};
+  std::atomic<bool> ended_{false};
+  std::atomic<bool> ready_{false};
+  std::mutex mutex_;
+  std::condition_variable came_;
+  int number_ = 0;  ///< of the first one
+  std::thread thread_;
 };
+
+/// Room for so many connections beside what the process has open: the soft limit is often 1,024.
+void raise_open_files(int64_t n_connections) {
+  rlimit limit{};
+  const auto want = static_cast<rlim_t>(n_connections + 256);
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= want) return;
+  limit.rlim_cur = std::min(want, limit.rlim_max);
+  (void)::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+/// "[::1]" for an address with colons, as URLs want it.
+std::string url_host(const std::string& host) {
+  return host.find(':') != std::string::npos && host[0] != '[' ? "[" + host + "]" : host;
+}
 
 Outcome serve(const ServeFlags& flags) {
   Result<SessionOptions> session = flags.session.parse();
@@ -132,14 +178,17 @@ Outcome serve(const ServeFlags& flags) {
   scheduling.memory_bytes = flags.cache_mb.value_or(0) * kMegabyte;
   scheduling.store_bytes = flags.prefix_mb ? *flags.prefix_mb * kMegabyte : -1;
 
-  const EndSignals signals;
+  http.n_generations = scheduling.n_slots + scheduling.max_waiting;
+  raise_open_files(http.max_connections + 2 * http.n_generations);
+
+  EndSignals signals;
   const server::LogSink log = log_to_stderr();
   Result<std::unique_ptr<server::HttpServer>> listening = server::HttpServer::start(http, log);
   if (!listening.ok()) return listening.status();
   server::HttpServer& web = **listening;
-  const auto say = [&](nlohmann::ordered_json fields) { log(fields.dump()); };
+  const auto say = [&](const server::Json& fields) { log(server::dump(fields)); };
   say({{"event", "listening"},
-       {"url", fmt::format("http://{}:{}", http.host, web.port())},
+       {"url", fmt::format("http://{}:{}", url_host(http.host), web.port())},
        {"keys", http.api_keys.size()},
        {"sessions", http.session_dir}});
   Result<std::shared_ptr<const Model>> model = flags.model.load();
@@ -148,6 +197,7 @@ Outcome serve(const ServeFlags& flags) {
       server::Scheduler::create(*model, scheduling, &web.metrics());
   if (!scheduler.ok()) return scheduler.status();
   web.serve(*model, scheduler->get());
+  signals.ready();
   say({{"event", "ready"},
        {"model", http.model_name},
        {"kv", session->kv.name},
@@ -156,7 +206,6 @@ Outcome serve(const ServeFlags& flags) {
        {"cache_limit_bytes", (*scheduler)->memory_limit()}});
 
   const int number = signals.wait();
-  signals.let_go();
   say({{"event", "ending"}, {"signal", number}});
   web.stop(kPatience);
   say({{"event", "ended"}});
@@ -180,9 +229,11 @@ Command make_serve_command(CLI::App& app) {
       ->type_name("N")
       ->check(whole_number(1, DecodeBatch::kMaxSessions))
       ->capture_default_str();
-  command->add_option("--queue", flags->scheduler.max_waiting, "requests that may wait for a slot")
+  command
+      ->add_option("--queue", flags->scheduler.max_waiting,
+                   "requests that may wait for a slot; more are refused with 429")
       ->type_name("N")
-      ->check(whole_number(0, 100'000))
+      ->check(whole_number(0, 4000))
       ->capture_default_str();
   flags->session.add_to(*command);
   command
@@ -203,7 +254,10 @@ Command make_serve_command(CLI::App& app) {
       ->add_option("--cors-origin", flags->http.cors_origin,
                    "web pages from this origin may use the server (default: none but its own)")
       ->type_name("ORIGIN");
-  command->add_option("--connections", flags->http.max_connections, "connections at work at the same time")
+  command
+      ->add_option(
+          "--connections", flags->http.max_connections,
+          "open connections beside those that are answered; of more the one that waited longest is closed")
       ->type_name("N")
       ->check(whole_number(1, 4096))
       ->capture_default_str();

@@ -135,8 +135,11 @@ void Scheduler::finish(Slot& slot, const char* reason) {
                            ? std::min(n, kv.n_sink + kv.budget_at(n) + kv.n_recent)
                            : n;
   event.result = slot.result;
-  slot.job->channel.push(std::move(event));
+  const std::shared_ptr<Job> job = slot.job;
   leave(slot, true);
+  show();  // before the client knows
+  const Status told = guarded("the end", [&] { job->channel.push(std::move(event)); });
+  if (!told.ok()) job->channel.break_off();  // the slot is no longer the job's
 }
 
 void Scheduler::fail(const Waiting& waiting, const ApiError& error) {
@@ -153,9 +156,11 @@ void Scheduler::fail(const Waiting& waiting, const Status& status) noexcept {
 }
 
 void Scheduler::fail(Slot& slot, const Status& status) noexcept {
-  fail(Waiting{slot.job, slot.choice}, status);
+  const Waiting failed{slot.job, slot.choice};
   const bool anywhere = status.code() == StatusCode::out_of_memory || status.code() == StatusCode::internal;
   anywhere ? abandon(slot) : leave(slot, true);
+  show();  // before the client knows
+  fail(failed, status);
 }
 
 void Scheduler::abandon(Slot& slot) noexcept {

@@ -4,21 +4,38 @@
 #include <httplib.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <thread>
 
+#include "server/front.h"
 #include "server/http_server.h"
 #include "server/json_fields.h"
+#include "server/socket_stream.h"
 
 namespace narrows::server {
+
+/// cpp-httplib without its connections: it accepts them, and parses and answers requests that the front has
+/// read.
+class Listener : public httplib::Server {
+ public:
+  std::function<void(int socket)> accepted;
+  /// True if the connection may go on.
+  bool answer(const Connection& connection, SocketStream& stream);
+
+ private:
+  bool process_and_close_socket(socket_t socket) override;
+};
 
 struct HttpServer::Impl {
   Impl(const HttpOptions& options, LogSink log);
 
   // http_server.cpp
   void set_up();
+  bool start_front();
+  bool wants_body(const RequestFrame& frame) const;
   void allow_cors(const httplib::Request& req, httplib::Response& res) const;
   bool let_in(const httplib::Request& req) const;
   bool is_from_foreign_page(const httplib::Request& req) const;
@@ -42,13 +59,14 @@ struct HttpServer::Impl {
   HttpOptions options;
   LogSink sink;
   Metrics metrics;
-  httplib::Server http;
+  Listener http;
   int port = 0;
   std::thread thread;
   std::shared_ptr<const Model> model;  ///< set before scheduler
   std::atomic<Scheduler*> scheduler{nullptr};
   std::atomic<bool> stopping{false};
   std::atomic<uint64_t> n_id{0};
+  std::unique_ptr<Front> front;  ///< last: its threads use what is above
 };
 
 /// Sends JSON.

@@ -13,6 +13,23 @@ namespace narrows::server {
 
 namespace {
 
+/// Requests of a connection.
+constexpr int kMostRequests = 100;
+/// Requests that are answered beside the generations: token counts, saves, the page.
+constexpr size_t kOtherRequests = 16;
+/// What clients have to take the last bytes in when the server ends.
+constexpr std::chrono::milliseconds kLastWords{2000};
+
+/// Runs what cpp-httplib would give to a thread at once: it only hands the socket on.
+class Inline : public httplib::TaskQueue {
+ public:
+  bool enqueue(std::function<void()> work) override {
+    work();
+    return true;
+  }
+  void shutdown() override {}
+};
+
 /// Paths that need no key: whether the server lives, and the page that asks for one.
 bool is_public(const std::string& path) {
   return path == "/health" || path == "/" || path == "/index.html" || path == "/chat.js" ||
@@ -81,6 +98,7 @@ void reply(httplib::Response& res, const Json& json, int code) {
 
 void reply(httplib::Response& res, const ApiError& error) {
   res.status = error.http_code;
+  if (error.http_code == 429) res.set_header("Retry-After", "1");
   res.set_content(to_json(error) + "\n", "application/json; charset=utf-8");
 }
 
@@ -157,16 +175,13 @@ void HttpServer::Impl::allow_cors(const httplib::Request& req, httplib::Response
 }
 
 void HttpServer::Impl::set_up() {
-  const auto n = static_cast<size_t>(options.max_connections);
-  http.new_task_queue = [n] { return new httplib::ThreadPool(std::min<size_t>(n, 8), n, n); };
+  http.new_task_queue = [] { return new Inline; };
   // Not httplib's default, SO_REUSEPORT: another process could then listen on our port beside us.
   http.set_socket_options([](socket_t socket) {
     const int yes = 1;
     (void)::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
   });
   http.set_payload_max_length(options.max_body_bytes);
-  http.set_read_timeout(options.io_timeout);
-  http.set_write_timeout(options.io_timeout);
   http.set_keep_alive_timeout(5);
   http.set_tcp_nodelay(true);  // a token should not wait for the next
   http.set_pre_routing_handler([this](const httplib::Request& req, httplib::Response& res) {
@@ -218,6 +233,71 @@ void HttpServer::Impl::set_up() {
   add_slot_routes();
 }
 
+bool Listener::process_and_close_socket(socket_t socket) {
+  accepted(socket);
+  return true;
+}
+
+bool Listener::answer(const Connection& c, SocketStream& stream) {
+  const bool last = c.closes || c.n_answered >= kMostRequests;
+  bool closed = false;
+  const bool done = serve_guarded([&] {
+    return process_request(stream, c.remote_ip, c.remote_port, "", 0, last, closed,
+                           [](httplib::Request& req) {
+                             req.headers.erase("Expect");  // the front has seen to it
+                           });
+  });
+  return done && !last && !closed && !stream.says_close() && stream.at_end();
+}
+
+/// Whether the request's head alone would not refuse it.
+bool HttpServer::Impl::wants_body(const RequestFrame& frame) const {
+  httplib::Request req;
+  req.method = frame.method();
+  req.path = frame.path();
+  for (const auto& [name, value] : frame.headers()) req.headers.emplace(name, value);
+  return ready() && let_in(req) && !is_from_foreign_page(req);
+}
+
+bool HttpServer::Impl::start_front() {
+  FrontOptions o;
+  o.max_waiting = static_cast<size_t>(options.max_connections);
+  o.n_threads = static_cast<size_t>(options.n_generations) + kOtherRequests;
+  o.max_body_bytes = options.max_body_bytes;
+  o.max_held_bytes = 4 * options.max_body_bytes;
+  o.head_timeout = options.head_timeout;
+  o.body_timeout = options.io_timeout;
+  o.body_bytes_a_second = SocketStream::kBytesASecond;
+  if (!options.cors_origin.empty())
+    o.headers_of_refusals =
+        fmt::format("Access-Control-Allow-Origin: {}\r\nVary: Origin\r\n", options.cors_origin);
+  Front::Hooks hooks;
+  hooks.at_once = [](const RequestFrame& frame) {
+    return (frame.method() == "GET" || frame.method() == "HEAD") &&
+           (frame.path() == "/health" || frame.path() == "/metrics");
+  };
+  hooks.wants_body = [this](const RequestFrame& frame) { return wants_body(frame); };
+  hooks.answer = [this](Connection& c) {
+    SocketStream stream(c.fd, std::move(c.request), options.io_timeout);
+    return http.answer(c, stream);
+  };
+  hooks.answer_at_once = [this](Connection& c, std::string& reply) {
+    SocketStream stream(c.fd, std::move(c.request), &reply);
+    return http.answer(c, stream);
+  };
+  hooks.refused = [this](const Connection& c, const RequestFrame& frame, const ApiError& error) {
+    log({{"event", "refused"},
+         {"method", frame.method()},
+         {"path", frame.path()},
+         {"status", error.http_code},
+         {"client", c.remote_ip}});
+  };
+  front = Front::start(o, std::move(hooks));
+  if (front == nullptr) return false;
+  http.accepted = [this](int socket) { front->add(socket); };
+  return true;
+}
+
 HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 HttpServer::~HttpServer() { stop(std::chrono::milliseconds(0)); }
@@ -232,6 +312,11 @@ Result<std::unique_ptr<HttpServer>> HttpServer::start(const HttpOptions& options
     return Status(StatusCode::invalid_argument,
                   fmt::format("cannot listen on {} port {}: it is in use, or not an address of this machine",
                               options.host, options.port));
+  }
+  if (!impl->start_front()) {
+    return Status(
+        StatusCode::out_of_memory,
+        "the system gives no more threads or open files for connections; raise its limits (ulimit)");
   }
   Impl* raw = impl.get();
   impl->thread = std::thread([raw] { (void)raw->http.listen_after_bind(); });
@@ -250,8 +335,11 @@ void HttpServer::serve(std::shared_ptr<const Model> model, Scheduler* scheduler)
 void HttpServer::stop(std::chrono::milliseconds patience) {
   impl_->stopping = true;
   if (!impl_->thread.joinable()) return;
-  impl_->http.stop();  // no new connections; those at work go on
+  impl_->front->refuse_new();
   if (Scheduler* scheduler = impl_->scheduler.load()) scheduler->stop(patience);
+  // The listener last: cpp-httplib cuts streams as soon as it is closed.
+  impl_->front->end(kLastWords);
+  impl_->http.stop();
   impl_->thread.join();
 }
 

@@ -23,8 +23,11 @@ struct HttpOptions {
   std::string session_dir;            ///< where slots are saved; "": they cannot be
   std::string model_name;             ///< as /v1/models says
   size_t max_body_bytes = size_t{64} << 20;
-  int max_connections = 64;                    ///< at work at once; as many again may wait
-  std::chrono::seconds io_timeout{30};         ///< of one read or write of a connection
+  int max_connections = 256;  ///< open without a request that is answered; the one that waited longest goes
+  int n_generations = 68;     ///< generations that may be answered and wait at once: --slots and --queue
+  std::chrono::milliseconds head_timeout{10'000};  ///< of a request's head, from its first byte to its last
+  /// Of a body, and of one write; 1 s more for each 100 kB of it.
+  std::chrono::milliseconds io_timeout{30'000};
   std::chrono::seconds request_timeout{3600};  ///< of a whole generation
   bool log_prompts = false;                    ///< prompts and answers in the log: off, they are the users'
 };
@@ -47,8 +50,9 @@ class HttpServer {
   /// The model is there; both outlive the server.
   void serve(std::shared_ptr<const Model> model, Scheduler* scheduler);
 
-  /// Takes no more connections, lets requests at work finish for `patience`, cancels the rest, and returns
-  /// when all threads have ended.
+  /// Refuses new requests with 503 (but /health and /metrics, which go on), lets those at work finish for
+  /// `patience`, ends the rest with an error, closes everything when its last byte is written, and returns
+  /// when all threads have ended. Clients that do not take those bytes within 2 s are cut.
   void stop(std::chrono::milliseconds patience);
 
   struct Impl;

@@ -2,9 +2,31 @@
 
 namespace narrows::server {
 
+namespace {
+
+/// About what it takes.
+size_t bytes_of(const Event& event) {
+  size_t n = sizeof(Event) + event.text.size();
+  for (const TokenLogprob& l : event.logprobs)
+    n += sizeof(l) + l.piece.size() + l.top.size() * (sizeof(TokenLogprob::Alternative) + 16);
+  return n;
+}
+
+}  // namespace
+
 void Channel::push(Event event) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (overflown_) return;
+    n_bytes_ += bytes_of(event);
+    if (n_bytes_ > kMostBytes) {
+      overflown_ = true;
+      cancelled_ = true;
+      event = {};
+      event.kind = Event::Kind::failed;
+      event.error = http_error(408, "the answer was not read in time");
+      n_bytes_ += bytes_of(event);
+    }
     events_.push_back(std::move(event));
   }
   ready_.notify_one();
@@ -29,6 +51,7 @@ std::optional<Event> Channel::pop(std::chrono::milliseconds wait) {
   }
   Event event = std::move(events_.front());
   events_.pop_front();
+  n_bytes_ -= bytes_of(event);
   return event;
 }
 

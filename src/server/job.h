@@ -71,6 +71,10 @@ struct Event {
 /// Events of a job, from the engine thread to one reader.
 class Channel {
  public:
+  /// Most bytes of events that a reader may be behind: the job of one that does not read is cancelled, and
+  /// fails.
+  static constexpr size_t kMostBytes = size_t{8} << 20;
+
   void push(Event event);
   /// For when there is no memory for an event: pop() then gives the reader a failure, after what is there.
   void break_off() noexcept;
@@ -86,6 +90,8 @@ class Channel {
   std::condition_variable ready_;
   std::deque<Event> events_;
   bool broken_off_ = false;
+  size_t n_bytes_ = 0;
+  bool overflown_ = false;
   std::atomic<bool> cancelled_{false};
 };
 

@@ -60,7 +60,7 @@ bool Scheduler::make_room(int64_t bytes) {
     int64_t n = store_.bytes();
     for (const Slot& slot : slots_) {
       const int64_t held = slot.held.session != nullptr ? slot.held.session->cache_stats().bytes : 0;
-      n += slot.busy() ? std::max(held, slot.reserved_bytes) : held;
+      n += slot.state != SlotState::idle ? std::max(held, slot.reserved_bytes) : held;
     }
     return n;
   };
@@ -78,6 +78,33 @@ bool Scheduler::make_room(int64_t bytes) {
     slot->held = {};
   }
   return used() + bytes <= memory_limit_;
+}
+
+std::optional<ApiError> Scheduler::reserve(int id, int64_t bytes) {
+  std::optional<ApiError> error;
+  on_engine([&] {
+    int64_t at_work = 0;
+    for (const Slot& slot : slots_) {
+      if (slot.id == id || slot.state == SlotState::idle) continue;
+      const int64_t held = slot.held.session != nullptr ? slot.held.session->cache_stats().bytes : 0;
+      at_work += std::max(held, slot.reserved_bytes);
+    }
+    Slot& slot = slots_[static_cast<size_t>(id)];
+    const int64_t before = slot.reserved_bytes;
+    slot.reserved_bytes = 0;
+    if (at_work + bytes <= memory_limit_ && make_room(bytes)) {
+      slot.reserved_bytes = bytes;
+      return;
+    }
+    slot.reserved_bytes = before;
+    error = to_api_error(
+        {StatusCode::out_of_memory,
+         fmt::format(
+             "the session takes {:.1f} MB and the server may use {:.1f} MB for caches, {:.1f} MB of it "
+             "for requests at work; raise --cache-mb, or try again when they are done",
+             megabytes(bytes), megabytes(memory_limit_), megabytes(at_work))});
+  });
+  return error;
 }
 
 /// True if a slot is just reading what this choice could share more of than of anything that is there now.

@@ -46,6 +46,7 @@ Result<std::unique_ptr<Scheduler>> Scheduler::create(std::shared_ptr<const Model
   if (!first.ok()) return first.status();
   s->n_ctx_ = (*first)->n_ctx();
   s->slots_.front().held.session = std::move(*first);
+  s->show();
   s->thread_ = std::thread([raw = s.get()] { raw->run(); });
   return s;
 }
@@ -58,11 +59,13 @@ std::optional<ApiError> Scheduler::submit(std::shared_ptr<Job> job) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) {
       error = http_error(503, "the server is shutting down");
-    } else if (n_waiting_ + job->n_choice() > options_.max_waiting + options_.n_slots) {
-      error = http_error(429, fmt::format("{} requests wait already, the queue holds {}; try again later",
-                                          n_waiting_, options_.max_waiting));
+    } else if (n_admitted_ + job->n_choice() > options_.max_waiting + options_.n_slots) {
+      error =
+          http_error(429, fmt::format("{} requests are at work or wait already, there are {} slots and the "
+                                      "queue holds {}; try again later",
+                                      n_admitted_, options_.n_slots, options_.max_waiting));
     } else {
-      n_waiting_ += job->n_choice();
+      n_admitted_ += job->n_choice();
       arrived_.push_back(std::move(job));
     }
   }
@@ -79,6 +82,7 @@ void Scheduler::on_engine(const std::function<void()>& work) {
       commands_.push_back([&] {
         try {
           work();
+          show_slots();
           done.set_value();
         } catch (...) {
           done.set_exception(std::current_exception());
@@ -86,6 +90,7 @@ void Scheduler::on_engine(const std::function<void()>& work) {
       });
     } else {
       work();  // nobody else is there any more
+      show_slots();
       done.set_value();
     }
   }
@@ -105,6 +110,7 @@ void Scheduler::stop(std::chrono::milliseconds patience) {
 
 void Scheduler::take_commands(bool may_wait) {
   std::vector<std::function<void()>> commands;
+  if (may_wait) show();
   {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto news = [this] {
@@ -142,6 +148,7 @@ void Scheduler::take_returned() noexcept {
     slot.held = std::move(*held);
     held.reset();
     slot.state = SlotState::idle;
+    slot.reserved_bytes = 0;
     slot.last_used = Clock::now();
   }
 }
@@ -155,19 +162,21 @@ void Scheduler::drop_cancelled() {
   }
 }
 
+int Scheduler::n_busy() const {
+  return static_cast<int>(
+      std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.busy(); }));
+}
+
 void Scheduler::run() {
   while (true) {
-    const auto busy = [this] {
-      return std::any_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.busy(); });
-    };
+    const auto busy = [this] { return n_busy() > 0; };
     take_commands(!busy());
     drop_cancelled();
     place_waiting();
+    show_if_old();
     bool over = false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      n_waiting_ = static_cast<int>(waiting_.size());
-      for (const auto& job : arrived_) n_waiting_ += job->n_choice();
       over = closed_ && (Clock::now() >= *deadline_ || (!busy() && waiting_.empty() && arrived_.empty()));
     }
     if (over) break;
@@ -297,64 +306,20 @@ std::optional<Held> Scheduler::hold(int id, ApiError& error) {
     slot.state = SlotState::held;
     held = std::move(slot.held);
     slot.held = {};
+    slot.reserved_bytes = held->session != nullptr ? held->session->cache_stats().bytes : 0;
   });
   return held;
 }
 
 void Scheduler::release(int id, Held held) noexcept {
-  // Without a command, which would need memory.
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     returned_[static_cast<size_t>(id)] = std::move(held);
     if (ended_) take_returned();
   }
   wake_.notify_one();
-}
-
-std::vector<SlotInfo> Scheduler::slots() {
-  std::vector<SlotInfo> all;
-  on_engine([&] {
-    for (const Slot& slot : slots_) {
-      SlotInfo info;
-      info.id = slot.id;
-      info.state = slot.state;
-      info.n_ctx = n_ctx_;
-      info.kv = options_.session.kv.name;
-      if (slot.held.session != nullptr) {
-        info.kv = slot.held.session->profile().name;
-        info.n_tokens = slot.held.session->n_past();
-        info.prefill_done = slot.held.session->prefill_done();
-        info.cache = slot.held.session->cache_stats();
-      }
-      if (slot.busy()) {
-        info.job_id = slot.job->id;
-        info.n_prompt = slot.result.n_prompt;
-        info.n_generated = slot.result.n_generated;
-      }
-      all.push_back(std::move(info));
-    }
-  });
-  return all;
-}
-
-Gauges Scheduler::gauges() {
-  Gauges g;
-  on_engine([&] {
-    g.n_slots = options_.n_slots;
-    g.n_waiting = static_cast<int64_t>(waiting_.size());
-    g.memory_limit = memory_limit_;
-    g.store_bytes = store_.bytes();
-    g.n_stored = store_.size();
-    g.cache_bytes = g.store_bytes;
-    for (const Slot& slot : slots_) {
-      if (slot.state != SlotState::idle) ++g.n_busy;
-      if (slot.held.session == nullptr) continue;
-      const CacheStats stats = slot.held.session->cache_stats();
-      g.cache_bytes += stats.bytes;
-      g.cache_bytes_f16 += stats.bytes_f16;
-    }
-  });
-  return g;
+  // The engine takes it before the next command; without memory for one it takes it all the same.
+  (void)guarded("the slot", [this] { on_engine([] {}); });
 }
 
 }  // namespace narrows::server

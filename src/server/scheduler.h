@@ -64,8 +64,14 @@ class Scheduler {
   std::optional<Held> hold(int slot, ApiError& error);
   void release(int slot, Held held) noexcept;
 
-  std::vector<SlotInfo> slots();
-  Gauges gauges();
+  /// Sets memory aside for the session that a slot which is held will get, and lets caches that nobody works
+  /// with go for it. An error with both figures, and nothing happens, if what is at work leaves too little.
+  std::optional<ApiError> reserve(int slot, int64_t bytes);
+
+  /// As of the engine's last turn: these do not wait for it. What a client knows of (the end of its answer)
+  /// is in them.
+  std::vector<SlotInfo> slots() const;
+  Gauges gauges() const;
   int64_t memory_limit() const { return memory_limit_; }
   const SchedulerOptions& options() const { return options_; }
   int64_t n_ctx() const { return n_ctx_; }
@@ -93,6 +99,13 @@ class Scheduler {
   void write_step();
   /// Runs on the engine thread, between two turns; waits for it. What it throws is thrown here.
   void on_engine(const std::function<void()>& work);
+  int n_busy() const;
+
+  // shown.cpp: what others see of the engine
+  void show() noexcept;
+  void show_slots() noexcept;
+  void copy_slots();
+  void show_if_old() noexcept;
 
   // placing.cpp: which choice gets which slot
   void place_waiting();
@@ -147,10 +160,17 @@ class Scheduler {
   std::vector<std::shared_ptr<Job>> arrived_;
   std::vector<std::function<void()>> commands_;
   std::vector<std::optional<Held>> returned_;  ///< by slot: sessions that were given back
-  int n_waiting_ = 0;                          ///< choices arrived or waiting
+  int n_admitted_ = 0;                         ///< choices arrived, waiting or in a slot
   bool closed_ = false;
   std::optional<Clock::time_point> deadline_;  ///< when patience ends
   bool ended_ = false;
+
+  mutable std::mutex shown_mutex_;  ///< of what follows; never held for longer than a copy takes
+  std::vector<SlotInfo> shown_slots_;
+  Gauges shown_gauges_;
+  Clock::time_point shown_at_;
+  int shown_busy_ = -1;
+
   std::thread thread_;
 };
 

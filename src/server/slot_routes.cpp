@@ -95,14 +95,25 @@ Json save(Held& held, const std::string& path, ApiError& error) {
           {"timings", {{"save_ms", seconds_since(begin) * 1e3}}}};
 }
 
-Json restore(Held& held, const std::string& path, std::shared_ptr<const Model> model,
-             const SessionOptions& options, ApiError& error) {
+/// The session of a file into a slot that is held. Memory is set aside first: the file is about as large.
+Json restore(Scheduler& scheduler, int id, Held& held, const std::string& path,
+             std::shared_ptr<const Model> model, ApiError& error) {
   const auto begin = Clock::now();
-  Result<SavedSession> saved = load_session(std::move(model), options, path);
+  const auto refused = [&](int64_t bytes) {
+    const std::optional<ApiError> why = scheduler.reserve(id, bytes);
+    if (why) error = *why;
+    return why.has_value();
+  };
+  const int64_t n_old = held.session != nullptr ? held.session->cache_stats().bytes : 0;
+  const int64_t n_file = size_of(path);
+  if (n_file > 0 && refused(n_file)) return nullptr;
+  if (n_old > 0 && refused(n_old + n_file)) held = {};  // not both at a time: the earlier one goes first
+  Result<SavedSession> saved = load_session(std::move(model), scheduler.options().session, path);
   if (!saved.ok()) {
     error = to_api_error(saved.status());
     return nullptr;
   }
+  if (refused(saved->session->cache_stats().bytes)) return nullptr;
   held.session = std::move(saved->session);
   held.tokens = std::move(saved->tokens);
   const CacheStats stats = held.session->cache_stats();
@@ -155,7 +166,7 @@ void HttpServer::Impl::add_slot_routes() {
       if (action == "save") {
         answer = save(*slot, *path, error);
       } else if (action == "restore") {
-        answer = restore(*slot, *path, model, s.options().session, error);
+        answer = restore(s, id, *slot, *path, model, error);
       } else {
         answer = {{"n_erased", (*slot).tokens.size()}};
         (*slot).tokens.clear();

@@ -20,7 +20,9 @@ Json profile_json(const KvProfile& p) {
 
 void HttpServer::Impl::add_small_routes() {
   http.Get("/health", [this](const httplib::Request&, httplib::Response& res) {
-    if (ready()) {
+    if (stopping) {
+      reply(res, http_error(503, "the server is shutting down"));
+    } else if (ready()) {
       reply(res, {{"status", "ok"}});
     } else {
       reply(res, http_error(503, "the model is still being loaded"));

@@ -1,108 +1,12 @@
 // The server over real sockets, on a tiny model: what clients get, and what bad ones cannot do.
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
-#include <httplib.h>
-
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <thread>
 
-#include "server/http_server.h"
-#include "support/session.h"
+#include "server/served.h"
 
 namespace narrows::server {
 namespace {
-
-using narrows::testing::LoadedTiny;
-using narrows::testing::TinyModel;
-using nlohmann::json;
-using ::testing::HasSubstr;
-using ::testing::Not;
-
-const LoadedTiny& tiny() {
-  static const LoadedTiny loaded([] {
-    TinyModel m;
-    m.n_layer = 4;
-    m.n_ctx = 8192;
-    return m;
-  }());
-  return loaded;
-}
-
-class Served {
- public:
-  explicit Served(HttpOptions http = {}, int n_slots = 2) {
-    http.port = 0;
-    http.model_name = "tiny";
-    auto started = HttpServer::start(http, [this](const std::string& line) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      log_ += line + "\n";
-    });
-    if (!started.ok()) {
-      ADD_FAILURE() << started.status().message();
-      std::abort();
-    }
-    server_ = std::move(*started);
-    n_slots_ = n_slots;
-  }
-  void load() {
-    SchedulerOptions o;
-    o.n_slots = n_slots_;
-    o.session.kv = narrows::testing::kv("klt");
-    o.session.n_threads = 2;
-    auto made = Scheduler::create(tiny().model, o, &server_->metrics());
-    ASSERT_TRUE(made.ok()) << made.status().message();
-    scheduler_ = std::move(*made);
-    server_->serve(tiny().model, scheduler_.get());
-  }
-  HttpServer& server() { return *server_; }
-  Scheduler& scheduler() { return *scheduler_; }
-  std::string log() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return log_;
-  }
-  httplib::Client client() const {
-    httplib::Client c("127.0.0.1", server_->port());
-    c.set_read_timeout(60);
-    return c;
-  }
-
- private:
-  std::mutex mutex_;
-  std::string log_;
-  int n_slots_ = 0;
-  std::unique_ptr<Scheduler> scheduler_;  // after the server's threads have ended
-  std::unique_ptr<HttpServer> server_;
-};
-
-constexpr const char* kJson = "application/json";
-
-json body_of(const httplib::Result& r) {
-  EXPECT_TRUE(r) << httplib::to_string(r.error());
-  return r ? json::parse(r->body, nullptr, false) : json();
-}
-
-std::string chat_body(const std::string& fields = "", const std::string& content = "hello") {
-  json body = {{"messages", {{{"role", "user"}, {"content", content}}}},
-               {"temperature", 0},
-               {"ignore_eos", true},
-               {"max_tokens", 8}};
-  body.update(json::parse("{" + fields + "}"));
-  return body.dump();
-}
-
-/// The JSON of all events of a stream; "[DONE]" as a string.
-std::vector<json> events_of(const std::string& body) {
-  std::vector<json> events;
-  std::istringstream lines(body);
-  for (std::string line; std::getline(lines, line);) {
-    if (line.rfind("data: ", 0) != 0) continue;
-    const std::string data = line.substr(6);
-    events.push_back(data == "[DONE]" ? json(data) : json::parse(data));
-  }
-  return events;
-}
 
 TEST(Http, IsThereBeforeTheModel) {
   Served s;

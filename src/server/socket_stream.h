@@ -1,0 +1,54 @@
+// What cpp-httplib reads a request from and writes its reply to: a request that is in memory already, and a
+// socket whose client has to read, or nothing that waits at all.
+#pragma once
+
+#include <httplib.h>
+
+#include <chrono>
+#include <string>
+
+namespace narrows::server {
+
+class SocketStream : public httplib::Stream {
+ public:
+  /// Takes the request; reads end with it. Writes go to the socket: one that the client does not take within
+  /// write_timeout, and 1 s more for each kBytesASecond of it, fails.
+  SocketStream(int fd, std::string request, std::chrono::milliseconds write_timeout)
+      : fd_(fd), request_(std::move(request)), write_timeout_(write_timeout) {}
+  /// The same, but writes go to *reply.
+  SocketStream(int fd, std::string request, std::string* reply)
+      : fd_(fd), request_(std::move(request)), reply_(reply) {}
+
+  static constexpr size_t kBytesASecond = 100'000;
+
+  /// The reply says that the connection ends with it.
+  bool says_close() const { return says_close_; }
+  /// All of the request was read.
+  bool at_end() const { return at_ == request_.size(); }
+
+  bool is_readable() const override { return !at_end(); }
+  bool wait_readable() const override { return !at_end(); }
+  bool wait_writable() const override;
+  bool is_peer_alive() const override;
+  ssize_t read(char* to, size_t size) override;
+  ssize_t write(const char* from, size_t size) override;
+  void get_remote_ip_and_port(std::string& ip, int& port) const override;
+  void get_local_ip_and_port(std::string& ip, int& port) const override;
+  socket_t socket() const override { return fd_; }
+  time_t duration() const override { return 0; }
+  const char* buffered_data(size_t& size) const override;
+  void consume_buffered(size_t size) override;
+
+ private:
+  bool wait_for(short events, std::chrono::milliseconds most) const;
+
+  int fd_;
+  std::string request_;
+  size_t at_ = 0;
+  std::string* reply_ = nullptr;
+  std::chrono::milliseconds write_timeout_{0};
+  bool wrote_ = false;
+  bool says_close_ = false;
+};
+
+}  // namespace narrows::server
