@@ -75,7 +75,8 @@ class Session::Impl {
   bool broken = false;     ///< a step failed half way: layers hold different numbers of tokens
 };
 
-/// The number of threads asked for, 0: one a core that the process may use. invalid_argument if it is out of range.
+/// The number of threads asked for, 0: one a core that the process may use. invalid_argument if it is out of
+/// range.
 Result<int> threads_to_use(int n_threads);
 
 /// Attention shape of a model, for caches made outside a session (tests, eval, inspect).

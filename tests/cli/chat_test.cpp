@@ -142,5 +142,17 @@ TEST(Chat, ATemplateThatShortensAnswersCostsTheAnswerOnly) {
   }
 }
 
+TEST(Chat, ASignalEndsItWithItsSummary) {
+  testing::Program program({"run", "-m", testing::model_path(), "--greedy", "--threads", "1"},
+                           {.input = "Count from one to a thousand in words.\nNever asked.\n"});
+  ASSERT_TRUE(program.wait_for_output(10));
+  program.send(SIGTERM);
+  const Finished finished = program.wait();
+  EXPECT_EQ(finished.exit_code, 1) << finished.err;
+  EXPECT_NE(finished.err.find("narrows: ended by a signal"), std::string::npos) << finished.err;
+  EXPECT_NE(finished.err.find("stopped by a signal"), std::string::npos) << finished.err;
+  EXPECT_NE(finished.err.find("[prompt "), std::string::npos) << finished.err;
+}
+
 }  // namespace
 }  // namespace narrows
