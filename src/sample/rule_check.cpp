@@ -18,6 +18,9 @@ constexpr int64_t kMaxVisits = 20'000'000;
 constexpr int64_t kMaxChain = 5000;
 constexpr int64_t kMany = std::numeric_limits<int64_t>::max() / 4;
 
+/// Of a way and the one behind it: the sampler looks at all of them for tokens of several characters.
+constexpr int64_t kMaxPairs = 10'000;
+
 using Rule = llama_grammar_rule;
 
 bool ends(const llama_grammar_element& e) {
@@ -157,25 +160,33 @@ struct Groups {
   std::vector<size_t> low_;
 };
 
-/// Places where a character may be read first, the empty way included: from the rule's beginnings; from the
-/// place within it that has most of them in `most`.
-int64_t ways_of(const Rule& rule, const std::vector<bool>& nullable, const std::vector<int64_t>& ways,
-                int64_t& most) {
-  int64_t all = 0, from_here = 1;  // of the rest of an alternative, from its end on
+/// Places where a character may be read first, the empty way included, and where the next one may be read
+/// then.
+struct Ways {
+  int64_t first = 0;
+  int64_t second = 0;
+};
+Ways both(Ways a, Ways b) { return {sum(a.first, b.first), sum(a.second, b.second)}; }
+Ways larger(Ways a, Ways b) { return {std::max(a.first, b.first), std::max(a.second, b.second)}; }
+
+/// From the rule's beginnings; from the place within it that has most of them in `most`.
+Ways ways_of(const Rule& rule, const std::vector<bool>& nullable, const std::vector<Ways>& ways, Ways& most) {
+  constexpr Ways kEnd{1, 1};
+  Ways all, from_here = kEnd;  // of the rest of an alternative, from its end on
   for (size_t i = rule.size(); i-- > 0;) {
     if (ends(rule[i])) {
-      if (i + 1 < rule.size()) all = sum(all, from_here);
-      from_here = 1;
+      if (i + 1 < rule.size()) all = both(all, from_here);
+      from_here = kEnd;
     } else if (rule[i].type == LLAMA_GRETYPE_RULE_REF) {
       const size_t to = rule[i].value;
-      from_here = sum(ways[to], nullable[to] ? from_here : 0);
+      from_here = both(ways[to], nullable[to] ? from_here : Ways());
     } else if (!goes_on(rule[i])) {
-      from_here = 1;
+      from_here = {1, from_here.first};
     }
-    most = std::max(most, from_here);
+    most = larger(most, from_here);
   }
-  all = sum(all, from_here);
-  most = std::max(most, all);
+  all = both(all, from_here);
+  most = larger(most, all);
   return all;
 }
 
@@ -194,8 +205,10 @@ Status check_rules(const llama_grammar_rules& rules) {
         return refusal("left recursion: a rule leads back to itself before any character");
     }
   }
-  std::vector<int64_t> visits(rules.size(), 1), chain(rules.size(), 1), ways(rules.size(), 0);
-  int64_t all_visits = 0, longest = 0, most = 0, unused = 0;
+  std::vector<int64_t> visits(rules.size(), 1), chain(rules.size(), 1);
+  std::vector<Ways> ways(rules.size());
+  int64_t all_visits = 0, longest = 0;
+  Ways most;
   for (const size_t r : seen.order) {
     for (const Edge& e : graph[r]) {
       if (!e.seen) continue;
@@ -205,9 +218,13 @@ Status check_rules(const llama_grammar_rules& rules) {
     all_visits = sum(all_visits, visits[r]);
     longest = std::max(longest, chain[r]);
   }
-  for (const size_t r : all.order) ways[r] = ways_of(rules[r], nullable, ways, unused);
+  // What a rule begins with is counted before it; what stands within it, and is read second, not always: so
+  // twice, and the largest of all places once everything is known.
+  for (int round = 0; round < 2; ++round) {
+    for (const size_t r : all.order) ways[r] = ways_of(rules[r], nullable, ways, most);
+  }
   for (const Rule& rule : rules) (void)ways_of(rule, nullable, ways, most);
-  if (most > kMaxWays)
+  if (most.first > kMaxWays || most.second > kMaxPairs)
     return {StatusCode::invalid_argument,
             fmt::format("it goes on in more than {} ways at one place", kMaxWays)};
   if (longest > kMaxChain || all_visits > kMaxVisits)

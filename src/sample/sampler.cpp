@@ -106,6 +106,7 @@ std::optional<size_t> largest(std::span<const float> logits) {
 struct Sampler::Impl {
   Chain chain;
   LlamaGrammar grammar;  ///< null: free text
+  const Tokenizer* tokenizer = nullptr;
   bool has_penalties = false;
   bool plain_greedy = false;  ///< neither bias, penalty nor temperature: the largest logit is the answer
   std::vector<llama_token_data> candidates;
@@ -157,6 +158,7 @@ Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, 
     Result<LlamaGrammar> grammar = make_grammar(options.grammar, vocabulary(*tokenizer));
     if (!grammar.ok()) return grammar.status();
     impl->grammar = std::move(*grammar);
+    impl->tokenizer = tokenizer;
   }
   llama_sampler_chain_params params = llama_sampler_chain_default_params();
   params.no_perf = true;
@@ -230,14 +232,13 @@ void Sampler::accept(Token token) {
   if (!impl_->grammar) return;
   const LlamaAbortGuard guard;
   try {
-    llama_grammar_accept_impl(*impl_->grammar, token);
-    // Each is compared with the whole vocabulary, and grows into several with the next character.
-    if (llama_grammar_get_stacks(impl_->grammar.get()).size() > static_cast<size_t>(kMaxWays))
-      impl_->failed =
-          Status(StatusCode::invalid_argument,
-                 fmt::format("the grammar is too ambiguous: what has been written can go on in more "
-                             "than {} ways",
-                             kMaxWays));
+    if (ways_are_few(*impl_->grammar, impl_->tokenizer->piece(token, true))) {
+      llama_grammar_accept_impl(*impl_->grammar, token);
+    } else {
+      impl_->failed = Status(
+          StatusCode::invalid_argument,
+          fmt::format("the grammar is too ambiguous: the answer can go on in more than {} ways", kMaxWays));
+    }
   } catch (const std::bad_alloc&) {
     impl_->failed = Status(StatusCode::out_of_memory, "no memory for the state of the grammar");
   } catch (const std::exception&) {

@@ -26,4 +26,8 @@ Status prepare_schema(common_chat_schema_document& document);
 inline constexpr int kMaxWays = 4000;
 Status check_rules(const llama_grammar_rules& rules);
 
+/// True if the grammar can go on in at most kMaxWays ways at every character of the piece, before libllama
+/// takes it, whose time grows with the square of them. True too for parts of characters.
+bool ways_are_few(llama_grammar& grammar, const std::string& piece);
+
 }  // namespace narrows

@@ -152,6 +152,26 @@ TEST(Grammar, SaysWhenNoTokenFits) {
   EXPECT_THAT(token.status().message(), HasSubstr("grammar"));
 }
 
+// Each "[" has three times the ways of the one before.
+TEST(Grammar, EndsWhenItBecomesTooAmbiguous) {
+  SamplerOptions options;
+  options.temperature = 0;
+  options.grammar = "root ::= a\na ::= \"[\" a \"x\" | \"[\" a \"y\" | \"[\" a \"z\" | \"q\"";
+  const auto sampler = make(options);
+  std::vector<float> logits(258, 0.0F);
+  logits['['] = 5;
+  int n = 0;
+  Result<Token> token = sampler->sample(logits);
+  for (; token.ok() && n < 30; ++n) {
+    EXPECT_EQ(*token, '[');
+    sampler->accept(*token);
+    token = sampler->sample(logits);
+  }
+  EXPECT_EQ(n, 7);  // four times 3 to the power of 7 ways are more than 4000
+  EXPECT_EQ(token.status().code(), StatusCode::invalid_argument);
+  EXPECT_THAT(token.status().message(), HasSubstr("too ambiguous"));
+}
+
 TEST(Grammar, NeedsATokenizer) {
   SamplerOptions options;
   options.grammar = "root ::= \"a\"";

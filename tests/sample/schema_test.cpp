@@ -196,6 +196,14 @@ TEST(Grammar, LeftRecursionIsFoundWhateverIsEmpty) {
     EXPECT_TRUE(check_grammar(good).ok()) << good << ": " << check_grammar(good).message();
 }
 
+// Each character multiplies the ways: the tenth token would take longer than anybody waits.
+TEST(Schema, WaysThatMultiplyAreRefused) {
+  EXPECT_THAT(refusal(R"({"$defs":{"a":{"anyOf":[)" +
+                      repeat(1000, [](int) { return R"({"prefixItems":[{"$ref":"#/$defs/a"}]})"; }) +
+                      R"(]}},"$ref":"#/$defs/a"})"),
+              HasSubstr("at one place"));
+}
+
 TEST(Grammar, WaysAndWalksAreBounded) {
   const auto chain = [](int n, const char* a, const char* b) {
     std::string text = "root ::= a0\n";
