@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <optional>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -20,8 +19,7 @@ namespace {
 
 /// Schemas within schemas, references followed. The converter takes some 4 KB of stack each.
 constexpr int kMaxDepth = 200;
-/// Of a chain of references with nothing in between.
-constexpr int kMaxCircle = 1000;
+constexpr int kMaxCircle = 1000;  ///< the same of references with nothing in between
 /// Values that the converter would copy or visit, far above any schema that a person writes.
 constexpr int64_t kMaxNodes = 100'000;
 /// Its regular expressions recurse along characters that are neither letters nor digits.
@@ -38,8 +36,6 @@ Status refusal(const std::string& what) { return {StatusCode::invalid_argument, 
 
 Status too_large() { return refusal("the schema is too large once its references are followed"); }
 Status too_deep() { return refusal(fmt::format("the schema is nested deeper than {} levels", kMaxDepth)); }
-
-// --- the JSON text -------------------------------------------------------------------------------------
 
 /// Goes where common_chat_schema_from_json() goes.
 class JsonWalk {
@@ -176,8 +172,6 @@ class JsonWalk {
   std::unordered_set<std::string> seen_;
   int64_t nodes_ = 0;
 };
-
-// --- the converter's own tree --------------------------------------------------------------------------
 
 using Node = common_chat_schema;
 using NodePtr = common_chat_schema_ptr;
