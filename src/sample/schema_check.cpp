@@ -29,8 +29,8 @@ constexpr int64_t kMaxNameBytes = 2'000'000;
 /// Steps of its loops over optional properties, over rules whose names are equal, over rules that it copies
 /// for each pattern: a tenth to a half of a microsecond each.
 constexpr int64_t kMaxSteps = 2'000'000;
-/// What llama.cpp's numbers hold: 16 digits.
-constexpr double kMaxBound = 1e15;
+/// Of integers, but for the ends of 64 bits, which mean no bound.
+constexpr double kMaxBound = 9e18;
 
 Status refusal(const std::string& what) { return {StatusCode::invalid_argument, what}; }
 
@@ -115,9 +115,10 @@ class JsonWalk {
     for (const char* key : {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"}) {
       if (!schema.contains(key)) continue;
       const common_json& value = schema.at(key);
+      const long long end = key[1] == 'i' ? INT64_MIN : INT64_MAX;
+      if (key[0] == 'm' && value.is_number_integer() && value.get<long long>() == end) continue;
       if (value.is_number() && !(std::fabs(value.get<double>()) <= kMaxBound))
-        return refusal(
-            fmt::format("{} is {}, integers must be within 15 digits", key, quote(value.dump(), 60)));
+        return refusal(fmt::format("{} is {}, it must fit 64 bits", key, quote(value.dump(), 60)));
     }
     return {};
   }
@@ -213,7 +214,6 @@ Pattern kind_of_pattern(const std::string& pattern) {
   return kind;
 }
 
-/// Changes nodes in place; depth is bounded by check_schema().
 class Preparation {
  public:
   Status node(NodePtr& at) {

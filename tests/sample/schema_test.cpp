@@ -145,6 +145,10 @@ TEST(Schema, NumbersThatDoNotFitAreRefused) {
     EXPECT_NE(refusal(schema), "") << schema;
   for (const char* schema :
        {R"({"type":"integer","minimum":-999999999999999,"maximum":999999999999999})",
+        // Of generators that write the ends of their integers.
+        R"({"type":"integer","minimum":-9007199254740991,"maximum":9007199254740991})",
+        R"({"type":"integer","minimum":-9223372036854775808,"maximum":9223372036854775807})",
+        R"({"type":"integer","minimum":0,"maximum":9223372036854775807})",
         R"({"type":"integer","minimum":7})", R"({"type":"integer","exclusiveMaximum":-3.5})",
         R"({"type":"number","minimum":1e300})"})
     EXPECT_EQ(refusal(schema), "") << schema;
