@@ -18,7 +18,7 @@ MODEL = os.environ["NARROWS_MODEL"]
 class Server:
     """One process. Its log is kept; `url` is where it listens."""
 
-    def __init__(self, *options):
+    def __init__(self, *options, wait=True):
         self.log = []
         self.process = subprocess.Popen(
             [PROGRAM, "serve", "-m", MODEL, "--port", "0", *options],
@@ -27,7 +27,7 @@ class Server:
         self.url = None
         threading.Thread(target=self._read_log, daemon=True).start()
         deadline = time.monotonic() + 120
-        while not self.ready.is_set():
+        while not self.ready.is_set() if wait else self.url is None:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the server did not start:\n" + "".join(self.log))
             time.sleep(0.02)
@@ -46,8 +46,8 @@ class Server:
 
     @property
     def address(self):
-        host, port = self.url.removeprefix("http://").split(":")
-        return host, int(port)
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        return host.strip("[]"), int(port)
 
     def connect(self, timeout=300):
         return http.client.HTTPConnection(*self.address, timeout=timeout)
@@ -113,6 +113,17 @@ class Server:
             time.sleep(0.02)
         return time.monotonic() - begin
 
+    def begin_stream(self, content, **fields):
+        """A stream whose first event has come: the response, to be read on."""
+        connection = self.connect()
+        connection.request("POST", "/v1/chat/completions", json.dumps({
+            "messages": [{"role": "user", "content": content}], "temperature": 0, "stream": True, "ignore_eos": True, **fields}),
+            {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.readline()
+        return response
+
     def rss_bytes(self):
         with open(f"/proc/{self.process.pid}/statm") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -146,8 +157,8 @@ def start():
     """Makes servers of one test: start(options...)."""
     made = []
 
-    def start_one(*options):
-        made.append(Server(*options))
+    def start_one(*options, **kw):
+        made.append(Server(*options, **kw))
         return made[-1]
 
     yield start_one

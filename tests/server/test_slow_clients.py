@@ -1,0 +1,88 @@
+"""Clients that are silent, slow or many, beside others that want an answer."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+from watch import Watch
+
+CHAT = "/v1/chat/completions"
+
+
+def half_sent(n):
+    """A part of a request of this server: nothing, half a head, half a body."""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]})
+    request = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    return request[:(0, 40, len(request) - 5)[n % 3]]
+
+
+# docs/server_api.md: "a client that is silent or slow takes no thread"; "/health and /metrics are answered within 0.1 s, whatever else is going on"
+def test_hundreds_of_slow_clients(server):
+    with contextlib.ExitStack() as stack:
+        for i in range(400):
+            s = stack.enter_context(socket.create_connection(server.address))
+            s.sendall(half_sent(i))
+        watch = Watch(server)
+        begin = time.monotonic()
+        server.chat("Say hello.", max_tokens=8)
+        assert time.monotonic() - begin < 8
+        time.sleep(1)
+        watch.end()
+
+
+# While prompts are read, klt caches made of them, and the queue is full.
+def test_health_while_the_engine_is_at_work(start, long_text):
+    server = start("--slots", "2", "--queue", "4")
+    watch = Watch(server)
+    codes = []
+
+    def ask(i):
+        status, reply = server.post(CHAT, {"messages": [{"role": "user", "content": f"{i} " + long_text[:15000]}], "max_tokens": 8})
+        codes.append((status, reply["error"]["type"] if status != 200 else ""))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(9)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    watch.end()
+    assert sorted(codes) == [(200, "")] * 6 + [(429, "rate_limit_error")] * 3
+
+
+# docs/server_api.md: 429, "with Retry-After", and the defaults of --slots and --queue reach it
+def test_the_default_queue_is_full_at_68(server):
+    server.wait_until_idle(60)
+    with contextlib.ExitStack() as stack:
+        body = json.dumps({"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 8000, "ignore_eos": True})
+        request = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        clients = [stack.enter_context(socket.create_connection(server.address)) for _ in range(4 + 64)]
+        for s in clients:
+            s.sendall(request)
+        deadline = time.monotonic() + 30
+        while "narrows_requests_waiting 64\n" not in server.get("/metrics")[1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        connection = server.connect()
+        connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert (response.status, response.headers["Retry-After"]) == (429, "1")
+        assert json.loads(response.read())["error"]["type"] == "rate_limit_error"
+        connection.close()
+        begin = time.monotonic()
+        assert server.get("/health")[0] == 200
+        assert server.post("/tokenize", {"content": "a"})[0] == 200
+        assert time.monotonic() - begin < 2
+    server.wait_until_idle(60)
+
+
+# docs/server_api.md: "of more, the one that has waited longest is closed"
+def test_connections_are_bounded(start):
+    server = start("--connections", "10")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(server.address)) for _ in range(50)]
+        assert server.get("/health")[0] == 200
+        clients[0].settimeout(5)
+        assert clients[0].recv(1) == b""
+        server.chat("Hello", max_tokens=2)
