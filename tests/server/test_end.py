@@ -19,6 +19,7 @@ def last_of(response):
 def test_streams_end_well(start, number):
     server = start("--slots", "2")
     streams = [server.begin_stream(f"Story {i}.", max_tokens=300) for i in range(3)]
+    begin = time.monotonic()
     server.process.send_signal(number)
     while server.get("/health")[0] != 503:
         time.sleep(0.01)
@@ -26,7 +27,8 @@ def test_streams_end_well(start, number):
     status, reply = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
     assert (status, reply["error"]["type"]) == (503, "unavailable_error")
     assert server.get("/metrics")[0] == 200
-    assert [last_of(s) for s in streams] == ["[DONE]"] * 3
+    for event in map(last_of, streams):  # 1 or 2 s of the 10, unless the machine is busy
+        assert event == "[DONE]" or (event["error"]["code"] == 503 and time.monotonic() - begin >= 10), event
     assert server.process.wait(20) == 0
     events = [json.loads(line)["event"] for line in server.log]
     assert events[-2:].count("ended") == 1 and "ending" in events
