@@ -91,6 +91,7 @@ int64_t bytes_kept(const Session& session) {
 class SessionFile : public ::testing::TestWithParam<std::string> {};
 
 // Before anything is encoded, with pages, and a prompt that makes the transforms only after the restore.
+// docs/server_api.md: "A session from a file is as large as the cache was"
 TEST_P(SessionFile, GoesOnToTheLastBit) {
   for (const bool segments : {false, true}) {
     for (const int64_t n : {20, 300, 490, 900, 2700}) {
@@ -172,6 +173,7 @@ INSTANTIATE_TEST_SUITE_P(Profiles, SessionFile, ::testing::ValuesIn(KvProfile::n
   return name;
 });
 
+// docs/server_api.md: "A file of another model, version or byte order"
 TEST(SessionFiles, RefusesForeignAndMissingOnes) {
   const Saved saved(options_of("klt", false), 100);
   const LoadedTiny other([] {
@@ -209,6 +211,7 @@ TEST(SessionFiles, RefusesToSaveWhatIsNoSession) {
   EXPECT_TRUE(std::filesystem::is_empty(dir.path("")));
 }
 
+// docs/server_api.md: "The profile is the file's."
 TEST(SessionFiles, AFileOnTheDiskIsReplacedWhole) {
   const Saved saved(options_of("klt", false), 600);
   ASSERT_OK(saved.session->decode(7));

@@ -153,6 +153,7 @@ TEST(Grammar, SaysWhenNoTokenFits) {
 }
 
 // Each "[" has three times the ways of the one before.
+// docs/server_api.md: "until it goes on in more than 4,000 ways and its request ends with an error"
 TEST(Grammar, EndsWhenItBecomesTooAmbiguous) {
   SamplerOptions options;
   options.temperature = 0;

@@ -35,6 +35,7 @@ std::string refusal(const std::string& schema) {
   return grammar.status().message();
 }
 
+// docs/server_api.md: "References that lead back to themselves with nothing in between"
 TEST(Schema, CirclesThatConsumeNothingAreRefusedByName) {
   for (
       const char* circle : {
@@ -74,6 +75,7 @@ TEST(Schema, TreesThatConsumeStayAllowed) {
       HasSubstr("allOf"));
 }
 
+// docs/server_api.md: "schemas that grow too large once references are followed"
 TEST(Schema, LaughsAreNotMultiplied) {
   const auto defs = [](int n, const std::function<std::string(int)>& def) {
     return "{\"$defs\":{" + repeat(n, [&](int i) { return "\"a" + std::to_string(i) + "\":" + def(i); }) +
@@ -155,6 +157,7 @@ TEST(Schema, NumbersThatDoNotFitAreRefused) {
 }
 
 // Log lines could be forged with a newline in it: llama.cpp prints the pattern.
+// docs/server_api.md: "Patterns of a JSON schema that llama.cpp's converter does not know allow any string."
 TEST(Schema, PatternsThatAreNotKnownAllowAnyStringInSilence) {
   for (const char* pattern : {"abc", "^(?=a)b$", "^\\\\d+$", "^a\\n{\\\"event\\\":\\\"x\\\"}\\\\w$"}) {
     const std::string schema = std::string(R"({"type":"string","maxLength":3,"pattern":")") + pattern + "\"}";

@@ -67,7 +67,7 @@ TEST(Ending, WhatIsAtWorkFinishesAndNewIsRefused) {
   EXPECT_EQ(idle.read(), "");
 }
 
-// docs/server_api.md: "then an error event to the rest"
+// docs/server_api.md: "then the rest gets an error event, or 503 where the answer is no stream"
 TEST(Ending, TheRestIsTold) {
   Served s({}, 2);
   s.load();

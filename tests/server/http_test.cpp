@@ -8,6 +8,7 @@
 namespace narrows::server {
 namespace {
 
+// docs/server_api.md: "503 while the model is loaded"; "the model is being loaded, or the server is ending"
 TEST(Http, IsThereBeforeTheModel) {
   Served s;
   auto c = s.client();
@@ -105,6 +106,8 @@ TEST(Http, SmallEndpoints) {
   }
 }
 
+// docs/server_api.md: "or is not application/json"; "Everything that can be known before the first token is
+// refused before a stream begins"
 TEST(Http, ErrorsAreJson) {
   HttpOptions http;
   http.max_body_bytes = 100'000;
@@ -140,6 +143,7 @@ TEST(Http, ErrorsAreJson) {
   EXPECT_EQ(c.Post(chat, chat_body(), kJson)->status, 200);
 }
 
+// docs/server_api.md: "on all paths but /health and the page"; "--cors-origin ORIGIN lets one in."
 TEST(Http, KeysAndOrigins) {
   HttpOptions http;
   http.api_keys = {"first", "second"};
@@ -173,6 +177,7 @@ TEST(Http, KeysAndOrigins) {
   EXPECT_THAT(preflight->get_header_value("Access-Control-Allow-Headers"), HasSubstr("Authorization"));
 }
 
+// docs/server_api.md: "longer than --timeout"; "what fails later is an event data"
 TEST(Http, ARequestHasItsTime) {
   HttpOptions http;
   http.request_timeout = std::chrono::seconds(1);
@@ -188,6 +193,8 @@ TEST(Http, ARequestHasItsTime) {
 }
 
 // A page of another site, and a name of another site that was pointed at this machine.
+// docs/server_api.md: "Without keys a server on this machine's own address answers to this machine's names
+// alone"
 TEST(Http, ForeignPages) {
   Served s;
   s.load();
@@ -213,6 +220,7 @@ TEST(Http, ForeignPages) {
       200);
 }
 
+// docs/server_api.md: "sessions without --session-dir"
 TEST(Http, SlotsSaveRestoreErase) {
   const narrows::testing::TempDir dir;
   HttpOptions http;
@@ -295,6 +303,7 @@ TEST(Http, AClientThatLeavesFreesItsSlot) {
   }
 }
 
+// docs/server_api.md: "prompts and answers are in them only with --log-prompts"
 TEST(Http, LogsNoPromptsUnlessAsked) {
   for (const bool asked : {false, true}) {
     HttpOptions http;

@@ -70,6 +70,7 @@ TEST(ApiErrors, OneTableOfCodes) {
   EXPECT_EQ(nlohmann::json::parse(to_json(bad_request("\xFF", "p")))["error"]["param"], "p");
 }
 
+// docs/server_api.md: "compared in constant time"
 TEST(Keys, AreComparedWhole) {
   EXPECT_TRUE(equal_in_constant_time("", ""));
   EXPECT_TRUE(equal_in_constant_time("secret", "secret"));

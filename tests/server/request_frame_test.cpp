@@ -26,6 +26,7 @@ std::pair<State, size_t> look(const std::string& text, size_t n = 1) {
   return {state, frame.end()};
 }
 
+// docs/server_api.md: "A request goes to a thread when all of it is there"
 TEST(RequestFrame, FindsTheEndInPiecesOfAnySize) {
   const std::string get = "GET /health?x=1 HTTP/1.1\r\nHost: a\r\n\r\n";
   const std::string with_length = "POST /p HTTP/1.1\r\ncontent-LENGTH:  5 \r\n\r\nhello";
@@ -59,6 +60,7 @@ TEST(RequestFrame, TellsTheHead) {
   EXPECT_EQ(frame.headers()[1].second, "v");
 }
 
+// docs/server_api.md: "Heads are at most 64 KB."
 TEST(RequestFrame, WhatCannotBeFollowed) {
   const std::string post = "POST / HTTP/1.1\r\n";
   for (const char* field :
@@ -82,6 +84,7 @@ TEST(RequestFrame, WhatCannotBeFollowed) {
   EXPECT_EQ(look(chunked + "ffffffffffffffff\r\n").first, State::body_too_large);
 }
 
+// docs/server_api.md: "generations have one each, and 16 other requests"
 TEST(HandlerPool, EveryJobHasAThreadUpToTheBound) {
   std::promise<void> release;
   const std::shared_future<void> released = release.get_future().share();

@@ -56,6 +56,7 @@ void expect_body_refused(const std::string& body, const std::string& param) {
   expect_refused(parse_chat(body, kDefaults, error), error, param, body);
 }
 
+// docs/server_api.md: "Defaults of sampling"
 TEST(ChatRequest, Defaults) {
   const GenerationRequest r = chat("");
   EXPECT_TRUE(r.chat);
@@ -65,10 +66,14 @@ TEST(ChatRequest, Defaults) {
   EXPECT_FALSE(r.max_tokens || r.logprobs || r.stream || r.include_usage || r.return_progress ||
                r.ignore_eos);
   EXPECT_TRUE(r.cache_prompt);
-  EXPECT_FLOAT_EQ(r.sampling.temperature, SamplerOptions().temperature);
+  EXPECT_FLOAT_EQ(r.sampling.temperature, 0.7F);
+  EXPECT_EQ(r.sampling.top_k, 40);
+  EXPECT_FLOAT_EQ(r.sampling.top_p, 0.95F);
+  EXPECT_FLOAT_EQ(r.sampling.min_p, 0.05F);
   EXPECT_NE(chat("").sampling.seed, chat("").sampling.seed);  // drawn anew
 }
 
+// docs/server_api.md: "-100 or false forbids a token"; "Other unknown fields are let pass."
 TEST(ChatRequest, AllFields) {
   const GenerationRequest r = chat(
       R"(,"model":"m","max_tokens":7,"temperature":0.5,"top_p":0.9,"top_k":5,"min_p":0.1,"presence_penalty":1,
@@ -97,6 +102,7 @@ TEST(ChatRequest, AllFields) {
   EXPECT_TRUE(std::isinf(r.sampling.logit_bias[1].bias) && std::isinf(r.sampling.logit_bias[2].bias));
 }
 
+// docs/server_api.md: "a string or up to 16"
 TEST(ChatRequest, OtherSpellings) {
   EXPECT_EQ(chat(R"(,"stop":"x")").stops, std::vector<std::string>{"x"});
   EXPECT_EQ(chat(R"(,"max_completion_tokens":5)").max_tokens, 5);
@@ -148,6 +154,7 @@ TEST(ChatRequest, Grammars) {
   expect_chat_refused(R"("json_schema":)" + deep, "");  // nested too deep as a whole
 }
 
+// docs/server_api.md: "Numbers that are out of range or no numbers"
 TEST(ChatRequest, RefusesFieldsThatAreWrong) {
   const std::pair<const char*, const char*> cases[] = {
       {R"("temperature":-1)", "temperature"},
@@ -207,6 +214,7 @@ TEST(ChatRequest, RefusesMessagesThatAreNone) {
                       "messages[0].content");
 }
 
+// docs/server_api.md: "Sizes of bodies, headers, schemas"
 TEST(Body, MustBeAJsonObject) {
   const std::string not_utf8 = std::string("{\"messages\":\"") + '\xFF' + "\"}";
   for (const std::string& body :

@@ -41,7 +41,7 @@ class Restoring : public ::testing::Test {
   int64_t small_ = 0, large_ = 0;
 };
 
-// docs/server_api.md: "503 out_of_memory_error: ... or the session is larger than --cache-mb; with both
+// docs/server_api.md: "or the session to be restored, is larger than what --cache-mb leaves; with both
 // figures"
 TEST_F(Restoring, WhatDoesNotFitIsRefusedWithBothFigures) {
   const int64_t limit = large_ / 2;
@@ -58,7 +58,7 @@ TEST_F(Restoring, WhatDoesNotFitIsRefusedWithBothFigures) {
   EXPECT_EQ(body_of(s.client().Get("/slots"))[1]["cache_bytes"], small_);  // what was there still is
 }
 
-// docs/server_api.md: "room is made as for any request"
+// docs/server_api.md: "kept prefixes and idle slots are let go for it"; "the earlier one goes first"
 TEST_F(Restoring, RoomIsMade) {
   const int64_t limit = large_ + large_ / 2;
   Served s(http_, 2, 64, limit);
@@ -73,7 +73,7 @@ TEST_F(Restoring, RoomIsMade) {
   EXPECT_LE(cached_bytes(s), limit);
 }
 
-// What requests at work may come to is theirs.
+// docs/server_api.md: "what requests at work may come to is not"
 TEST_F(Restoring, NotWhatIsAtWork) {
   const int64_t at_work = cache_bytes_estimate(tiny().model->info(), narrows::testing::kv("klt"), 3200, true);
   const int64_t limit = std::max(large_, at_work) + 2 * small_;

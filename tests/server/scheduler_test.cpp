@@ -289,6 +289,7 @@ TEST(Scheduler, PromptsThatDoNotFit) {
   EXPECT_EQ(engine.metrics.refused, 2U);
 }
 
+// docs/server_api.md: "A request gets one of --slots slots when one is free and its cache fits"
 TEST(Scheduler, MemoryRefusesWithFiguresAndMakesOthersWait) {
   // Room for one cache of 1,000 tokens and a half.
   const int64_t one = cache_bytes_estimate(tiny().model->info(), narrows::testing::kv("klt"), 1000, true);
@@ -357,6 +358,7 @@ TEST(Scheduler, AClientThatGoesFreesItsSlotAtOnce) {
 
 // What was cached before a question is there after it, though it was given up while its prompt was read; and
 // of that prompt the stripes that were done.
+// docs/server_api.md: "what the slot held of the conversation before stays cached"
 TEST(Scheduler, AQuestionGivenUpLeavesTheDocumentCached) {
   for (const int64_t n_document : {900, 2700}) {
     const auto document = random_tokens(n_document);
@@ -392,6 +394,7 @@ TEST(Scheduler, AQuestionGivenUpLeavesTheDocumentCached) {
 }
 
 // A short prompt while a long one is read; and the long one goes on.
+// docs/server_api.md: "Of several prompts the one that came first and the one that has least left take turns"
 TEST(Scheduler, AShortPromptPassesALongOne) {
   Engine engine({.n_slots = 2});
   auto long_job = job_of(random_tokens(8000), 5);

@@ -43,6 +43,7 @@ TEST(SlowClients, DoNotKeepOthersWaiting) {
 
 // docs/server_api.md: "A head has 10 s from its first byte to its last, a body 30 s and 1 s more for each 100
 // kB"
+// docs/server_api.md: "the request did not come in time, or the answer was not read"
 TEST(SlowClients, HaveATimeInAll) {
   HttpOptions http;
   http.head_timeout = milliseconds(400);
@@ -146,7 +147,8 @@ TEST(SlowClients, OneAfterTheOtherNeedsNoQueue) {
   }
 }
 
-// docs/server_api.md: "A client that does not take what is written to it for 30 s ... is cut"
+// docs/server_api.md: "A client that does not take what is written to it within 30 s (1 s more for each 100
+// kB) is cut"
 TEST(SlowClients, WhoDoesNotReadIsCut) {
   HttpOptions http;
   http.io_timeout = milliseconds(500);
@@ -186,6 +188,7 @@ TEST(Connections, KeepAlivePipelinesChunksAndExpectations) {
 }
 
 // Their bodies are not waited for.
+// docs/server_api.md: "A key or page that is refused is refused before its body is read."
 TEST(Connections, WhoMayNotInIsToldAtOnce) {
   HttpOptions http;
   http.api_keys = {"key"};

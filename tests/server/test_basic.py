@@ -6,6 +6,7 @@ import subprocess
 from conftest import MODEL, PROGRAM
 
 
+# docs/server_api.md: "GET /health"; "GET /v1/models"
 def test_health_and_models(server):
     assert server.get("/health") == (200, {"status": "ok"})
     status, models = server.get("/v1/models")
@@ -14,6 +15,7 @@ def test_health_and_models(server):
     assert models["data"][0]["meta"]["n_ctx_train"] == 8192
 
 
+# docs/server_api.md: "GET /props"
 def test_props(server):
     status, props = server.get("/props")
     assert status == 200
@@ -23,6 +25,7 @@ def test_props(server):
     assert len(props["fingerprint"]) == 16
 
 
+# docs/server_api.md: "POST /tokenize"; "POST /detokenize"
 def test_tokenize_and_back(server):
     for text in ["Hello world", "Grüße, 世界 👋", "", " leading and trailing ", "line\nline\n\n"]:
         status, reply = server.post("/tokenize", {"content": text})
@@ -39,6 +42,7 @@ def test_tokenize_options(server):
     assert "".join(t["piece"] for t in pieces["tokens"]) == "Hello there"
 
 
+# docs/server_api.md: "POST /apply-template"
 def test_apply_template(server):
     status, reply = server.post("/apply-template", {"messages": [
         {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]})
@@ -47,6 +51,7 @@ def test_apply_template(server):
     assert reply["prompt"].endswith("<|im_start|>assistant\n")
 
 
+# docs/server_api.md: "GET /metrics"
 def test_metrics_count(server):
     def value(name):
         status, text = server.get("/metrics")
@@ -70,6 +75,7 @@ def test_metrics_are_well_formed(server):
         assert line.startswith(("# HELP narrows_", "# TYPE narrows_")) or float(line.split()[1]) >= 0
 
 
+# docs/server_api.md: "GET / | the chat page"
 def test_page_needs_nothing_from_elsewhere(server):
     status, html = server.get("/")
     assert status == 200
@@ -80,6 +86,7 @@ def test_page_needs_nothing_from_elsewhere(server):
     assert "innerHTML" not in js
 
 
+# docs/server_api.md: "no such path, method of it, or slot"
 def test_unknown_path_and_method(server):
     status, reply = server.get("/v2/models")
     assert (status, reply["error"]["code"]) == (404, 404)
@@ -99,6 +106,7 @@ def test_wrong_command_lines_exit_with_2(tmp_path):
         assert last.startswith("narrows: "), last
 
 
+# docs/server_api.md: "Exit code 0."
 def test_sigterm_exits_0_and_logs_json(start):
     s = start()
     s.chat("Hello", max_tokens=3)

@@ -18,6 +18,7 @@ def streamed(events):
     return text, [c["finish_reason"] for c in chunks if c["finish_reason"]], events
 
 
+# docs/server_api.md: "the model's own Jinja template is used"
 def test_chat(server):
     reply = server.chat("What is the capital of France? Answer in one word.", max_tokens=30)
     assert "Paris" in text_of(reply)
@@ -37,6 +38,7 @@ def test_max_tokens(server):
         assert reply["choices"][0]["finish_reason"] == "length"
 
 
+# docs/server_api.md: "or on whether it is streamed"
 def test_stream_equals_whole(server):
     question = "Name three colours."
     whole = server.chat(question, max_tokens=24)
@@ -57,6 +59,7 @@ def test_seed_decides(server):
     assert len({ask(seed) for seed in range(4)}) > 1
 
 
+# docs/server_api.md: "The i-th choice of a prompt has seed + i."
 def test_choices(server):
     reply = server.chat("Write a line of a poem.", temperature=1.2, seed=3, n=3, max_tokens=12)
     assert [c["index"] for c in reply["choices"]] == [0, 1, 2]
@@ -93,6 +96,7 @@ def test_streams_are_whole_characters(server):
     assert any(ord(c) > 127 for c in text)
 
 
+# docs/server_api.md: "POST /v1/completions"
 def test_completions(server):
     status, reply = server.post("/v1/completions", {
         "prompt": ["The capital of France is", "Two plus two is"], "temperature": 0, "max_tokens": 6, "echo": True})
@@ -155,6 +159,7 @@ def test_json_schema(server, temperature):
     assert set(data["tags"]) <= {"big", "small"} and len(data["tags"]) <= 3
 
 
+# docs/server_api.md: "the same with a GBNF grammar; its start is the rule root"
 def test_json_object_and_grammar(server):
     reply = server.chat("Give me a JSON object with one field.", max_tokens=120, response_format={"type": "json_object"})
     if reply["choices"][0]["finish_reason"] == "stop":
@@ -163,6 +168,7 @@ def test_json_object_and_grammar(server):
     assert text_of(server.chat("Yes or no?", grammar='root ::= "maybe" | "perhaps"')) in ("maybe", "perhaps")
 
 
+# docs/server_api.md: "cache profile of this request, as --kv"
 def test_profile_of_a_request(server):
     for kv, budget in (("f16", "all"), ("kivi-4", "all"), ("klt:budget=64", None)):
         reply = server.chat("Hello", narrows={"kv": kv})
@@ -171,6 +177,7 @@ def test_profile_of_a_request(server):
             assert reply["narrows"]["budget"] == budget
 
 
+# docs/server_api.md: "roles system, developer, user, assistant; content a string or parts of type text"
 def test_parts_and_roles(server):
     reply = server.post("/v1/chat/completions", {"temperature": 0, "max_tokens": 4, "messages": [
         {"role": "developer", "content": "Answer briefly."},

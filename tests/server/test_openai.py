@@ -14,6 +14,7 @@ def client(server):
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 
 
+# docs/server_api.md: "The OpenAI clients work with"; "requests may call it what they like"
 def test_models(client):
     assert client.models.list().data[0].object == "model"
 

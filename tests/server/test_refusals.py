@@ -71,6 +71,7 @@ def test_wrong_content_type(server, content_type):
     still_well(server)
 
 
+# docs/server_api.md: "the body is too large (--body-mb)"; "the headers are too large"
 def test_huge_body_and_headers(start):
     server = start("--body-mb", "1")
     check_refusal(server.post(CHAT, {"messages": [{"role": "user", "content": "a" * 2_000_000}]}), 413)
@@ -104,6 +105,7 @@ def test_what_is_no_http(server, junk):
     still_well(server)
 
 
+# docs/server_api.md: "the prompt is longer than the context; n_prompt_tokens and n_ctx beside the message"
 @pytest.mark.parametrize("stream", [False, True])
 def test_context_exceeded(start, stream):
     server = start("--ctx", "500")
@@ -120,6 +122,7 @@ def test_context_exceeded(start, stream):
     assert reply["usage"]["total_tokens"] <= 501
 
 
+# docs/server_api.md: "the cache that the prompt and max_tokens (1,024 if not given) need"
 def test_memory_is_refused_with_figures(start):
     server = start("--cache-mb", "20")
     error = check_refusal(server.post(CHAT, {"messages": [{"role": "user", "content": "word " * 7000}]}), 503, "MB", "20 MB")
@@ -127,6 +130,7 @@ def test_memory_is_refused_with_figures(start):
     still_well(server)
 
 
+# docs/server_api.md: "until then it waits, up to --queue of them"
 def test_queue_is_bounded(start):
     server = start("--slots", "1", "--queue", "1")
     streams = [server.stream("word " * 3000, max_tokens=200, ignore_eos=True, messages=[{"role": "user", "content": f"{i} " + "word " * 3000}])
@@ -148,6 +152,7 @@ def test_queue_is_bounded(start):
     assert sum(r[-1] == "[DONE]" for r in results) == 4 - len(refused)
 
 
+# docs/server_api.md: "no key, or a wrong one"; "--api-key-file (one a line) asks for"
 def test_keys(start, tmp_path):
     keys = tmp_path / "keys.txt"
     keys.write_text("# the keys\nsk-first\n\nsk-second\n")
@@ -173,11 +178,13 @@ def test_no_cors_unless_told(server):
     connection.close()
 
 
+# docs/server_api.md: "a web page of another origin"; "Web pages of other origins are refused, with or without CORS"
 def test_pages_of_others_are_refused(server):
     for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"}):
         check_refusal(server.post(CHAT, GOOD, headers=headers), 403)
     assert server.post(CHAT, GOOD, headers={"Origin": server.url})[0] == 200
 
 
+# docs/server_api.md: "Only 127.0.0.1 is listened on unless --host says otherwise"
 def test_listens_on_this_machine_alone(server):
     assert server.url.startswith("http://127.0.0.1:")

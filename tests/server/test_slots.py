@@ -15,6 +15,7 @@ def cached(reply):
     return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+# docs/server_api.md: "on what was cached"; "reads the whole prompt, whatever is cached"
 @pytest.mark.parametrize("kv", ["klt", "f16"])
 def test_cached_is_uncached(server, long_text, kv):
     document = long_text[:14000]
@@ -50,6 +51,7 @@ def test_other_beginnings_do_not_hit(server):
     assert cached(server.chat("Second " + text)) == 0
 
 
+# docs/server_api.md: "POST /slots/N?action=save, restore"; "POST /slots/N?action=erase"; "files in --session-dir"; "Files are written aside"
 def test_save_and_restore(start, long_text, tmp_path):
     options = ("--session-dir", str(tmp_path), "--slots", "2")
     server = start(*options)
@@ -76,6 +78,7 @@ def test_save_and_restore(start, long_text, tmp_path):
     assert cached(server.chat(question, max_tokens=1)) == 0
 
 
+# docs/server_api.md: "a session file that is none or damaged"; "cut off, longer, or with a wrong checksum is refused with a sentence"; "Names of session files have letters, digits, ., -, _ and no dot in front."
 def test_bad_session_files(server, sessions_folder):
     def write(name, data):
         with open(os.path.join(sessions_folder, name), "wb") as f:
@@ -108,6 +111,7 @@ def test_bad_session_files(server, sessions_folder):
         os.remove(os.path.join(sessions_folder, name))
 
 
+# docs/server_api.md: "A client that goes away is noticed within 0.2 s, in a prompt too"
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("in_prefill", [True, False])
 def test_a_client_that_leaves_frees_its_slot(server, long_text, stream, in_prefill):
@@ -128,6 +132,7 @@ def test_a_client_that_leaves_frees_its_slot(server, long_text, stream, in_prefi
     assert server.wait_until_idle(20) < 2
 
 
+# docs/server_api.md: "with stream: events with narrows.progress while the prompt is read"
 def test_progress_of_a_long_prompt(server, long_text):
     events = list(server.stream("", messages=[{"role": "user", "content": "Once: " + long_text[:20000]}], return_progress=True, max_tokens=2))
     progress = [e["narrows"]["progress"] for e in events[:-1] if "progress" in e.get("narrows", {})]
@@ -136,6 +141,7 @@ def test_progress_of_a_long_prompt(server, long_text):
     assert done == sorted(done) and done[-1] == progress[-1]["prompt_tokens"]
 
 
+# docs/server_api.md: "a short one passes a long one"
 def test_a_short_request_passes_a_long_one(server, long_text):
     """Its first token within 3 s while 6,000 tokens are read, which take little longer for it."""
     server.wait_until_idle(60)
@@ -166,6 +172,7 @@ def test_a_short_request_passes_a_long_one(server, long_text):
     assert result["long"] < alone * 1.5  # 1.15 on a quiet machine; a busy one varies more than that by itself
 
 
+# docs/server_api.md: "not on who else is served"
 def test_streams_together_are_streams_alone(server):
     questions = [f"Tell me something about the number {i}." for i in range(8)]
     alone = [text_of(server.chat(q, max_tokens=40, ignore_eos=True)) for q in questions]

@@ -55,6 +55,7 @@ def tokens_a_second(server, prompts, kv, n_token=100):
     return (after - before) / (end - begin)
 
 
+# docs/server_api.md: "four streams with short contexts give 2.3 to 2.7 times the tokens a second of one"
 @pytest.mark.parametrize("n_prompt", [20, 2000])
 @pytest.mark.parametrize("kv", ["klt", "f16"])
 def test_speed_of_four_streams(start, long_text, kv, n_prompt):
@@ -70,6 +71,7 @@ def test_speed_of_four_streams(start, long_text, kv, n_prompt):
     assert n_prompt > 20 or ratio[1] >= 2
 
 
+# docs/server_api.md: "they get a third of the time while prompts are read"
 def test_speed_of_a_short_request_in_a_long_prefill(start, long_text):
     server = start("--slots", "2")
     prompt = long_text[:28500]

@@ -93,6 +93,7 @@ TEST(SpecialTokens, ManyOfThemTakeTimeThatGrowsWithTheText) {
   EXPECT_EQ(tokenizer->encode(text, false, true)->size(), 600'000U);
 }
 
+// docs/server_api.md: "What looks like a control token"; "Only the template writes control tokens"
 TEST(ChatPrompt, MessagesWriteNoControlTokens) {
   const auto tokenizer = load(chat_vocabulary());
   const Tokens plain = chat_tokens(*tokenizer, {{"user", "hi"}});
@@ -121,6 +122,7 @@ TEST(ChatPrompt, TextIsWhatItWasWithoutMarks) {
 }
 
 /// What the template looks for in an answer it finds, with control tokens in it too.
+// docs/server_api.md: "keeps those that the template looks for in it"
 TEST(ChatPrompt, TemplatesStillLeaveThoughtsOut) {
   const auto tokenizer = load(chat_vocabulary());
   const std::vector<ChatMessage> messages{
@@ -155,6 +157,7 @@ TEST(ChatPrompt, WithoutATemplateToo) {
 }
 
 /// A file that asks for an end token behind every text would end the answer before its first word.
+// docs/server_api.md: "A file's own wish for an end token behind its texts is not heard"
 TEST(ChatPrompt, HasNoEndTokenBehindIt) {
   TinyVocabulary vocabulary = chat_vocabulary();
   vocabulary.add_eos = true;
