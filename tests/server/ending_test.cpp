@@ -43,6 +43,7 @@ TEST(Ending, WhatIsAtWorkFinishesAndNewIsRefused) {
   s.load();
   InAnotherThread stream(s, chat_body(R"("stream":true,"max_tokens":3000)", "one"));
   InAnotherThread whole(s, chat_body(R"("max_tokens":3000)", "two"));
+  ASSERT_TRUE(Served::comes([&] { return s.n_busy() == 2; }, 20));  // so that the third waits
   InAnotherThread waits(s, chat_body(R"("max_tokens":5)", "three"));
   ASSERT_TRUE(Served::comes([&] { return s.server().metrics().requests == 3; }, 20));
   Raw idle(s.server().port());
@@ -73,6 +74,7 @@ TEST(Ending, TheRestIsTold) {
   s.load();
   InAnotherThread stream(s, chat_body(R"("stream":true,"max_tokens":8000)", "one"));
   InAnotherThread whole(s, chat_body(R"("max_tokens":8000)", "two"));
+  ASSERT_TRUE(Served::comes([&] { return s.n_busy() == 2; }, 20));  // so that the others wait
   InAnotherThread waits(s, chat_body(R"("max_tokens":5)", "three"));
   InAnotherThread waiting_stream(s, chat_body(R"("stream":true,"max_tokens":5)", "four"));
   ASSERT_TRUE(Served::comes([&] { return s.server().metrics().requests == 4; }, 20));
