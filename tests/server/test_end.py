@@ -18,7 +18,7 @@ def last_of(response):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_streams_end_well(start, number):
     server = start("--slots", "2")
-    streams = [server.begin_stream(f"Story {i}.", max_tokens=300) for i in range(3)]
+    streams = [server.begin_stream(f"Story {i}.", max_tokens=100) for i in range(3)]
     begin = time.monotonic()
     server.process.send_signal(number)
     while server.get("/health")[0] != 503:
