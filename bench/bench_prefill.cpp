@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "kernels/ops.h"
-#include "prefill/attention.h"
+#include "prompt/attention.h"
 
 namespace narrows {
 namespace {

@@ -1,4 +1,4 @@
-// Where the time of a decode step goes: microseconds of each stage of the step program beside the least that
+// Where the time of a decode step goes: microseconds of each stage beside the least that
 // the machine could do it in: read the stage's weights from memory once, or what klt_bounds.h counts of a klt
 // cache. With LANES sessions that step together, over caches of PROMPT tokens of TEXT (all begin at other
 // places of it), which goes on in the steps.
@@ -24,11 +24,9 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-int64_t bytes_of(std::initializer_list<const ggml_tensor*> all) {
+int64_t bytes_of(std::span<const LinearOp> all) {
   int64_t n = 0;
-  for (const ggml_tensor* t : all) {
-    if (t != nullptr) n += static_cast<int64_t>(ggml_row_size(t->type, t->ne[0])) * t->ne[1];
-  }
+  for (const LinearOp& l : all) n += l.w->row_bytes() * l.w->n_out;
   return n;
 }
 
@@ -101,30 +99,37 @@ int run(const Arguments& a) {
     sessions.push_back(std::move(*session));
   }
   const int n_threads = sessions[0]->n_threads();
-  const auto pool = ThreadPool::create(n_threads);
-  if (!pool.ok()) return fail(pool.status());
-  const auto made = StepProgram::create((*model)->weights(), a.n_lane, **pool);
-  if (!made.ok()) return fail(made.status());
-  StepProgram& program = **made;
+  const ModelParts& parts = (*model)->parts();
+  const int64_t n_embd = parts.spec().n_embd;
+  auto executor = ExecutorLease::take(parts.executors, n_threads);
+  if (!executor.ok()) return fail(executor.status());
+  if (Status s = (*executor)->reserve(a.n_lane, false); !s.ok()) return fail(s);
+  StepMixer mixer(a.n_lane, n_threads);
+  std::vector<float> x(static_cast<size_t>(a.n_lane * n_embd)),
+      logits(static_cast<size_t>(a.n_lane * parts.spec().n_vocab));
   double start = 0;
   double counting = 0;  // seconds of what no engine does
   KltStepWork klt;
   std::vector<std::vector<std::vector<int32_t>>> selected(static_cast<size_t>(a.n_lane));
   for (int i = -kWarmUp; i < n_step; ++i) {
     if (i == 0) {
-      program.measure(true);
+      (*executor)->measure(true);
       start = seconds();
     }
     std::vector<DecodeLane> lanes;
     for (int l = 0; l < a.n_lane; ++l) {
       Session::Impl& session = sessions[static_cast<size_t>(l)]->impl();
       const Token token = texts->steps[static_cast<size_t>(l)][static_cast<size_t>(i + kWarmUp)];
-      if (Status s = session.begin_step(token, program.input(l)); !s.ok()) return fail(s);
+      if (Status s = session.begin_step(token, x.data() + l * n_embd, **executor); !s.ok()) return fail(s);
       lanes.push_back(session.lane());
     }
-    program.run(lanes);
+    mixer.begin(lanes);
+    if (Status s = (*executor)->run(
+            {parts.plan.layers, x.data(), a.n_lane, 0, &mixer, &parts.plan.output, logits.data()});
+        !s.ok())
+      return fail(s);
     for (const auto& session : sessions) {
-      if (Status s = session->impl().finish_step(); !s.ok()) return fail(s);
+      if (Status s = session->impl().finish_step(**executor); !s.ok()) return fail(s);
     }
     const double before = seconds();
     if (i == 0) klt = {};
@@ -135,29 +140,27 @@ int run(const Arguments& a) {
   const Result<MachineLimits> machine = measure_machine(n_threads);
   if (!machine.ok()) return fail(machine.status());
   const double speed = machine->read_bytes_s;
-  const ModelWeights& weights = (*model)->weights();
-  int64_t bytes[kStepStages] = {};
-  for (int64_t l = 0; l < weights.hparams().n_layer; ++l) {
-    const LayerWeights& w = weights.layer(l);
-    const auto of = [&](StepStage stage) -> int64_t& { return bytes[static_cast<size_t>(stage)]; };
-    of(StepStage::qkv) += bytes_of({w.wqkv, w.wq, w.wk, w.wv});
-    of(StepStage::wo) += bytes_of({w.wo});
-    of(StepStage::gate_up) += bytes_of({w.gate_up, w.gate, w.up});
-    of(StepStage::down) += bytes_of({w.down});
+  int64_t bytes[kRunStages] = {};
+  const auto of = [&](RunStage stage) -> int64_t& { return bytes[static_cast<size_t>(stage)]; };
+  for (const LayerPlan& l : parts.plan.layers) {
+    of(RunStage::qkv) += bytes_of(l.project.linears);
+    of(RunStage::out) += bytes_of({&l.out, 1});
+    of(RunStage::ffn) += bytes_of(l.ffn.linears);
+    of(RunStage::down) += bytes_of({&l.down, 1});
   }
-  bytes[static_cast<size_t>(StepStage::logits)] = bytes_of({weights.output()});
+  of(RunStage::logits) = bytes_of({&parts.plan.output.logits, 1});
   std::printf(
       "%s, %d threads, %s, %d lanes, prompts of %zu tokens, memory reading %.1f GB/s, %s %.0f GFLOP/s\n",
       path.c_str(), n_threads, kv.c_str(), a.n_lane, texts->prompts.front().size(), speed / 1e9,
       machine->flops_format.c_str(), machine->flops_s / 1e9);
   std::printf("%-10s %10s %10s %12s %8s\n", "stage", "us", "MB", "us at least", "GB/s");
-  const char* const names[kStepStages] = {"qkv", "score",   "select", "rebuild", "attend",
-                                          "wo",  "gate_up", "down",   "logits"};
-  double least[kStepStages] = {};
-  for (size_t i = 0; i < kStepStages; ++i) least[i] = static_cast<double>(bytes[i]) / speed * 1e6;
+  const char* const names[kRunStages] = {"qkv", "score", "select", "rebuild", "attend",
+                                         "out", "ffn",   "down",   "logits"};
+  double least[kRunStages] = {};
+  for (size_t i = 0; i < kRunStages; ++i) least[i] = static_cast<double>(bytes[i]) / speed * 1e6;
   for (const auto& [stage, work] :
-       {std::pair(StepStage::score, klt.score), std::pair(StepStage::select, klt.select),
-        std::pair(StepStage::rebuild, klt.rebuild), std::pair(StepStage::attend, klt.attend)}) {
+       {std::pair(RunStage::score, klt.score), std::pair(RunStage::select, klt.select),
+        std::pair(RunStage::rebuild, klt.rebuild), std::pair(RunStage::attend, klt.attend)}) {
     const auto at = static_cast<size_t>(stage);
     bytes[at] += static_cast<int64_t>(work.bytes / n_step);
     least[at] += work.seconds(*machine) / n_step * 1e6;
@@ -165,8 +168,8 @@ int run(const Arguments& a) {
   double sum = 0;
   double least_sum = 0;
   int64_t total = 0;
-  for (size_t i = 0; i < kStepStages; ++i) {
-    const double stage = static_cast<double>(program.times()[i]) / n_step / 1e3;
+  for (size_t i = 0; i < kRunStages; ++i) {
+    const double stage = static_cast<double>((*executor)->times()[i]) / n_step / 1e3;
     std::printf("%-10s %10.1f %10.2f %12.1f %8.1f\n", names[i], stage, static_cast<double>(bytes[i]) / 1e6,
                 least[i], static_cast<double>(bytes[i]) / stage / 1e3);
     sum += stage;

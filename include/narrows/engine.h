@@ -39,7 +39,7 @@ struct LoadOptions {
   bool float_weights = false;
 };
 
-class ModelWeights;  // src/model/weights.h
+struct ModelParts;  // src/engine/model_parts.h
 
 /// An immutable loaded model; may be shared by sessions on several threads.
 class Model {
@@ -56,14 +56,14 @@ class Model {
   const ModelInfo& info() const { return info_; }
   const Tokenizer& tokenizer() const { return *tokenizer_; }
   const std::string& path() const { return path_; }
-  const ModelWeights& weights() const { return *weights_; }
+  const ModelParts& parts() const { return *parts_; }  ///< for the library itself
 
  private:
   Model();
   std::string path_;
   ModelInfo info_;
   std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<ModelWeights> weights_;
+  std::unique_ptr<const ModelParts> parts_;
 };
 
 struct SessionOptions {

@@ -3,6 +3,7 @@
 #include "base/thread_pool.h"
 
 #include <chrono>
+#include <exception>
 #include <system_error>
 
 namespace narrows {
@@ -72,6 +73,39 @@ void ThreadPool::barrier() {
   } else {
     wait_while(passed_, now, kBarrierSpinNs);
   }
+}
+
+namespace {
+
+struct TaskList {
+  int64_t n;
+  const std::function<void(int64_t, int)>& task;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr thrown;  ///< the first; must not leave a thread of the pool
+
+  void work(int ith) {
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
+      try {
+        task(i, ith);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!thrown) thrown = std::current_exception();
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void ThreadPool::for_each_thread(int64_t n, const std::function<void(int64_t, int)>& task) {
+  TaskList list{n, task, {}, {}, {}};
+  if (n == 1) {
+    list.work(0);
+  } else if (n > 1) {
+    run([](void* tasks, int ith, int /*n_threads*/) { static_cast<TaskList*>(tasks)->work(ith); }, &list);
+  }
+  if (list.thrown) std::rethrow_exception(list.thrown);
 }
 
 void ThreadPool::change(std::atomic<uint32_t>& value) {

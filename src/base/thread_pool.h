@@ -12,20 +12,21 @@
 #include <thread>
 #include <vector>
 
+#include "base/workers.h"
 #include "narrows/status.h"
 
 namespace narrows {
 
-class ThreadPool {
+class ThreadPool final : public Workers {
  public:
   /// n_threads - 1 threads are started, the caller of run() is the first. out_of_memory: the system gives no
   /// more.
   static Result<std::unique_ptr<ThreadPool>> create(int n_threads);
-  ~ThreadPool();
+  ~ThreadPool() override;
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int n_threads() const { return n_threads_; }
+  int n_threads() const override { return n_threads_; }
 
   /// For loops that wait for another thread of the pool.
   static void pause();
@@ -36,6 +37,9 @@ class ThreadPool {
   void run(Work* work, void* context);
   /// Inside Work: no thread goes on before all have come here; what they wrote before is then visible to all.
   void barrier();
+
+  /// Threads take the tasks one by one. Not inside Work.
+  void for_each_thread(int64_t n, const std::function<void(int64_t, int)>& task) override;
 
  private:
   explicit ThreadPool(int n_threads) : n_threads_(n_threads) {}

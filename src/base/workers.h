@@ -1,4 +1,5 @@
-// Threads lent to code that has independent work but owns no threads: whoever runs a prompt has them.
+// Threads lent to code that has independent work but owns no threads: whoever runs a prompt or a step has
+// them.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,11 @@ class Workers {
   virtual int n_threads() const = 0;
   /// Calls task(i) for each i < n, in any order and on any thread; returns when all are done. An exception of
   /// a task is thrown again here, after the others. Not from within a task.
-  virtual void for_each(int64_t n, const std::function<void(int64_t)>& task) = 0;
+  void for_each(int64_t n, const std::function<void(int64_t)>& task) {
+    for_each_thread(n, [&](int64_t i, int /*ith*/) { task(i); });
+  }
+  /// The same for tasks that work in what belongs to a thread: task(i, ith), 0 <= ith < n_threads().
+  virtual void for_each_thread(int64_t n, const std::function<void(int64_t, int)>& task) = 0;
 };
 
 /// The same on this thread if there are no workers.

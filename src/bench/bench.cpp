@@ -32,7 +32,7 @@ struct Contestant {
   std::function<Status(Token)> decode;
   std::function<int64_t()> kv_bytes;
   std::function<void(bool)> measure;  ///< of the stages of a step; null for others' engines
-  std::function<StepProgram::Times()> times;
+  std::function<Executor::Times()> times;
   std::vector<double> prefill, decoded;  ///< tokens per second, a round each
 };
 
@@ -84,8 +84,8 @@ class Depth {
       c.row.kv = p.name;
       c.decode = [s](Token t) { return s->decode(t); };
       c.kv_bytes = [s] { return s->cache_stats().bytes; };
-      c.measure = [s](bool on) { s->impl().program->measure(on); };
-      c.times = [s] { return s->impl().program->times(); };
+      c.measure = [s](bool on) { s->impl().measure_steps(on); };
+      c.times = [s] { return s->impl().step_times; };
       all_.push_back(std::move(c));
     }
     return {};
@@ -151,7 +151,7 @@ class Depth {
         const double rate = static_cast<double>(tokens.size()) / seconds_since(start);
         if (round >= 0) {
           c.decoded.push_back(rate);
-        } else if (c.measure) {  // the program of a step was made in the warm-up
+        } else if (c.measure) {
           c.measure(true);
         }
       }
@@ -173,19 +173,19 @@ class Depth {
 
   StepMs step_ms(const Contestant& c) const {
     const double n = static_cast<double>(options_.rounds) * options_.tokens;
-    const StepProgram::Times times = c.times();
-    const auto ms = [&](StepStage s) { return static_cast<double>(times[static_cast<size_t>(s)]) / n / 1e6; };
+    const Executor::Times times = c.times();
+    const auto ms = [&](RunStage s) { return static_cast<double>(times[static_cast<size_t>(s)]) / n / 1e6; };
     StepMs out;
     double measured = 0;
-    for (size_t i = 0; i < kStepStages; ++i) {
-      const auto stage = static_cast<StepStage>(i);
+    for (size_t i = 0; i < kRunStages; ++i) {
+      const auto stage = static_cast<RunStage>(i);
       measured += ms(stage);
       if (is_product(stage)) out.products += ms(stage);
     }
-    out.score = ms(StepStage::score);
-    out.select = ms(StepStage::select);
-    out.rebuild = ms(StepStage::rebuild);
-    out.attend = ms(StepStage::attend);
+    out.score = ms(RunStage::score);
+    out.select = ms(RunStage::select);
+    out.rebuild = ms(RunStage::rebuild);
+    out.attend = ms(RunStage::attend);
     double all = 0;
     for (const double rate : c.decoded) all += 1e3 / rate / options_.rounds;
     out.rest = std::max(0.0, all - measured);
@@ -193,7 +193,7 @@ class Depth {
   }
 
   void finish(BenchReport& report) {
-    const ModelWork work = work_of(model_->weights());
+    const ModelWork work = work_of(model_->parts().plan);
     report.weight_bytes = work.weight_bytes;
     const Contestant* other = peer();
     for (Contestant& c : all_) {

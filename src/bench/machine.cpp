@@ -129,21 +129,20 @@ double ModelWork::prompt_flops(int64_t n) const {
   return flops_token * tokens + flops_pair * tokens * (tokens + 1) / 2 + flops_logits;
 }
 
-ModelWork work_of(const ModelWeights& weights) {
+ModelWork work_of(const Plan& plan) {
   ModelWork work;
-  const Hparams& hp = weights.hparams();
-  const auto add = [&](const ggml_tensor* t, double& flops) {
-    if (t == nullptr) return;
-    work.weight_bytes += static_cast<int64_t>(ggml_row_size(t->type, t->ne[0])) * t->ne[1];
-    flops += 2.0 * static_cast<double>(t->ne[0]) * static_cast<double>(t->ne[1]);
+  const auto add = [&](const LinearOp& l, double& flops) {
+    work.weight_bytes += l.w->row_bytes() * l.w->n_out;
+    flops += 2.0 * static_cast<double>(l.w->n_in) * static_cast<double>(l.w->n_out);
   };
-  for (int64_t i = 0; i < hp.n_layer; ++i) {
-    const LayerWeights& w = weights.layer(i);
-    for (const ggml_tensor* t : {w.wqkv, w.wq, w.wk, w.wv, w.wo, w.gate_up, w.gate, w.up, w.down})
-      add(t, work.flops_token);
+  for (const LayerPlan& layer : plan.layers) {
+    for (const LinearOp& l : layer.project.linears) add(l, work.flops_token);
+    add(layer.out, work.flops_token);
+    for (const LinearOp& l : layer.ffn.linears) add(l, work.flops_token);
+    add(layer.down, work.flops_token);
+    work.flops_pair += 4.0 * static_cast<double>(layer.mix.attention.width_q());
   }
-  add(weights.output(), work.flops_logits);
-  work.flops_pair = 4.0 * static_cast<double>(hp.n_layer * hp.n_head * hp.head_dim);
+  add(plan.output.logits, work.flops_logits);
   return work;
 }
 

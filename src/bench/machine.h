@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "model/weights.h"
+#include "model/plan.h"
 #include "narrows/status.h"
 
 namespace narrows {
@@ -32,6 +32,6 @@ struct ModelWork {
   double flops_pair = 0;   ///< attention of one query to one key
   double flops_logits = 0;
 };
-ModelWork work_of(const ModelWeights& weights);
+ModelWork work_of(const Plan& plan);
 
 }  // namespace narrows

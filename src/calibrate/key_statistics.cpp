@@ -26,8 +26,8 @@ struct Gather {
 /// Runs the text through the model in sequences; the first kSkipTokens of each are left out of `rows`.
 Status run_text(const Model& model, std::span<const Token> text, int n_threads, const ProgressFn& progress,
                 const Gather& gather) {
-  const Hparams& hp = model.weights().hparams();
-  const int64_t width = hp.n_head_kv * hp.head_dim;
+  const ModelParts& parts = model.parts();
+  const int64_t width = model.info().n_head_kv * model.info().head_dim;
   const auto n = static_cast<int64_t>(text.size());
   if (n < 2 * width + kSkipTokens) {
     return Status(
@@ -35,11 +35,13 @@ Status run_text(const Model& model, std::span<const Token> text, int n_threads, 
         fmt::format("{} tokens are too few for statistics of {} key coordinates, give a text of at least {}",
                     n, width, 2 * width + kSkipTokens));
   }
-  const int64_t sequence = std::min(kSequence, hp.n_ctx_train);
+  const int64_t sequence = std::min(kSequence, model.info().n_ctx_train);
   if (n_threads == 0) n_threads = usable_cores();
-  kernels::RopeTable rope(hp.rope, sequence);
-  GraphRunner runner(n_threads);
-  Prefill prefill(model.weights(), rope, runner);
+  std::vector<kernels::RopeTable> ropes;
+  for (const kernels::RopeParams& r : parts.spec().ropes) ropes.emplace_back(r, sequence);
+  Result<ExecutorLease> executor = ExecutorLease::take(parts.executors, n_threads);
+  if (!executor.ok()) return executor.status();
+  Prefill prefill(*parts.weights, parts.plan, ropes, **executor);
   PrefillHooks hooks;
   hooks.queries = gather.queries;
   hooks.layer_done = [&](int64_t layer, const float* k, const float* v, int64_t rows) -> Status {
@@ -47,7 +49,7 @@ Status run_text(const Model& model, std::span<const Token> text, int n_threads, 
     gather.rows(layer, k + skip * width, v + skip * width, rows - skip);
     return {};
   };
-  std::vector<float> logits(static_cast<size_t>(hp.n_vocab));
+  std::vector<float> logits(static_cast<size_t>(model.info().n_vocab));
   for (int64_t at = 0; at < n; at += sequence) {
     const int64_t rows = std::min(sequence, n - at);
     const auto part = [&](double done) {
@@ -79,10 +81,10 @@ Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span
 Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, const std::string& made_from,
                             int n_threads, const ProgressFn& progress) {
   const ModelInfo& info = model.info();
-  const Hparams& hp = model.weights().hparams();
+  const ModelSpec& spec = model.parts().spec();
   const auto n_layer = static_cast<size_t>(info.n_layer);
   std::vector<KeyMoments> moments(n_layer, KeyMoments(info.n_head_kv * info.head_dim));
-  std::vector<KltStatistics> statistics(n_layer, KltStatistics(attention_shape(hp)));
+  std::vector<KltStatistics> statistics(n_layer, KltStatistics(attention_shape(spec)));
   Gather gather;
   gather.rows = [&](int64_t layer, const float* k, const float* v, int64_t n) {
     moments[static_cast<size_t>(layer)].add(k, n);
@@ -98,7 +100,7 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
   file.made_from = made_from;
   file.n_tokens = static_cast<int64_t>(text.size());
   // Caches that use the file may be longer than its text: distances up to a usual context.
-  const kernels::RopeTable rope(hp.rope, std::min<int64_t>(kCalibratedReach, hp.n_ctx_train));
+  const kernels::RopeTable rope(spec.ropes.front(), std::min<int64_t>(kCalibratedReach, spec.n_ctx_train));
   const DistanceAverage distances(rope, info.head_dim);
   for (size_t i = 0; i < n_layer; ++i) {
     const auto in_layer = [i](const Status& s) {
@@ -108,7 +110,7 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
     if (!basis.ok()) return in_layer(basis.status());
     file.layers.push_back(std::move(*basis));
     std::vector<double> weight;
-    if (Status s = value_weight(model.weights(), static_cast<int64_t>(i), weight); !s.ok())
+    if (Status s = value_weight(*model.parts().weights, static_cast<int64_t>(i), weight); !s.ok())
       return in_layer(s);
     Result<KltLayerBasis> klt = statistics[i].basis(distances, weight);
     if (!klt.ok()) return in_layer(klt.status());

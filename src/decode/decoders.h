@@ -93,7 +93,7 @@ class KltDecoder final : public LayerDecoder {
   ExactBlocks exact_;
   int64_t budget_ = 0;  ///< most tokens that a KV head reads from pages in this step
   Way way_ = Way::hot;
-  const float* query_ = nullptr;    ///< of the running step
+  std::vector<float> query_;        ///< [n_head, head_dim] of the running step, if the layer wants it
   std::vector<int32_t> positions_;  ///< [n_head_kv, budget_], those of the last step
   std::vector<int64_t> n_read_;     ///< [n_head_kv]: of positions_
 };

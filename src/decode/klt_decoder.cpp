@@ -37,6 +37,8 @@ Status KltDecoder::prepare(StepScratch& scratch) {
       }
     }
     scratch.klt->grow(layer_, profile_, n, way_ == Way::streamed ? 0 : budget_);
+    query_.resize(
+        static_cast<size_t>(layer_.wants_queries() ? layer_.shape().n_head * layer_.shape().head_dim : 0));
     if (way_ == Way::streamed) return {};
     for (int64_t h = 0; h < layer_.shape().n_head_kv; ++h) layer_.hot_keys(h).reserve(n_hot);
     positions_.resize(static_cast<size_t>(layer_.shape().n_head_kv * budget_));
@@ -97,7 +99,8 @@ void KltDecoder::score(const DecodeStep& step, StepScratch& scratch, int ith, in
   // The newest block always falls to the last slice, and that to the last thread.
   if (ith == n_threads - 1) layer_.store_step(step.k, step.v);
   if (ith == 0) {
-    query_ = step.q;
+    // Until the end of the step: other layers' queries take its place by then.
+    std::copy_n(step.q, query_.size(), query_.data());
     work.next_choice = 0;
     work.next_slice = 0;
     for (std::atomic<bool>& chosen : work.chosen) chosen = false;
@@ -187,9 +190,9 @@ void KltDecoder::attend_slice(StepScratch& scratch, int i, int ith) {
 
 void KltDecoder::finish() {
   layer_.finish_step();
-  if (!layer_.wants_queries()) return;
+  if (!layer_.wants_queries() || query_.empty()) return;
   try {
-    layer_.observe_queries(query_, 1);
+    layer_.observe_queries(query_.data(), 1);
   } catch (const std::bad_alloc&) {
     // The statistics go without this query.
   }

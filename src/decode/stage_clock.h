@@ -4,20 +4,15 @@
 #pragma once
 
 #include <array>
-#include <chrono>
 #include <cstdint>
+
+#include "base/clock.h"
 
 namespace narrows {
 
 /// What attention over a cache is made of: decode/*.cpp in this order.
 enum class AttentionStage : uint8_t { score, select, rebuild, attend };
 inline constexpr size_t kAttentionStages = 4;
-
-inline int64_t monotonic_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 class StageClock {
  public:

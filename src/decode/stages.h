@@ -5,22 +5,13 @@
 #include <cstdint>
 #include <span>
 
+#include "base/part.h"
 #include "cache/exact_store.h"
 #include "cache/sals_layer.h"
 #include "decode/layer_decoder.h"
 #include "decode/scratch.h"
 
 namespace narrows {
-
-/// Part [begin, end) of n things that thread ith of n_threads works on: contiguous, all parts equal up to
-/// one.
-struct Part {
-  int64_t begin = 0;
-  int64_t end = 0;
-};
-inline Part part_of(int64_t n, int ith, int n_threads) {
-  return {n * ith / n_threads, n * (ith + 1) / n_threads};
-}
 
 // --- score.cpp ---
 

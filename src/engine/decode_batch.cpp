@@ -2,21 +2,28 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "base/guarded.h"
 #include "engine/session_impl.h"
-#include "engine/step_program.h"
+#include "engine/step_mixer.h"
 
 namespace narrows {
 
 struct DecodeBatch::Impl {
   std::shared_ptr<const Model> model;
   int max_sessions;
-  std::unique_ptr<ThreadPool> pool;
-  std::unique_ptr<StepProgram> program;
+  ExecutorLease executor;  ///< goes before the model
+  StepMixer mixer;
+  AlignedArray<float> x;       ///< [max_sessions, n_embd]
+  AlignedArray<float> logits;  ///< [max_sessions, n_vocab]
 
-  Impl(std::shared_ptr<const Model> m, int n) : model(std::move(m)), max_sessions(n) {}
+  Impl(std::shared_ptr<const Model> m, int n, ExecutorLease e)
+      : model(std::move(m)),
+        max_sessions(n),
+        executor(std::move(e)),
+        mixer(n, executor->n_threads()),
+        x(n * model->info().n_embd),
+        logits(n * model->info().n_vocab) {}
 
   Status admit(const Session::Impl& session) const;
 };
@@ -25,10 +32,10 @@ struct DecodeBatch::Impl {
 Status DecodeBatch::Impl::admit(const Session::Impl& session) const {
   if (session.model != model)
     return {StatusCode::invalid_argument, "the session is of another model than the batch"};
-  if (session.runner.n_threads() != pool->n_threads()) {
+  if (session.n_threads != executor->n_threads()) {
     return {StatusCode::invalid_argument,
             fmt::format("the session has {} threads and the batch {}, they must be as many",
-                        session.runner.n_threads(), pool->n_threads())};
+                        session.n_threads, executor->n_threads())};
   }
   return {};
 }
@@ -45,30 +52,17 @@ Result<std::unique_ptr<DecodeBatch>> DecodeBatch::create(std::shared_ptr<const M
   }
   Result<int> threads = threads_to_use(n_threads);
   if (!threads.ok()) return threads.status();
-  auto impl = std::make_unique<Impl>(std::move(model), max_sessions);
-  Result<std::unique_ptr<ThreadPool>> pool = ThreadPool::create(*threads);
-  if (!pool.ok()) return pool.status();
-  impl->pool = std::move(*pool);
-  Result<std::unique_ptr<StepProgram>> program =
-      StepProgram::create(impl->model->weights(), max_sessions, *impl->pool);
-  if (!program.ok()) return program.status();
-  impl->program = std::move(*program);
+  Result<ExecutorLease> executor = ExecutorLease::take(model->parts().executors, *threads);
+  if (!executor.ok()) return executor.status();
+  if (Status s = (*executor)->reserve(max_sessions, false); !s.ok()) return s;
+  auto impl = std::make_unique<Impl>(std::move(model), max_sessions, std::move(*executor));
+  if (!impl->x.ok() || !impl->logits.ok())
+    return Status(StatusCode::out_of_memory, "no memory for the activations of a step");
   return std::unique_ptr<DecodeBatch>(new DecodeBatch(std::move(impl)));
 }
 
 void DecodeBatch::for_each(int64_t n, const std::function<void(int64_t)>& task) {
-  if (n == 1) return task(0);
-  struct Tasks {
-    const int64_t n;
-    const std::function<void(int64_t)>& task;
-    std::atomic<int64_t> next{0};
-  } tasks{n, task};
-  impl_->pool->run(
-      [](void* context, int /*ith*/, int /*n_threads*/) {
-        Tasks& t = *static_cast<Tasks*>(context);
-        for (int64_t i = t.next.fetch_add(1); i < t.n; i = t.next.fetch_add(1)) t.task(i);
-      },
-      &tasks);
+  impl_->executor->for_each(n, task);
 }
 
 int DecodeBatch::max_sessions() const { return impl_->max_sessions; }
@@ -81,7 +75,7 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
             fmt::format("{} sessions, {} tokens and {} results do not go together in a batch of {} at most",
                         sessions.size(), tokens.size(), each.size(), impl_->max_sessions)};
   }
-  StepProgram& program = *impl_->program;
+  const int64_t n_embd = impl_->model->info().n_embd, n_vocab = impl_->model->info().n_vocab;
   std::vector<size_t> taking_part;
   std::vector<DecodeLane> lanes;
   taking_part.reserve(sessions.size());  // nothing is thrown once a session has begun
@@ -92,19 +86,26 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
     each[i] = impl_->admit(session);
     if (std::find(before.begin(), before.end(), sessions[i]) != before.end())
       each[i] = Status(StatusCode::invalid_argument, "the session is twice in the batch");
-    if (each[i].ok()) each[i] = session.begin_step(tokens[i], program.input(static_cast<int>(lanes.size())));
+    float* x = impl_->x.data() + static_cast<int64_t>(lanes.size()) * n_embd;
+    if (each[i].ok()) each[i] = session.begin_step(tokens[i], x, *impl_->executor);
     if (!each[i].ok()) continue;
     taking_part.push_back(i);
     lanes.push_back(session.lane());
   }
   if (lanes.empty()) return {};
-  program.run(lanes);
-  for (const size_t i : taking_part) each[i] = sessions[i]->impl_->finish_step();
+  impl_->mixer.begin(lanes);
+  const Plan& plan = impl_->model->parts().plan;
+  const Status run = impl_->executor->run({plan.layers, impl_->x.data(), static_cast<int64_t>(lanes.size()),
+                                           0, &impl_->mixer, &plan.output, impl_->logits.data()});
+  for (const size_t i : taking_part) {
+    Session::Impl& session = *sessions[i]->impl_;
+    session.broken = !run.ok();
+    each[i] = run.ok() ? session.finish_step(*impl_->executor) : run;
+  }
+  if (!run.ok()) return {};
   for_each(static_cast<int64_t>(lanes.size()), [&](int64_t lane) {
     Session::Impl& session = *sessions[taking_part[static_cast<size_t>(lane)]]->impl_;
-    const std::span<const float> logits = program.logits(static_cast<int>(lane));
-    std::copy(logits.begin(), logits.end(), session.own_logits.begin());
-    session.logits_from_program = false;
+    std::copy_n(impl_->logits.data() + lane * n_vocab, n_vocab, session.own_logits.begin());
   });
   return {};
 }

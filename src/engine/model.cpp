@@ -1,9 +1,8 @@
-// Model::load: file -> hparams -> weights, and the tokenizer of the same file.
+// Model::load: file -> spec -> weights -> plan, and the tokenizer of the same file.
 #include <mutex>
 
+#include "engine/model_parts.h"
 #include "gguf/gguf_file.h"
-#include "gguf/hparams.h"
-#include "model/weights.h"
 #include "narrows/engine.h"
 #include "text/llama_log.h"
 
@@ -20,35 +19,36 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   silence_llama_log();
   Result<GgufFile> file = GgufFile::open(path);
   if (!file.ok()) return file.status();
-  Result<Hparams> hp = read_hparams(*file);
-  if (!hp.ok()) return hp.status();
+  Result<ModelSpec> spec = read_spec(*file);
+  if (!spec.ok()) return spec.status();
   Result<std::string> fingerprint = file->fingerprint();
   if (!fingerprint.ok()) return fingerprint.status();
 
   std::shared_ptr<Model> model(new Model());
   model->path_ = path;
   ModelInfo& info = model->info_;
-  info.architecture = hp->architecture;
-  info.name = hp->name;
+  const AttentionSpec& attention = spec->layers.front().attention;
+  info.architecture = spec->architecture;
+  info.name = spec->name;
   info.fingerprint = *fingerprint;
-  info.n_layer = hp->n_layer;
-  info.n_embd = hp->n_embd;
-  info.n_ff = hp->n_ff;
-  info.n_head = hp->n_head;
-  info.n_head_kv = hp->n_head_kv;
-  info.head_dim = hp->head_dim;
-  info.n_vocab = hp->n_vocab;
-  info.n_ctx_train = hp->n_ctx_train;
+  info.n_layer = spec->n_layer();
+  info.n_embd = spec->n_embd;
+  info.n_ff = spec->layers.front().ffn.n_ff;
+  info.n_head = attention.n_head;
+  info.n_head_kv = attention.n_head_kv;
+  info.head_dim = attention.head_dim;
+  info.n_vocab = spec->n_vocab;
+  info.n_ctx_train = spec->n_ctx_train;
   for (const TensorEntry& t : file->tensors()) info.weight_bytes += t.bytes;
 
-  Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *hp, options);
+  Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *spec, options);
   if (!weights.ok()) return weights.status();
-  model->weights_ = std::move(*weights);
+  model->parts_ = std::make_unique<const ModelParts>(std::move(*weights));
   Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(path);
   if (!tokenizer.ok()) return tokenizer.status();
   model->tokenizer_ = std::move(*tokenizer);
   // Weights and vocabulary were read one after another: of one file, if it is still as it was.
-  if (Status s = model->weights_->file().unchanged_under_its_name(); !s.ok()) return s;
+  if (Status s = model->parts_->weights->file().unchanged_under_its_name(); !s.ok()) return s;
   return std::shared_ptr<const Model>(std::move(model));
 }
 

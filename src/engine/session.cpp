@@ -9,7 +9,7 @@
 #include "base/memory.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
-#include "prefill/attention.h"
+#include "prompt/attention.h"
 
 namespace narrows {
 
@@ -30,7 +30,11 @@ static_assert(kStripeTokens % kSegmentTokens == 0);
 
 double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
-kernels::RopeTable make_rope(const Hparams& hp, int64_t n_ctx) { return {hp.rope, n_ctx}; }
+std::vector<kernels::RopeTable> make_ropes(const ModelSpec& spec, int64_t n_ctx) {
+  std::vector<kernels::RopeTable> ropes;
+  for (const kernels::RopeParams& r : spec.ropes) ropes.emplace_back(r, n_ctx);
+  return ropes;
+}
 
 Status check_prompt_options(const PromptOptions& options) {
   if (!(options.mass > 0 && options.mass <= 1)) {
@@ -50,8 +54,9 @@ Status check_prompt_options(const PromptOptions& options) {
 
 }  // namespace
 
-AttentionShape attention_shape(const Hparams& hp) {
-  return {hp.n_head, hp.n_head_kv, hp.head_dim, hp.attention_scale};
+AttentionShape attention_shape(const ModelSpec& spec, int64_t layer) {
+  const AttentionSpec& a = spec.layer(layer).attention;
+  return {a.n_head, a.n_head_kv, a.head_dim, a.scale};
 }
 
 Result<int> threads_to_use(int n_threads) {
@@ -62,28 +67,32 @@ Result<int> threads_to_use(int n_threads) {
   return n_threads > 0 ? n_threads : std::min(kMaxThreads, usable_cores());
 }
 
-Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int n_threads, int64_t ctx)
+Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int threads, int64_t ctx)
     : model(std::move(m)),
       options(o),
       n_ctx(ctx),
-      rope(make_rope(model->weights().hparams(), ctx)),
-      runner(n_threads) {}
+      n_threads(threads),
+      ropes(make_ropes(model->parts().spec(), ctx)),
+      workers(model->parts().executors, threads),
+      mixer(1, threads),
+      x(model->parts().spec().n_embd) {}
 
 Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
-  const Hparams& hp = model->weights().hparams();
+  const ModelSpec& spec = model->parts().spec();
+  if (!x.ok()) return {StatusCode::out_of_memory, "no memory for the activations of a step"};
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
-      model->info(), options.kv, attention_shape(hp), &rope, std::move(basis),
+      model->info(), options.kv, attention_shape(spec), ropes.data(), std::move(basis),
       [this](int64_t layer, std::vector<double>& w) {
-        return value_weight(model->weights(), layer, w, &runner);
+        return value_weight(*model->parts().weights, layer, w, &workers);
       },
       options.segments);
   if (!made.ok()) return made.status();
   cache = std::move(*made);
-  cache->use_workers(&runner);
-  scratch = std::make_unique<StepScratch>(attention_shape(hp), runner.n_threads());
-  for (int64_t i = 0; i < hp.n_layer; ++i)
+  cache->use_workers(&workers);
+  scratch = std::make_unique<StepScratch>(attention_shape(spec), n_threads);
+  for (int64_t i = 0; i < spec.n_layer(); ++i)
     decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));
-  own_logits.assign(static_cast<size_t>(hp.n_vocab), 0.0F);
+  own_logits.assign(static_cast<size_t>(spec.n_vocab), 0.0F);
   return {};
 }
 
@@ -103,8 +112,9 @@ Status Session::Impl::check_room(int64_t n_new) const {
       cache->stats().bytes;
   const int64_t at_once =
       in_segments(n_past) ? std::min(n_new, options.kv.n_sink + kStripeTokens / 2 * 3) : n_new;
-  const int64_t need = more_cache + Prefill::bytes_needed(model->weights(), at_once, n_past + n_new - at_once,
-                                                          runner.n_threads(), options.prompt);
+  const int64_t need =
+      more_cache + Prefill::bytes_needed(model->parts().spec(), model->parts().plan, at_once,
+                                         n_past + n_new - at_once, n_threads, options.prompt);
   const int64_t have = available_memory_bytes();
   if (have > 0 && need > have) {
     return {StatusCode::out_of_memory,
@@ -164,7 +174,7 @@ Status Session::prefill(std::span<const Token> tokens, const ProgressFn& progres
   if (Status s = begin_prefill(tokens); !s.ok()) return s;
   while (impl_->prefill != nullptr) {
     if (progress && !progress(prefill_done())) {
-      impl_->prefill.reset();
+      impl_->stop_reading();
       impl_->broken = true;
       return {StatusCode::cancelled, "the prompt was cancelled"};
     }
@@ -189,12 +199,14 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
     }
   }
   const auto n_new = static_cast<int64_t>(tokens.size());
-  Prefill prefill(lead.model->weights(), lead.rope, lead.runner, lead.options.prompt);
+  if (Status s = lead.take_executor(); !s.ok()) return s;
+  Prefill prefill(*lead.model->parts().weights, lead.model->parts().plan, lead.ropes, *lead.executor,
+                  lead.options.prompt);
   const Status status = guarded("the prompt", [&] {
     return prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
   });
+  lead.give_executor_back();
   for (Session* s : sessions) {
-    s->impl_->logits_from_program = false;
     if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
     s->impl_->broken = !status.ok();
     s->impl_->stripe_past = n_past;
@@ -252,13 +264,13 @@ int64_t Session::Impl::stripe_tokens(int64_t n_past, int64_t n_left) const {
 }
 
 void Session::Impl::keep_spare(int64_t n_new) {
-  const Hparams& hp = model->weights().hparams();
-  const int64_t n_exact = exact_tokens(options.kv, hp.n_head_kv * hp.head_dim, !options.basis_path.empty());
+  const ModelSpec& spec = model->parts().spec();
+  const int64_t n_exact = exact_tokens(options.kv, spec.most_width_kv(), !options.basis_path.empty());
   if (!in_segments(stripe_past) || stripe_past == 0 || stripe_past >= n_exact ||
       stripe_past + n_new <= n_exact)
     return;
-  Result<std::unique_ptr<KvCache>> made =
-      KvCache::create(model->info(), options.kv, attention_shape(hp), &rope, nullptr, {}, options.segments);
+  Result<std::unique_ptr<KvCache>> made = KvCache::create(model->info(), options.kv, attention_shape(spec),
+                                                          ropes.data(), nullptr, {}, options.segments);
   if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);
 }
 
@@ -279,7 +291,7 @@ Status Session::begin_prefill(std::span<const Token> tokens) {
   const bool was_reading = m.prefill != nullptr;
   Status status = guarded("the prompt", [&] { return m.begin_prefill(this, tokens); });
   if (!status.ok() && !was_reading) {
-    m.prefill.reset();
+    m.stop_reading();
     m.spare.reset();
   }
   return status;
@@ -292,10 +304,10 @@ Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens
   if (Status s = m.check_room(static_cast<int64_t>(tokens.size())); !s.ok()) return s;
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
   m.stripe_begin = 0;
-  m.prefill = std::make_unique<Prefill>(m.model->weights(), m.rope, m.runner, m.options.prompt);
-  if (Status s = m.begin_stripe(self); !s.ok()) return s;
-  m.logits_from_program = false;
-  return {};
+  if (Status s = m.take_executor(); !s.ok()) return s;
+  m.prefill = std::make_unique<Prefill>(*m.model->parts().weights, m.model->parts().plan, m.ropes,
+                                        *m.executor, m.options.prompt);
+  return m.begin_stripe(self);
 }
 
 Status Session::prefill_step() {
@@ -311,7 +323,7 @@ Status Session::prefill_step() {
     if (status.ok()) return {};
   }
   const double read_share = m.prefill->read_share();
-  m.prefill.reset();
+  m.stop_reading();
   m.broken = !status.ok();
   if (!status.ok()) return status;
   m.spare.reset();
@@ -346,7 +358,6 @@ int64_t Session::kept_prefix(int64_t n) const {
 void Session::keep_prefix(int64_t n) {
   impl_->cache->keep(n);
   impl_->sealed = n;
-  impl_->logits_from_program = false;
 }
 
 int64_t Session::go_back(int64_t n) {
@@ -354,7 +365,7 @@ int64_t Session::go_back(int64_t n) {
   if (m.prefill != nullptr || m.broken) {
     // Layers hold different numbers of tokens: what was there before is in all of them.
     n = std::min(n, m.stripe_past);
-    m.prefill.reset();
+    m.stop_reading();
     m.broken = false;
     if (m.spare != nullptr && !m.cache->share(*m.spare, m.stripe_past).ok()) n = 0;
     m.spare.reset();
@@ -370,7 +381,6 @@ int64_t Session::go_back(int64_t n) {
   } else {
     m.cache->keep(n);
     if (m.options.segments) m.sealed = n;
-    m.logits_from_program = false;
   }
   return n;
 }
@@ -393,7 +403,8 @@ Status Session::share_prefix(const Session& from, int64_t n) {
   return {};
 }
 
-Status Session::Impl::begin_step(Token token, float* embedding) {
+Status Session::Impl::begin_step(Token token, float* embedding, Executor& by) {
+  const LentWorkers::While lent(workers, by);
   Status status;
   try {
     status = prepare_step(token, embedding);
@@ -409,7 +420,7 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
   if (cache->n_tokens() >= n_ctx) {
     return {StatusCode::context_full, fmt::format("the context of {} tokens is full", n_ctx)};
   }
-  if (Status s = model->weights().embed({&token, 1}, embedding); !s.ok()) return s;
+  if (Status s = model->parts().weights->embed({&token, 1}, embedding); !s.ok()) return s;
   for (size_t i = 0; i < decoders.size(); ++i) {
     if (Status s = decoders[i]->prepare(*scratch); !s.ok()) {
       return {s.code(), fmt::format("layer {}: {}", i, s.message())};
@@ -418,7 +429,8 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
   return {};
 }
 
-Status Session::Impl::finish_step() {
+Status Session::Impl::finish_step(Executor& by) {
+  const LentWorkers::While lent(workers, by);
   Status status = guarded("the end of a step", [this] {
     for (auto& d : decoders) d->finish();
   });
@@ -426,45 +438,64 @@ Status Session::Impl::finish_step() {
   return status;
 }
 
-Status Session::Impl::make_program() {
-  if (program != nullptr) return {};
-  Result<std::unique_ptr<ThreadPool>> threads = ThreadPool::create(runner.n_threads());
-  if (!threads.ok()) return threads.status();
-  pool = std::move(*threads);
-  Result<std::unique_ptr<StepProgram>> made = StepProgram::create(model->weights(), 1, *pool);
-  if (!made.ok()) return made.status();
-  program = std::move(*made);
+/// What begin_step() has begun.
+Status Session::Impl::run_step() {
+  const DecodeLane own = lane();
+  mixer.begin({&own, 1});
+  executor->measure(measures);
+  const Plan& plan = model->parts().plan;
+  const Status status = executor->run({plan.layers, x.data(), 1, 0, &mixer, &plan.output, own_logits.data()});
+  for (size_t i = 0; measures && i < step_times.size(); ++i) step_times[i] += executor->times()[i];
+  if (!status.ok()) {
+    broken = true;
+    return status;
+  }
+  return finish_step(*executor);
+}
+
+void Session::Impl::stop_reading() {
+  prefill.reset();
+  give_executor_back();
+}
+
+Status Session::Impl::take_executor() {
+  Result<ExecutorLease> taken = ExecutorLease::take(model->parts().executors, n_threads);
+  if (!taken.ok()) return taken.status();
+  executor = std::move(*taken);
+  workers.lend(&*executor);
   return {};
+}
+
+void Session::Impl::give_executor_back() {
+  workers.lend(nullptr);
+  executor.give_back();
 }
 
 Status Session::decode(Token token) {
   Impl& m = *impl_;
-  if (Status s = guarded("the first step", [&] { return m.make_program(); }); !s.ok()) return s;
-  if (Status s = m.begin_step(token, m.program->input(0)); !s.ok()) return s;
-  const DecodeLane lane = m.lane();
-  m.program->run({&lane, 1});
-  if (Status s = m.finish_step(); !s.ok()) return s;
-  m.logits_from_program = true;
-  return {};
+  Status status = m.check_usable();
+  if (status.ok()) status = guarded("a step", [&] { return m.take_executor(); });
+  if (status.ok()) status = m.executor->reserve(1, false);
+  if (status.ok()) status = m.begin_step(token, m.x.data(), *m.executor);
+  if (status.ok()) status = m.run_step();
+  if (m.prefill == nullptr) m.give_executor_back();
+  return status;
 }
 
-std::span<const float> Session::logits() const {
-  return impl_->logits_from_program ? impl_->program->logits(0) : std::span<const float>(impl_->own_logits);
-}
+std::span<const float> Session::logits() const { return impl_->own_logits; }
 
 int64_t Session::n_past() const { return impl_->cache->n_tokens(); }
 int64_t Session::n_ctx() const { return impl_->n_ctx; }
-int Session::n_threads() const { return impl_->runner.n_threads(); }
+int Session::n_threads() const { return impl_->n_threads; }
 const Model& Session::model() const { return *impl_->model; }
 const KvProfile& Session::profile() const { return impl_->options.kv; }
 CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
 
 void Session::reset() {
-  impl_->prefill.reset();
+  impl_->stop_reading();
   impl_->spare.reset();
   impl_->cache->clear();
   impl_->sealed = 0;
-  impl_->logits_from_program = false;
   impl_->broken = false;
 }
 

@@ -1,19 +1,18 @@
-// The inside of a Session: cache, decoders, the program of a step. Seen by engine/, eval/ and bench/ only.
+// The inside of a Session: cache, decoders, what a step works in. Seen by engine/, eval/ and bench/ only.
 #pragma once
 
 #include <memory>
 #include <optional>
 #include <vector>
 
-#include "base/thread_pool.h"
+#include "base/aligned.h"
 #include "cache/kv_cache.h"
 #include "decode/layer_decoder.h"
-#include "engine/step_program.h"
+#include "engine/model_parts.h"
+#include "engine/step_mixer.h"
 #include "kernels/rope_table.h"
-#include "model/graph.h"
-#include "model/weights.h"
 #include "narrows/engine.h"
-#include "prefill/prefill.h"
+#include "prompt/prefill.h"
 
 namespace narrows {
 
@@ -44,35 +43,45 @@ class Session::Impl {
 
   /// Serial, before a step: everything of it that can fail. Writes the token's embedding [n_embd]. A session
   /// that fails here is as it was.
-  Status begin_step(Token token, float* embedding);
+  Status begin_step(Token token, float* embedding, Executor& by);
   Status prepare_step(Token token, float* embedding);
   Status begin_prefill(Session* self, std::span<const Token> tokens);
-  Status make_program();
+  void measure_steps(bool on) {
+    measures = on;
+    step_times = {};
+  }
+  Status take_executor();
+  void give_executor_back();
+  void stop_reading();  ///< the running prompt goes, the executor back
   DecodeLane lane() const { return {decoders, scratch.get(), cache->n_tokens()}; }
+  Status run_step();
   /// Serial, after the step. A session that fails here must be reset.
-  Status finish_step();
+  Status finish_step(Executor& by);
 
   std::shared_ptr<const Model> model;
   SessionOptions options;
   int64_t n_ctx;
-  kernels::RopeTable rope;
-  GraphRunner runner;
+  int n_threads;
+  std::vector<kernels::RopeTable> ropes;  ///< one for each of the model's
+  ExecutorLease executor;                 ///< while a prompt is on its way, and in a step of decode()
+  LentWorkers workers;                    ///< for the cache
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<StepScratch> scratch;
   std::vector<std::unique_ptr<LayerDecoder>> decoders;
-  std::unique_ptr<ThreadPool> pool;      ///< these two are made at the first decode()
-  std::unique_ptr<StepProgram> program;  ///< of this session alone
-  std::unique_ptr<Prefill> prefill;      ///< while one is on its way
+  StepMixer mixer;        ///< of decode()
+  AlignedArray<float> x;  ///< [n_embd] its residual stream
+  bool measures = false;  ///< decode() adds up step_times, of its stages
+  Executor::Times step_times{};
+  std::unique_ptr<Prefill> prefill;  ///< while one is on its way; after `executor`, which it uses to the last
   std::vector<Token> prefill_tokens;
   int64_t stripe_begin = 0;  ///< of the running prompt's tokens, those before the running stripe
   int64_t stripe_end = 0;
   int64_t stripe_past = 0;         ///< tokens that all layers held before the running stripe, or prompt
   std::unique_ptr<KvCache> spare;  ///< those, where the layers could not go back to them
-  std::vector<float> own_logits;   ///< [n_vocab], of a prompt or a batch
-  bool logits_from_program = false;
-  double prompt_read = 1;  ///< Prefill::read_share() of the last prompt
-  int64_t sealed = 0;      ///< with segments: the last end of one that a prompt has reached
-  bool broken = false;     ///< a step failed half way: layers hold different numbers of tokens
+  std::vector<float> own_logits;   ///< [n_vocab]
+  double prompt_read = 1;          ///< Prefill::read_share() of the last prompt
+  int64_t sealed = 0;              ///< with segments: the last end of one that a prompt has reached
+  bool broken = false;             ///< a step failed half way: layers hold different numbers of tokens
 };
 
 /// The number of threads asked for, 0: one a core that the process may use. invalid_argument if it is out of
@@ -80,6 +89,6 @@ class Session::Impl {
 Result<int> threads_to_use(int n_threads);
 
 /// Attention shape of a model, for caches made outside a session (tests, eval, inspect).
-AttentionShape attention_shape(const Hparams& hp);
+AttentionShape attention_shape(const ModelSpec& spec, int64_t layer = 0);
 
 }  // namespace narrows

@@ -1,4 +1,4 @@
-// Rows of Wo come from the file a few at a time; a row holds a number for every channel of every query head.
+// Rows of Wo are unpacked a few at a time; a row holds a number for every channel of every query head.
 #include "engine/value_weight.h"
 
 #include <algorithm>
@@ -10,14 +10,15 @@ namespace narrows {
 Status value_weight(const ModelWeights& weights, int64_t layer, std::vector<double>& weight,
                     Workers* workers) {
   constexpr int64_t kRows = 256;
-  const Hparams& hp = weights.hparams();
-  const int64_t d = hp.head_dim, n_in = hp.n_head * d, group = hp.n_head / hp.n_head_kv;
+  const AttentionSpec& a = weights.spec().layer(layer).attention;
+  const int64_t d = a.head_dim, n_in = a.width_q(), group = a.n_head / a.n_head_kv,
+                n_out = weights.spec().n_embd;
   std::vector<float> rows(static_cast<size_t>(kRows * n_in));
-  std::vector<KeyMoments> gram(static_cast<size_t>(hp.n_head_kv), KeyMoments(d));
-  for (int64_t first = 0; first < hp.n_embd; first += kRows) {
-    const int64_t n = std::min(kRows, hp.n_embd - first);
-    if (Status s = weights.read_rows(weights.layer(layer).wo, first, n, rows.data()); !s.ok()) return s;
-    for_each(workers, hp.n_head_kv, [&](int64_t h_kv) {
+  std::vector<KeyMoments> gram(static_cast<size_t>(a.n_head_kv), KeyMoments(d));
+  for (int64_t first = 0; first < n_out; first += kRows) {
+    const int64_t n = std::min(kRows, n_out - first);
+    weights.layer(layer).wo.unpack(first, n, rows.data());
+    for_each(workers, a.n_head_kv, [&](int64_t h_kv) {
       std::vector<float> columns(static_cast<size_t>(n * d));
       for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
         for (int64_t r = 0; r < n; ++r)

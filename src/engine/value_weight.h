@@ -12,8 +12,6 @@
 namespace narrows {
 
 /// weight [n_head_kv, head_dim, head_dim]: for each KV head the sum of Wo_h^T Wo_h over its query heads h.
-/// Reads the projection from the model's file (a repacked weight cannot be read back); io_error if the file
-/// is gone.
 Status value_weight(const ModelWeights& weights, int64_t layer, std::vector<double>& weight,
                     Workers* workers = nullptr);
 

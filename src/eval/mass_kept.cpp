@@ -33,31 +33,39 @@ const float* ExactKeys::head(int64_t layer, int64_t h) const {
 MassKept::MassKept(const ExactKeys& prompt, Session::Impl& session)
     : prompt_(prompt), session_(session), shape_(session.cache->layer(0).shape()) {
   decoded_keys_.resize(static_cast<size_t>(session.cache->n_layer()));
+  step_q_.resize(decoded_keys_.size());
+  step_k_.resize(decoded_keys_.size());
+  session.mixer.observe([this](int64_t layer, const DecodeStep& step) {
+    const auto l = static_cast<size_t>(layer);
+    step_q_[l].assign(step.q, step.q + shape_.n_head * shape_.head_dim);
+    step_k_[l].assign(step.k, step.k + shape_.width());
+  });
 }
 
+MassKept::~MassKept() { session_.mixer.observe({}); }
+
 void MassKept::observe() {
-  const int64_t half = session_.rope.n_rot() / 2, width = shape_.width();
+  const int64_t half = session_.ropes.front().n_rot() / 2, width = shape_.width();
   const int64_t pos = session_.cache->n_tokens() - 1;
   std::vector<float> angle(static_cast<size_t>(2 * half));
-  session_.rope.at(pos, angle.data(), angle.data() + half);
+  session_.ropes.front().at(pos, angle.data(), angle.data() + half);
   ++n_decoded_;
   for (size_t l = 0; l < decoded_keys_.size(); ++l) {
     std::vector<float>& keys = decoded_keys_[l];
     keys.resize(static_cast<size_t>(n_decoded_ * width));
-    kernels::ops().rope_rows(session_.program->step(static_cast<int64_t>(l)).k, shape_.n_head_kv,
-                             shape_.head_dim, 2 * half, angle.data(), angle.data() + half, 0, false,
-                             keys.data() + (n_decoded_ - 1) * width);
+    kernels::ops().rope_rows(step_k_[l].data(), shape_.n_head_kv, shape_.head_dim, 2 * half, angle.data(),
+                             angle.data() + half, 0, false, keys.data() + (n_decoded_ - 1) * width);
     if (session_.decoders[l]->last_selection(0)) observe_layer(static_cast<int64_t>(l));
   }
 }
 
 void MassKept::observe_layer(int64_t layer) {
   const int64_t d = shape_.head_dim, group = shape_.group(), n_context = prompt_.n_context();
-  const int64_t n = n_context + n_decoded_, half = session_.rope.n_rot() / 2, pos = n - 1;
+  const int64_t n = n_context + n_decoded_, half = session_.ropes.front().n_rot() / 2, pos = n - 1;
   std::vector<float> angle(static_cast<size_t>(2 * half)), q(static_cast<size_t>(shape_.n_head * d));
-  session_.rope.at(pos, angle.data(), angle.data() + half);
-  kernels::ops().rope_rows(session_.program->step(layer).q, shape_.n_head, d, 2 * half, angle.data(),
-                           angle.data() + half, 0, false, q.data());
+  session_.ropes.front().at(pos, angle.data(), angle.data() + half);
+  kernels::ops().rope_rows(step_q_[static_cast<size_t>(layer)].data(), shape_.n_head, d, 2 * half,
+                           angle.data(), angle.data() + half, 0, false, q.data());
 
   const KvProfile& profile = session_.options.kv;
   const LayerCache& cache = session_.cache->layer(layer);

@@ -28,7 +28,15 @@ class ExactKeys {
 /// Follows one session step by step. Keys of the decoded tokens are the session's own.
 class MassKept {
  public:
+  /// Watches the session's steps as long as it lives.
   MassKept(const ExactKeys& prompt, Session::Impl& session);
+  ~MassKept();
+  MassKept(const MassKept&) = delete;
+  MassKept& operator=(const MassKept&) = delete;
+  /// Queries [n_head, head_dim] and keys [D] of the last step before RoPE.
+  const std::vector<float>& step_q(int64_t layer) const { return step_q_[static_cast<size_t>(layer)]; }
+  const std::vector<float>& step_k(int64_t layer) const { return step_k_[static_cast<size_t>(layer)]; }
+
   /// After each decode().
   void observe();
   /// Mean so far; 1 if no layer was sparse.
@@ -43,6 +51,7 @@ class MassKept {
   const ExactKeys& prompt_;
   Session::Impl& session_;
   AttentionShape shape_;
+  std::vector<std::vector<float>> step_q_, step_k_;  ///< per layer, of the last step, before RoPE
   int64_t n_decoded_ = 0;
   std::vector<std::vector<float>> decoded_keys_;  ///< per layer [n_decoded, D] rotated
   double sum_ = 0;

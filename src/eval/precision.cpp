@@ -15,8 +15,8 @@
 #include "base/cgroup.h"
 #include "engine/session_impl.h"
 #include "kernels/half.h"
-#include "prefill/attention.h"
-#include "prefill/prefill.h"
+#include "prompt/attention.h"
+#include "prompt/prefill.h"
 
 namespace narrows {
 namespace {
@@ -219,15 +219,15 @@ struct Sink {
 /// Catches a layer's queries as they come and judges its heads when the layer is done.
 class ModelHeads {
  public:
-  ModelHeads(const Hparams& hp, const kernels::RopeTable& rope, int64_t n, Sink& sink)
-      : hp_(hp), rope_(rope), sink_(sink) {
+  ModelHeads(const AttentionSpec& attention, const kernels::RopeTable& rope, int64_t n, Sink& sink)
+      : spec_(attention), rope_(rope), sink_(sink) {
     for (int64_t r = 0; r < n; ++r) {
       if ((n - 1 - r) / kRun % 2 == 0) position_.push_back(r);
     }
   }
 
   void queries(const float* q, int64_t n) {
-    const int64_t width = hp_.n_head * hp_.head_dim;
+    const int64_t width = spec_.n_head * spec_.head_dim;
     for (int64_t r = 0; r < n; ++r, ++seen_) {
       if (std::binary_search(position_.begin(), position_.end(), seen_))
         q_.insert(q_.end(), q + r * width, q + (r + 1) * width);
@@ -235,21 +235,22 @@ class ModelHeads {
   }
 
   void layer_done(int64_t layer, const float* k, const float* v, int64_t n) {
-    const int64_t group = hp_.n_head / hp_.n_head_kv, width = hp_.n_head_kv * hp_.head_dim;
-    sink_.judge(hp_.n_head, [&](int64_t h, PrecisionHead& head, PrecisionRow& label) {
+    const int64_t group = spec_.n_head / spec_.n_head_kv, width = spec_.n_head_kv * spec_.head_dim;
+    sink_.judge(spec_.n_head, [&](int64_t h, PrecisionHead& head, PrecisionRow& label) {
       label.name = fmt::format("layer {} head {}", layer, h);
       label.layer = layer;
       label.head = h;
-      head.head_dim = hp_.head_dim;
+      head.head_dim = spec_.head_dim;
       head.n_key = n;
-      head.scale = hp_.attention_scale;
+      head.scale = spec_.scale;
       head.position = position_;
       for (size_t i = 0; i < position_.size(); ++i)
-        rotate(q_.data() + (static_cast<int64_t>(i) * hp_.n_head + h) * hp_.head_dim, position_[i], head.q);
+        rotate(q_.data() + (static_cast<int64_t>(i) * spec_.n_head + h) * spec_.head_dim, position_[i],
+               head.q);
       for (int64_t j = 0; j < n; ++j) {
-        const float* at = v + j * width + h / group * hp_.head_dim;
-        head.v.insert(head.v.end(), at, at + hp_.head_dim);
-        rotate(k + j * width + h / group * hp_.head_dim, j, head.k);
+        const float* at = v + j * width + h / group * spec_.head_dim;
+        head.v.insert(head.v.end(), at, at + spec_.head_dim);
+        rotate(k + j * width + h / group * spec_.head_dim, j, head.k);
       }
     });
     seen_ = 0;
@@ -258,15 +259,15 @@ class ModelHeads {
 
  private:
   void rotate(const float* x, int64_t position, std::vector<float>& to) const {
-    std::vector<float> angle(static_cast<size_t>(hp_.rope.n_rot));
-    const int64_t half = hp_.rope.n_rot / 2;
+    std::vector<float> angle(static_cast<size_t>(rope_.n_rot()));
+    const int64_t half = rope_.n_rot() / 2;
     rope_.at(position, angle.data(), angle.data() + half);
-    to.resize(to.size() + static_cast<size_t>(hp_.head_dim));
-    kernels::ops().rope_rows(x, 1, hp_.head_dim, hp_.rope.n_rot, angle.data(), angle.data() + half, 0, false,
-                             to.data() + to.size() - static_cast<size_t>(hp_.head_dim));
+    to.resize(to.size() + static_cast<size_t>(spec_.head_dim));
+    kernels::ops().rope_rows(x, 1, spec_.head_dim, rope_.n_rot(), angle.data(), angle.data() + half, 0, false,
+                             to.data() + to.size() - static_cast<size_t>(spec_.head_dim));
   }
 
-  const Hparams& hp_;
+  const AttentionSpec& spec_;
   const kernels::RopeTable& rope_;
   Sink& sink_;
   std::vector<int64_t> position_;  ///< of the judged rows, ascending
@@ -354,18 +355,20 @@ Result<std::vector<PrecisionRow>> measure_precision(const std::shared_ptr<const 
   }
   if (options.context == 0) return std::move(sink.rows);
 
-  const Hparams& hp = model->weights().hparams();
-  const kernels::RopeTable rope(hp.rope, options.context);
-  GraphRunner runner(n_threads);
-  ModelHeads heads(hp, rope, options.context, sink);
+  const ModelParts& parts = model->parts();
+  std::vector<kernels::RopeTable> ropes;
+  for (const kernels::RopeParams& r : parts.spec().ropes) ropes.emplace_back(r, options.context);
+  Result<ExecutorLease> executor = ExecutorLease::take(parts.executors, n_threads);
+  if (!executor.ok()) return executor.status();
+  ModelHeads heads(parts.spec().layer(0).attention, ropes.front(), options.context, sink);
   PrefillHooks hooks;
   hooks.queries = [&](int64_t, const float* q, int64_t n) { heads.queries(q, n); };
   hooks.layer_done = [&](int64_t layer, const float* k, const float* v, int64_t n) {
     heads.layer_done(layer, k, v, n);
     return Status();
   };
-  Prefill prefill(model->weights(), rope, runner, {.attention = PrefillAttention::f32});
-  std::vector<float> logits(static_cast<size_t>(hp.n_vocab));
+  Prefill prefill(*parts.weights, parts.plan, ropes, **executor, {.attention = PrefillAttention::f32});
+  std::vector<float> logits(static_cast<size_t>(model->info().n_vocab));
   const double before = options.random ? kRandomShare : 0;
   const Status status = prefill.run(
       text.first(static_cast<size_t>(options.context)), 0, hooks,

@@ -15,6 +15,7 @@
 #include <set>
 
 #include "base/utf8.h"
+#include "gguf.h"
 #include "gguf/header_fault.h"
 
 namespace narrows {
@@ -142,7 +143,7 @@ Status GgufFile::check_tensors() {
   for (int64_t i = 0; i < n; ++i) {
     TensorEntry t;
     t.name = gguf_get_tensor_name(gguf_, i);
-    t.type = gguf_get_tensor_type(gguf_, i);
+    t.type = static_cast<TensorType>(gguf_get_tensor_type(gguf_, i));
     std::copy_n(gguf_get_tensor_ne(gguf_, i), 4, t.ne);
     const size_t offset = gguf_get_tensor_offset(gguf_, i);
     const size_t bytes = gguf_get_tensor_size(gguf_, i);
@@ -275,7 +276,7 @@ std::string describe_shape(const TensorEntry& t) {
   while (n_dim > 1 && t.ne[n_dim - 1] == 1) --n_dim;
   std::string dims;
   for (int i = 0; i < n_dim; ++i) dims += fmt::format("{}{}", i > 0 ? ", " : "", t.ne[i]);
-  return fmt::format("[{}] {}", dims, ggml_type_name(t.type));
+  return fmt::format("[{}] {}", dims, type_name(t.type));
 }
 
 }  // namespace narrows

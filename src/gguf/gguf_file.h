@@ -12,16 +12,17 @@
 #include <string_view>
 #include <vector>
 
-#include "ggml.h"
-#include "gguf.h"
+#include "gguf/tensor_type.h"
 #include "narrows/status.h"
+
+struct gguf_context;  // of ggml
 
 namespace narrows {
 
 /// One tensor of the file. ggml's ne order: ne[0] is the fastest dimension.
 struct TensorEntry {
   std::string name;
-  ggml_type type = GGML_TYPE_F32;
+  TensorType type = TensorType::f32;
   int64_t ne[4] = {1, 1, 1, 1};
   int64_t offset = 0;  ///< from the start of the file
   int64_t bytes = 0;

@@ -7,6 +7,8 @@
 #include <cstring>
 
 #include "base/utf8.h"
+#include "ggml.h"
+#include "gguf.h"
 
 namespace narrows {
 

@@ -1,5 +1,5 @@
 // Every kernel signature once: shapes, units, alignment, what may alias. Raw pointers only: no ggml type, no
-// allocation, no exception. Callers have checked the shapes. Used by prefill/, cache/ and decode/.
+// allocation, no exception. Callers have checked the shapes. Used by exec/, prompt/ and the caches.
 //
 // Shapes are row-major, fastest dimension last. "ld" is the distance between rows in elements. Pointers need
 // only the alignment of their element; no argument may alias an output unless it says so. Nothing is read

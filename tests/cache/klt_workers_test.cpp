@@ -18,10 +18,10 @@ class Backwards final : public Workers {
  public:
   explicit Backwards(int n_threads) : n_threads_(n_threads) {}
   int n_threads() const override { return n_threads_; }
-  void for_each(int64_t n, const std::function<void(int64_t)>& task) override {
+  void for_each_thread(int64_t n, const std::function<void(int64_t, int)>& task) override {
     n_task += n;
     std::vector<std::thread> threads;
-    for (int64_t i = n - 1; i >= 0; --i) threads.emplace_back(task, i);
+    for (int64_t i = n - 1; i >= 0; --i) threads.emplace_back(task, i, static_cast<int>(i % n_threads_));
     for (std::thread& t : threads) t.join();
   }
   int64_t n_task = 0;

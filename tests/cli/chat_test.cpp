@@ -99,7 +99,7 @@ TEST(Chat, NoQuestionIsAnError) {
 }
 
 TEST(Chat, FullContextIsSaidAndTheNextTurnRefused) {
-  const Finished finished = chat("Count from one to a hundred in words.\nGo on.\n", {"--ctx", "60"});
+  const Finished finished = chat("Count from one to a hundred in words.\nGo on.\n", {"--ctx", "45"});
   EXPECT_EQ(finished.exit_code, 2);
   EXPECT_NE(finished.err.find("CONTEXT FULL"), std::string::npos) << finished.err;
   EXPECT_NE(finished.err.find("narrows: "), std::string::npos);

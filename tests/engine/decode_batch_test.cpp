@@ -127,6 +127,25 @@ TEST(DecodeBatch, EveryProfileBesideEveryOtherThroughItsThresholds) {
     EXPECT_EQ(max_difference(want[i], got[i]), 0) << profiles[i % profiles.size()];
 }
 
+// klt's transforms are made from the queries of steps too: each layer's own, whoever takes part.
+TEST(DecodeBatch, WhatStepsTeachACacheIsItsOwn) {
+  const std::vector<Token> tokens = random_tokens(640);
+  auto own = make_session(tiny().model, {.kv = "klt"});
+  auto together = make_session(tiny().model, {.kv = "klt"}),
+       other = make_session(tiny().model, {.kv = "f16"});
+  auto batch = make_batch(tiny().model, 2);
+  for (const Token t : tokens) {
+    Session* const sessions[] = {together.get(), other.get()};
+    const Token both[] = {t, t};
+    Status each[2];
+    ASSERT_OK(batch->decode(sessions, both, each));
+    ASSERT_OK(each[0]);
+    ASSERT_OK(own->decode(t));
+    ASSERT_EQ(max_difference(own->logits(), together->logits()), 0) << own->n_past();
+  }
+  EXPECT_GT(own->cache_stats().bytes_pages, 0);
+}
+
 TEST(DecodeBatch, SessionsComeAndGo) {
   const std::vector<std::string> profiles = {"klt", "f16", "kivi-4"};
   const auto want = alone(tiny().model, 5, profiles, 8);

@@ -217,15 +217,15 @@ TEST(MassKept, IsTheShareOfTheExactSoftmax) {
   for (int64_t t = context; t < context + 3; ++t) {
     ASSERT_OK(session->decode(text()[static_cast<size_t>(t)]));
     mass.observe();
-    const DecodeStep step = session->impl().program->step(layer);
-    exact.emplace_back(step.k, step.k + width);
+    const std::vector<float>& step_q = mass.step_q(layer);
+    exact.emplace_back(mass.step_k(layer).begin(), mass.step_k(layer).end());
     for (int64_t h = 0; h < 2; ++h) rotate(exact.back().data() + h * d, d, t);
     const auto selected = session->impl().decoders[layer]->last_selection(0);
     ASSERT_TRUE(selected.has_value());
     ASSERT_EQ(selected->size(), 40U);
     const int64_t in_pages = session->impl().cache->layer(layer).bytes().n_tokens_in_pages;
     for (int64_t h = 0; h < 4; ++h) {
-      std::vector<double> q(step.q + h * d, step.q + (h + 1) * d);
+      std::vector<double> q(step_q.begin() + h * d, step_q.begin() + (h + 1) * d);
       rotate(q.data(), d, t);
       double all = 0, kept = 0;
       for (int64_t i = 0; i <= t; ++i) {

@@ -2,11 +2,12 @@
 // run through the layers: whatever a file may say without being refused must also compute without harm.
 #include <cstring>
 
+#include "exec/cpu/cpu_executor.h"
 #include "fuzz/fuzz.h"
 #include "gguf/gguf_file.h"
-#include "gguf/hparams.h"
+#include "model/spec.h"
 #include "model/weights.h"
-#include "prefill/prefill.h"
+#include "prompt/prefill.h"
 #include "support/tiny_model.h"
 #include "text/llama_log.h"
 
@@ -40,16 +41,19 @@ size_t header_of(const std::string& bytes) {
 }
 
 void run_tokens(const ModelWeights& weights) {
-  const Hparams& hp = weights.hparams();
+  const ModelSpec& spec = weights.spec();
   constexpr int64_t kTokens = 3;
-  const kernels::RopeTable rope(hp.rope, 16);
-  GraphRunner runner(1);
-  Prefill prefill(weights, rope, runner);
+  std::vector<kernels::RopeTable> ropes;
+  for (const kernels::RopeParams& r : spec.ropes) ropes.emplace_back(r, 16);
+  const Plan plan = make_plan(weights);
+  auto executor = CpuExecutor::create(spec, plan, 1);
+  check(executor.ok(), "no executor of one thread");
+  Prefill prefill(weights, plan, ropes, **executor);
   PrefillHooks hooks;
   hooks.layer_done = [](int64_t, const float*, const float*, int64_t) -> Status { return {}; };
-  std::vector<float> logits(static_cast<size_t>(hp.n_vocab));
-  const std::vector<Token> tokens = {0, static_cast<Token>(hp.n_vocab / 2),
-                                     static_cast<Token>(hp.n_vocab - 1)};
+  std::vector<float> logits(static_cast<size_t>(spec.n_vocab));
+  const std::vector<Token> tokens = {0, static_cast<Token>(spec.n_vocab / 2),
+                                     static_cast<Token>(spec.n_vocab - 1)};
   static_assert(kTokens == 3);
   if (const Status s = prefill.run(tokens, 0, hooks, {}, logits.data()); !s.ok()) check_sentence(s);
 }
@@ -59,9 +63,9 @@ void read_model(const std::string& path) {
   if (!file.ok()) return check_sentence(file.status());
   const auto fingerprint = file->fingerprint();
   check(fingerprint.ok() && fingerprint->size() == 16, "a file that was opened has no fingerprint");
-  const auto hp = read_hparams(*file);
-  if (!hp.ok()) return check_sentence(hp.status());
-  const auto weights = ModelWeights::load(std::move(*file), *hp, {.repack = false});
+  const auto spec = read_spec(*file);
+  if (!spec.ok()) return check_sentence(spec.status());
+  const auto weights = ModelWeights::load(std::move(*file), *spec, {.repack = false});
   if (!weights.ok()) return check_sentence(weights.status());
   run_tokens(**weights);
   ++g_accepted;

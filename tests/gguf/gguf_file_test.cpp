@@ -62,7 +62,7 @@ TEST_F(GgufFileTest, ShowsEveryTensorAsItLies) {
   for (const TinyTensor& t : tensors) {
     const TensorEntry* entry = file->find(t.name);
     ASSERT_NE(entry, nullptr) << t.name;
-    EXPECT_EQ(entry->type, t.type);
+    EXPECT_EQ(static_cast<ggml_type>(entry->type), t.type);
     EXPECT_EQ(entry->ne[0], t.ne[0]);
     EXPECT_EQ(entry->ne[1], t.ne.size() > 1 ? t.ne[1] : 1);
     EXPECT_EQ(entry->ne[2], 1);

@@ -1,6 +1,6 @@
 // packed_product and what feeds it, on every target: inputs rounded to the same bytes everywhere; products
 // with weights and inputs whose sums float holds exactly, to the bit; others within the bound of rounding.
-// What a packed weight is, is tested against ggml in tests/model/packing_test.cpp.
+// What a packed weight is, is tested against ggml in tests/model/matrix_test.cpp.
 #include <algorithm>
 #include <numeric>
 

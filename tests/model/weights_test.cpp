@@ -4,7 +4,8 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/pack_weights.h"
+#include <algorithm>
+
 #include "support/compare.h"
 #include "support/refusal.h"
 #include "support/tiny_cases.h"
@@ -22,21 +23,21 @@ struct Loaded {
     silence_llama_log();
     auto file = GgufFile::open(m.write(dir.path("m.gguf")));
     EXPECT_TRUE(file.ok());
-    const auto hp = read_hparams(*file);
-    EXPECT_TRUE(hp.ok());
-    auto made = ModelWeights::load(std::move(*file), *hp, {.repack = repack}, read_bytes);
+    const auto spec = read_spec(*file);
+    EXPECT_TRUE(spec.ok());
+    auto made = ModelWeights::load(std::move(*file), *spec, {.repack = repack}, read_bytes);
     EXPECT_TRUE(made.ok()) << made.status().message();
     weights = std::move(*made);
   }
   const LayerWeights& layer(int64_t i) const { return weights->layer(i); }
 };
 
-std::vector<float> floats(const ggml_tensor* t) {
-  EXPECT_EQ(t->type, GGML_TYPE_F32);
-  std::vector<float> x(static_cast<size_t>(ggml_nelements(t)));
-  ggml_backend_tensor_get(t, x.data(), 0, x.size() * sizeof(float));
+std::vector<float> floats(const Matrix& w) {
+  std::vector<float> x(static_cast<size_t>(w.n_in * w.n_out));
+  w.unpack(0, w.n_out, x.data());
   return x;
 }
+std::vector<float> floats(const float* x, int64_t n) { return {x, x + n}; }
 
 /// Row r of a matrix of n_in columns.
 std::vector<float> row(const std::vector<float>& matrix, int64_t n_in, int64_t r) {
@@ -45,38 +46,36 @@ std::vector<float> row(const std::vector<float>& matrix, int64_t n_in, int64_t r
 
 TEST(Weights, JoinWhatHasOneType) {
   const Loaded plain{TinyModel()};
-  ASSERT_NE(plain.layer(0).wqkv, nullptr);
-  EXPECT_EQ(plain.layer(0).wq, nullptr);
+  ASSERT_TRUE(plain.layer(0).wqkv);
+  EXPECT_FALSE(plain.layer(0).wq);
   EXPECT_EQ(plain.layer(0).bqkv, nullptr);
-  ASSERT_NE(plain.layer(1).gate_up, nullptr);
-  EXPECT_EQ(plain.layer(1).gate, nullptr);
+  ASSERT_TRUE(plain.layer(1).gate_up);
+  EXPECT_FALSE(plain.layer(1).gate);
   EXPECT_EQ(plain.layer(0).q_norm, nullptr);
 
   TinyModel m;
   m.architecture = "qwen2";
   const Loaded biased(m);
   ASSERT_NE(biased.layer(0).bqkv, nullptr);
-  EXPECT_EQ(biased.layer(0).bqkv->ne[0], 64 + 2 * 32);
+  EXPECT_EQ(biased.layer(0).wqkv.n_out, 64 + 2 * 32);
 
   m.types = {{"blk.0.attn_v", GGML_TYPE_F16}, {"blk.1.ffn_up", GGML_TYPE_F16}};
   const Loaded mixed(m);
-  EXPECT_EQ(mixed.layer(0).wqkv, nullptr);
+  EXPECT_FALSE(mixed.layer(0).wqkv);
   EXPECT_EQ(mixed.layer(0).bqkv, nullptr);
-  for (const ggml_tensor* t : {mixed.layer(0).wq, mixed.layer(0).wk, mixed.layer(0).wv, mixed.layer(0).bq,
-                               mixed.layer(0).bk, mixed.layer(0).bv}) {
-    ASSERT_NE(t, nullptr);
-  }
-  EXPECT_EQ(mixed.layer(0).wv->type, GGML_TYPE_F16);
-  EXPECT_NE(mixed.layer(1).wqkv, nullptr);
-  EXPECT_NE(mixed.layer(0).gate_up, nullptr);
-  EXPECT_EQ(mixed.layer(1).gate_up, nullptr);
-  EXPECT_NE(mixed.layer(1).gate, nullptr);
-  EXPECT_NE(mixed.layer(1).up, nullptr);
+  for (const Matrix* w : {&mixed.layer(0).wq, &mixed.layer(0).wk, &mixed.layer(0).wv}) ASSERT_TRUE(*w);
+  for (const float* b : {mixed.layer(0).bq, mixed.layer(0).bk, mixed.layer(0).bv}) ASSERT_NE(b, nullptr);
+  EXPECT_EQ(mixed.layer(0).wv.type, TensorType::f16);
+  EXPECT_TRUE(mixed.layer(1).wqkv);
+  EXPECT_TRUE(mixed.layer(0).gate_up);
+  EXPECT_FALSE(mixed.layer(1).gate_up);
+  EXPECT_TRUE(mixed.layer(1).gate);
+  EXPECT_TRUE(mixed.layer(1).up);
 
   TinyModel other;
   other.other_bias = true;
   const Loaded with_bias(other);
-  EXPECT_EQ(with_bias.layer(0).gate_up, nullptr);  // the joined product has no place for biases
+  EXPECT_FALSE(with_bias.layer(0).gate_up);  // the joined product has no place for biases
   EXPECT_NE(with_bias.layer(0).b_gate, nullptr);
   EXPECT_NE(with_bias.layer(0).bo, nullptr);
 
@@ -89,7 +88,7 @@ TEST(Weights, JoinWhatHasOneType) {
     });
   };
   const Loaded odd(one);
-  EXPECT_EQ(odd.layer(0).wqkv, nullptr);
+  EXPECT_FALSE(odd.layer(0).wqkv);
   EXPECT_EQ(odd.layer(0).bq, nullptr);
   EXPECT_NE(odd.layer(0).bk, nullptr);
 }
@@ -108,13 +107,14 @@ TEST(Weights, JoinedRowsStandInOrder) {
     want_bias.insert(want_bias.end(), b.begin(), b.end());
   }
   EXPECT_EQ(max_difference(qkv, want), 0);
-  EXPECT_EQ(max_difference(floats(loaded.layer(1).bqkv), want_bias), 0);
+  EXPECT_EQ(max_difference(floats(loaded.layer(1).bqkv, 128), want_bias), 0);
   std::vector<float> gate_up = tensor(all, "blk.1.ffn_gate.weight").data;
   const auto& up = tensor(all, "blk.1.ffn_up.weight").data;
   gate_up.insert(gate_up.end(), up.begin(), up.end());
   EXPECT_EQ(max_difference(floats(loaded.layer(1).gate_up), gate_up), 0);
   EXPECT_EQ(max_difference(floats(loaded.layer(1).wo), tensor(all, "blk.1.attn_output.weight").data), 0);
-  EXPECT_EQ(max_difference(floats(loaded.layer(0).attn_norm), tensor(all, "blk.0.attn_norm.weight").data), 0);
+  EXPECT_EQ(max_difference(floats(loaded.layer(0).attn_norm, 64), tensor(all, "blk.0.attn_norm.weight").data),
+            0);
 }
 
 // In the file of a llama pair i is rows 2i, 2i + 1 of a head; here it is i, i + n_rot / 2.
@@ -125,7 +125,7 @@ TEST(Weights, NeighboursBecomeHalves) {
     m.n_rot = n_rot;
     const Loaded loaded(m);
     auto all = m.tensors();
-    const std::vector<float> qkv = floats(loaded.layer(0).wqkv), bias = floats(loaded.layer(0).bqkv);
+    const std::vector<float> qkv = floats(loaded.layer(0).wqkv), bias = floats(loaded.layer(0).bqkv, 128);
     const auto source = [&](int64_t r) {  // of row r within a head
       if (r >= n_rot) return r;
       return r < n_rot / 2 ? 2 * r : 2 * (r - n_rot / 2) + 1;
@@ -168,30 +168,26 @@ TEST(Weights, EmbeddingRowsOfEveryType) {
   }
 }
 
-// Any run of rows, across the borders of joined matrices, whether the loaded bytes are interleaved or not.
-TEST(Weights, RowsAreReadAsTheyWereLoaded) {
-  for (const char* architecture : {"llama", "qwen2"}) {
+// Any run of rows, across the borders of joined matrices.
+TEST(Weights, AnyRowsAreUnpacked) {
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0}) {
     TinyModel m;
-    m.architecture = architecture;
-    const Loaded plain(m);
-    for (const ggml_tensor* t : {plain.layer(1).wqkv, plain.layer(0).wo, plain.layer(1).gate_up}) {
-      const std::vector<float> all = floats(t);
-      const int64_t n_in = t->ne[0], n_out = t->ne[1];
-      for (const auto& [first, n] : {std::pair{int64_t{0}, n_out},
-                                     {n_out - 1, int64_t{1}},
-                                     {int64_t{61}, std::min<int64_t>(n_out - 61, 70)},
+    m.type = type;
+    const Loaded loaded(m, true);
+    for (const Matrix* w : {&loaded.layer(1).wqkv, &loaded.layer(0).wo, &loaded.layer(1).gate_up}) {
+      EXPECT_EQ(w->tiles.has_value(), type == GGML_TYPE_Q8_0);
+      const std::vector<float> all = floats(*w);
+      for (const auto& [first, n] : {std::pair{int64_t{0}, w->n_out},
+                                     {w->n_out - 1, int64_t{1}},
+                                     {int64_t{61}, std::min<int64_t>(w->n_out - 61, 70)},
                                      {int64_t{3}, int64_t{0}}}) {
-        std::vector<float> got(static_cast<size_t>(n * n_in));
-        ASSERT_TRUE(plain.weights->read_rows(t, first, n, got.data()).ok());
-        ASSERT_EQ(max_difference(got, std::span(all).subspan(static_cast<size_t>(first * n_in), got.size())),
-                  0)
-            << t->name << " from " << first;
+        std::vector<float> got(static_cast<size_t>(n * w->n_in));
+        w->unpack(first, n, got.data());
+        ASSERT_EQ(
+            max_difference(got, std::span(all).subspan(static_cast<size_t>(first * w->n_in), got.size())), 0)
+            << w->name << " from " << first;
       }
-      std::vector<float> one(static_cast<size_t>(n_in));
-      EXPECT_FALSE(plain.weights->read_rows(t, n_out, 1, one.data()).ok());
-      EXPECT_FALSE(plain.weights->read_rows(t, -1, 1, one.data()).ok());
     }
-    EXPECT_FALSE(plain.weights->read_rows(plain.layer(0).attn_norm, 0, 1, nullptr).ok());
   }
 }
 
@@ -227,33 +223,33 @@ TEST(Weights, PackedOnesTakeTheBytesOfTheFile) {
     // Tiles of 16 rows: the vocabulary is 258, and 64 bytes between matrices.
     EXPECT_LE(packed.weights->allocated_bytes(), plain.weights->allocated_bytes() * 17 / 16 + 64 * 16)
         << c.name;
-    EXPECT_EQ(plain.weights->packed(plain.layer(0).wo), nullptr);
+    EXPECT_FALSE(plain.layer(0).wo.tiles);
   }
 }
 
-// Joined, reordered, of mixed types, read from the file in one piece or in small ones: row by row what
-// read_rows() says of the file.
+// Joined, reordered, of mixed types, read from the file in one piece or in small ones: row by row what the
+// same matrices are as rows of the file.
 void expect_rows_of_the_file(int64_t read_bytes) {
   for (const TinyCase& c : quantised_cases()) {
-    const Loaded loaded(c.model, true, read_bytes);
+    const Loaded packed(c.model, true, read_bytes), plain(c.model, false);
     int n_packed = 0;
-    std::vector<const ggml_tensor*> all = {loaded.weights->output()};
-    for (int64_t i = 0; i < c.model.n_layer; ++i) {
-      const LayerWeights& w = loaded.layer(i);
-      all.insert(all.end(), {w.wqkv, w.wq, w.wk, w.wv, w.wo, w.gate_up, w.gate, w.up, w.down});
-    }
-    for (const ggml_tensor* t : all) {
-      const kernels::PackedMatrix* packed = t == nullptr ? nullptr : loaded.weights->packed(t);
-      if (packed == nullptr) continue;
-      ++n_packed;
-      ASSERT_EQ(packed->n_in, t->ne[0]);
-      ASSERT_EQ(packed->n_out, t->ne[1]);
-      std::vector<float> want(static_cast<size_t>(t->ne[0] * t->ne[1])), got(static_cast<size_t>(t->ne[0]));
-      ASSERT_TRUE(loaded.weights->read_rows(t, 0, t->ne[1], want.data()).ok());
-      for (int64_t r = 0; r < t->ne[1]; ++r) {
-        kernels::unpack_row(*packed, r, got.data());
-        ASSERT_EQ(max_difference(got, row(want, t->ne[0], r)), 0)
-            << c.name << ", " << t->name << " row " << r;
+    for (int64_t i = -1; i < c.model.n_layer; ++i) {
+      const std::vector<const Matrix*> output = {&packed.weights->output()},
+                                       rows = {&plain.weights->output()};
+      const auto got = i < 0 ? output : packed.layer(i).matrices(),
+                 want = i < 0 ? rows : plain.layer(i).matrices();
+      for (const Matrix* w : got) {
+        if (!w->tiles) continue;
+        ++n_packed;
+        const auto same =
+            std::find_if(want.begin(), want.end(), [&](const Matrix* p) { return p->name == w->name; });
+        ASSERT_NE(same, want.end());
+        // Gate and up may be joined where they have no tiles alone.
+        ASSERT_LE(w->n_out, (*same)->n_out);
+        const std::vector<float> numbers = floats(**same);
+        ASSERT_EQ(
+            max_difference(floats(*w), std::span(numbers).first(static_cast<size_t>(w->n_in * w->n_out))), 0)
+            << c.name << ", " << w->name;
       }
     }
     const bool has_packing = c.model.type != GGML_TYPE_F16 && c.model.type != GGML_TYPE_IQ4_NL;
@@ -271,7 +267,7 @@ TEST(Weights, RopeFactorsReachTheTable) {
   TinyModel m;
   m.rope_factors = {1, 1, 1, 1, 2, 3, 4, 5};
   const Loaded loaded(m);
-  EXPECT_EQ(loaded.weights->hparams().rope.freq_factors, m.rope_factors);
+  EXPECT_EQ(loaded.weights->spec().ropes.front().freq_factors, m.rope_factors);
 }
 
 }  // namespace

@@ -87,6 +87,11 @@ inline std::vector<Token> greedy(Session& session, int n) {
   return tokens;
 }
 
+#define EXPECT_OK(expression)                       \
+  do {                                              \
+    const ::narrows::Status status_ = (expression); \
+    EXPECT_TRUE(status_.ok()) << status_.message(); \
+  } while (false)
 #define ASSERT_OK(expression)                       \
   do {                                              \
     const ::narrows::Status status_ = (expression); \

@@ -1,0 +1,24 @@
+// The inside of a Model. Seen by engine/, eval/, bench/ and calibrate/ only.
+#pragma once
+
+#include <memory>
+
+#include "engine/executor_pool.h"
+#include "model/plan.h"
+#include "model/weights.h"
+#include "narrows/engine.h"
+
+namespace narrows {
+
+struct ModelParts {
+  explicit ModelParts(std::unique_ptr<ModelWeights> w)
+      : weights(std::move(w)), plan(make_plan(*weights)), executors(weights->spec(), plan) {}
+
+  const std::unique_ptr<ModelWeights> weights;
+  const Plan plan;
+  mutable ExecutorPool executors;  ///< has a lock of its own
+
+  const ModelSpec& spec() const { return weights->spec(); }
+};
+
+}  // namespace narrows

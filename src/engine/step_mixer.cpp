@@ -1,0 +1,125 @@
+#include "engine/step_mixer.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/part.h"
+#include "decode/scratch.h"
+#include "kernels/ops.h"
+
+namespace narrows {
+
+namespace {
+
+/// What attention of a lane costs beside its tokens, in tokens.
+constexpr int64_t kLaneTokens = 256;
+
+}  // namespace
+
+StepMixer::StepMixer(int max_lanes, int n_threads)
+    : by_tokens_(static_cast<size_t>(max_lanes)),
+      owner_(static_cast<size_t>(max_lanes)),
+      load_(static_cast<size_t>(n_threads)) {}
+
+void StepMixer::begin(std::span<const DecodeLane> lanes) {
+  lanes_ = lanes;
+  share_lanes();
+}
+
+/// Which lanes a thread attends for alone: that needs no barriers, and parts that do not fit the number of
+/// threads (3 KV heads on 2 threads) cost nothing. The longest lanes are shared by all threads where the rest
+/// would keep one of them waiting.
+void StepMixer::share_lanes() {
+  const auto n_lane = static_cast<int>(lanes_.size());
+  const auto n_threads = static_cast<int64_t>(load_.size());
+  const auto cost = [&](int lane) { return lanes_[static_cast<size_t>(lane)].n_tokens + kLaneTokens; };
+  const auto by_tokens = std::span(by_tokens_).first(lanes_.size());
+  std::iota(by_tokens.begin(), by_tokens.end(), 0);
+  std::sort(by_tokens.begin(), by_tokens.end(),
+            [&](int a, int b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
+  for (n_shared_ = 0; n_shared_ < n_lane; ++n_shared_) {
+    std::fill(owner_.begin(), owner_.end(), -1);
+    std::fill(load_.begin(), load_.end(), 0);
+    int64_t total = 0;
+    for (const int lane : by_tokens.subspan(static_cast<size_t>(n_shared_))) {
+      const auto least = std::min_element(load_.begin(), load_.end());
+      *least += cost(lane);
+      total += cost(lane);
+      owner_[static_cast<size_t>(lane)] = static_cast<int>(least - load_.begin());
+    }
+    // A tenth more than its share is what barriers cost anyway.
+    if (*std::max_element(load_.begin(), load_.end()) * n_threads * 10 <= total * 11) break;
+  }
+  if (n_shared_ == n_lane) std::fill(owner_.begin(), owner_.end(), -1);
+  // The clock of the first lane is read by the first thread.
+  if (const int first = owner_[0]; first > 0) {
+    for (int& o : owner_) o = o == first ? 0 : o == 0 ? first : o;
+  }
+}
+
+DecodeStep StepMixer::step_of(const LayerPlan& /*layer*/, const MixRows& rows, int64_t lane) {
+  return {rows.q + lane * rows.ld, rows.k + lane * rows.ld, rows.v + lane * rows.ld,
+          rows.out + lane * rows.ldo};
+}
+
+/// Heads [first, end) of q, then k, of a lane.
+void StepMixer::norm_heads(const LayerPlan& layer, const MixRows& rows, int64_t lane, int64_t first,
+                           int64_t end) {
+  const AttentionSpec& a = layer.mix.attention;
+  for (int64_t h = first; h < end; ++h) {
+    const bool is_query = h < a.n_head;
+    const NormOp& norm = is_query ? layer.mix.q_norm : layer.mix.k_norm;
+    float* at = lane * rows.ld + (is_query ? rows.q + h * a.head_dim : rows.k + (h - a.n_head) * a.head_dim);
+    if (norm.weight != nullptr) kernels::ops().rms_norm(at, norm.weight, a.head_dim, norm.eps, at);
+  }
+}
+
+void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
+  const auto l = static_cast<size_t>(layer.index);
+  const int ith = team.ith(), n_threads = team.n_threads();
+  const bool norms = layer.mix.q_norm.weight != nullptr || layer.mix.k_norm.weight != nullptr;
+  const int64_t heads = layer.mix.attention.n_head + layer.mix.attention.n_head_kv;
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    if (owner_[i] != ith) continue;
+    const auto lane = static_cast<int64_t>(i);
+    if (norms) norm_heads(layer, rows, lane, 0, heads);
+    LayerDecoder& decoder = *lanes_[i].decoders[l];
+    for (int p = 0; p < decoder.n_phase(); ++p)
+      decoder.run_phase(p, step_of(layer, rows, lane), *lanes_[i].scratch, 0, 1);
+  }
+  int n_phase = 0;
+  if (norms && n_shared_ > 0) {
+    // A product's parts do not end where heads do, hence a stage of its own.
+    const Part mine = part_of(heads, ith, n_threads);
+    for (size_t i = 0; i < lanes_.size(); ++i) {
+      if (owner_[i] < 0) norm_heads(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
+    }
+    team.barrier();
+  }
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    if (owner_[i] < 0) n_phase = std::max(n_phase, lanes_[i].decoders[l]->n_phase());
+  }
+  if (n_phase == 0) team.barrier();
+  for (int p = 0; p < n_phase; ++p) {
+    for (size_t i = 0; i < lanes_.size(); ++i) {
+      if (owner_[i] >= 0) continue;
+      LayerDecoder& decoder = *lanes_[i].decoders[l];
+      // A lane with fewer phases joins late: all end together.
+      const int phase = p - (n_phase - decoder.n_phase());
+      if (phase < 0) continue;
+      decoder.run_phase(phase, step_of(layer, rows, static_cast<int64_t>(i)), *lanes_[i].scratch, ith,
+                        n_threads);
+    }
+    team.barrier();
+  }
+  if (seen_ && ith == 0) seen_(layer.index, step_of(layer, rows, 0));
+}
+
+void StepMixer::measure_from(int64_t now_ns) { lanes_[0].scratch->thread(0).clock.start(now_ns); }
+
+std::array<int64_t, 4> StepMixer::measured(int64_t now_ns) {
+  static_assert(kAttentionStages == 4);
+  return lanes_[0].scratch->thread(0).clock.stop(now_ns);
+}
+
+}  // namespace narrows

@@ -1,0 +1,408 @@
+#include "exec/cpu/cpu_executor.h"
+
+#include <algorithm>
+
+#include "base/clock.h"
+#include "base/part.h"
+#include "kernels/ops.h"
+
+namespace narrows {
+
+/// One thread in a run.
+class CpuExecutor::Thread final : public Team {
+ public:
+  Thread(CpuExecutor& executor, int ith)
+      : worker(executor.workers_[static_cast<size_t>(ith)]), pool_(*executor.pool_), ith_(ith) {}
+  int ith() const override { return ith_; }
+  int n_threads() const override { return pool_.n_threads(); }
+  void barrier() override { pool_.barrier(); }
+  Part part(int64_t n) const { return part_of(n, ith_, n_threads()); }
+
+  Worker& worker;
+
+ private:
+  ThreadPool& pool_;
+  int ith_;
+};
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Outputs of `w` that thread ith takes when all the bytes of the stage are shared equally; those of w begin
+/// at byte `begin` of `total`. Parts end at units, all threads' together are all outputs.
+Part outputs_of(const Linear& w, int64_t begin, int64_t total, int ith, int n_threads) {
+  const auto cut = [&](int i) {
+    const int64_t row = (total / n_threads * i + total % n_threads * i / n_threads - begin) / w.row_bytes();
+    const int64_t up = ceil_div(std::max<int64_t>(row, 0), w.unit()) * w.unit();
+    return i == n_threads ? w.n_out() : std::min(up, w.n_out());
+  };
+  return {cut(ith), cut(ith + 1)};
+}
+
+bool takes_bytes(const LinearOp& l) { return l.w->tiles.has_value(); }
+
+void add_bias(const float* bias, int64_t n, float* y) {
+  for (int64_t i = 0; bias != nullptr && i < n; ++i) y[i] += bias[i];
+}
+
+}  // namespace
+
+CpuExecutor::Widths CpuExecutor::widths_of(const ModelSpec& spec, const Plan& plan) {
+  Widths w = {spec.n_embd, 0, 0, 0, 0, spec.n_embd};
+  for (const LayerPlan& l : plan.layers) {
+    w.qkv = std::max(w.qkv, l.project.n_out);
+    w.q = std::max(w.q, l.mix.attention.width_q());
+    w.ff = std::max(w.ff, l.n_ff);
+    w.wide = std::max({w.wide, l.ffn.n_out, l.project.n_out, spec.n_embd});
+  }
+  w.input = std::max({w.embd, w.q, w.ff});
+  return w;
+}
+
+CpuExecutor::CpuExecutor(const ModelSpec& spec, const Plan& plan)
+    : spec_(spec), plan_(plan), width_(widths_of(spec, plan)) {}
+
+Result<std::unique_ptr<CpuExecutor>> CpuExecutor::create(const ModelSpec& spec, const Plan& plan,
+                                                         int n_threads) {
+  std::unique_ptr<CpuExecutor> made(new CpuExecutor(spec, plan));
+  Result<std::unique_ptr<ThreadPool>> pool = ThreadPool::create(n_threads);
+  if (!pool.ok()) return pool.status();
+  made->pool_ = std::move(*pool);
+  made->workers_.resize(static_cast<size_t>(n_threads));
+  return made;
+}
+
+int64_t CpuExecutor::block_rows(int64_t n, int n_threads) {
+  return ceil_div(n, n_threads * ceil_div(n, n_threads * LoadedLayer::kBlock));
+}
+
+Status CpuExecutor::reserve(int64_t n, bool loaded) {
+  const Status no_memory(StatusCode::out_of_memory, "no memory for the activations of a layer");
+  if (n > std::max(rows_, loaded_rows_)) {
+    qkv_ = AlignedArray<float>(n * width_.qkv);
+    mixed_ = AlignedArray<float>(n * width_.q);
+    if (!qkv_.ok() || !mixed_.ok()) {
+      rows_ = loaded_rows_ = 0;
+      return no_memory;
+    }
+  }
+  // Logits are always by outputs.
+  const int64_t few = std::min(n, kFewRows);
+  const int64_t block = loaded ? block_rows(n, n_threads()) : 0;
+  for (Worker& w : workers_) {
+    const int64_t norm = std::max(few, block) * width_.embd;
+    if (w.norm.size() < norm) w.norm = AlignedArray<float>(norm);
+    if (w.wide.size() < block * width_.wide) w.wide = AlignedArray<float>(block * width_.wide);
+    if (w.act.size() < block * width_.ff) w.act = AlignedArray<float>(block * width_.ff);
+    if (!w.input.reserve(few, width_.input) || !w.norm.ok() || (loaded && (!w.wide.ok() || !w.act.ok())))
+      return no_memory;
+  }
+  if (loaded) {
+    loaded_rows_ = std::max(loaded_rows_, n);
+  } else if (n > rows_) {
+    gate_up_ = AlignedArray<float>(2 * n * width_.ff);
+    bool ok = gate_up_.ok();
+    if (n > kFewRows) {
+      normed_ = AlignedArray<float>(n * width_.embd);
+      ok = ok && normed_.ok() && bytes_.reserve(n, width_.input);
+    }
+    rows_ = ok ? n : 0;
+    if (!ok) return no_memory;
+  }
+  return {};
+}
+
+void CpuExecutor::shrink() {
+  loaded_.reset();
+  if (std::max(rows_, loaded_rows_) <= kFewRows) return;
+  rows_ = loaded_rows_ = 0;
+  for (AlignedArray<float>* a : {&qkv_, &mixed_, &gate_up_, &normed_}) *a = AlignedArray<float>();
+  bytes_ = ByteInput();
+  for (Worker& w : workers_) w = Worker();
+}
+
+int64_t CpuExecutor::bytes_needed(const ModelSpec& spec, const Plan& plan, int64_t n, bool loaded,
+                                  int n_threads) {
+  const Widths w = widths_of(spec, plan);
+  const int64_t few = std::min(n, kFewRows), block = loaded ? block_rows(n, n_threads) : 0;
+  int64_t floats = n * (w.qkv + w.q) + n_threads * (std::max(few, block) * w.embd + few * w.input * 3 / 2);
+  int64_t bytes = 0;
+  if (loaded) {
+    floats += n_threads * block * (w.wide + w.ff);
+    for (const LayerPlan& l : plan.layers) bytes = std::max(bytes, LoadedLayer::bytes_needed(l, n_threads));
+  } else {
+    floats += n * 2 * w.ff;
+    if (n > kFewRows) floats += n * (w.embd + w.input * 2 / 5);
+  }
+  return floats * static_cast<int64_t>(sizeof(float)) + bytes;
+}
+
+Status CpuExecutor::load_layer(const LayerPlan& layer) {
+  if (loaded_ == nullptr) {
+    Result<std::unique_ptr<LoadedLayer>> made = LoadedLayer::create(*pool_);
+    if (!made.ok()) return made.status();
+    loaded_ = std::move(*made);
+  }
+  return loaded_->load(layer);
+}
+
+Status CpuExecutor::run(const Run& run) {
+  if (run.n > (run.loaded ? loaded_rows_ : rows_) || (run.output != nullptr && run.n - run.from > kFewRows))
+    return {StatusCode::internal, "more rows than room was made for"};
+  if (run.loaded) {
+    if (run.layers.size() != 1 || loaded_ == nullptr || !loaded_->holds(run.layers.front()))
+      return {StatusCode::internal, "a layer that is not loaded"};
+    for (const int64_t n : {run.n, run.n - run.from}) {
+      const int64_t block = block_rows(std::max<int64_t>(n, 1), n_threads());
+      if (Status s = loaded_->prepare(std::min(block, n), n % block); !s.ok()) return s;
+    }
+  }
+  run_ = &run;
+  if (measure_) last_ns_ = monotonic_ns();
+  pool_->run(
+      [](void* executor, int ith, int /*n*/) {
+        auto& self = *static_cast<CpuExecutor*>(executor);
+        Thread thread(self, ith);
+        self.run_thread(thread);
+      },
+      this);
+  if (measure_) times_[static_cast<size_t>(RunStage::logits)] += monotonic_ns() - last_ns_;
+  run_ = nullptr;
+  return error_.take();
+}
+
+void CpuExecutor::run_thread(Thread& t) {
+  for (const LayerPlan& layer : run_->layers) {
+    const int64_t from = &layer == &run_->layers.back() ? run_->from : 0;
+    if (run_->loaded) {
+      run_by_rows(layer, from, t);
+    } else {
+      run_by_outputs(layer, from, t);
+    }
+  }
+  if (run_->output != nullptr) run_logits(t);
+}
+
+void CpuExecutor::mix(const LayerPlan& layer, Thread& t) {
+  const bool measured = measure_ && t.ith() == 0;
+  if (measured) run_->mixer->measure_from(last_ns_);
+  const AttentionSpec& a = layer.mix.attention;
+  float* q = qkv_.data();
+  run_->mixer->mix(layer,
+                   {q, q + a.width_q(), q + a.width_q() + a.width_kv(), layer.project.n_out, mixed_.data(),
+                    a.width_q(), run_->n},
+                   t);
+  if (!measured) return;
+  last_ns_ = monotonic_ns();
+  const auto stages = run_->mixer->measured(last_ns_);
+  for (size_t i = 0; i < stages.size(); ++i) times_[static_cast<size_t>(RunStage::score) + i] += stages[i];
+}
+
+// --- by outputs
+
+void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t) {
+  const int64_t n = run_->n - from, d = width_.embd, width_q = layer.mix.attention.width_q();
+  float* x = run_->x + from * d;
+  Output qkv[3];
+  size_t n_qkv = 0;
+  int64_t at = 0;
+  for (const LinearOp& l : layer.project.linears) {
+    qkv[n_qkv++] = {Linear(*l.w), l.bias, qkv_.data() + at, layer.project.n_out, false};
+    at += l.w->n_out;
+  }
+  multiply({qkv, n_qkv}, normed(layer.project.norm, layer.project.linears, 0, t), t);
+  finish_stage(RunStage::qkv, t);
+  mix(layer, t);
+  if (n == 0) return;
+  const Output out = {Linear(*layer.out.w), layer.out.bias, x, d, true};
+  multiply({&out, 1}, taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), t);
+  finish_stage(RunStage::out, t);
+  activate(layer, normed(layer.ffn.norm, layer.ffn.linears, from, t), t);
+  finish_stage(RunStage::ffn, t);
+  const Output down = {Linear(*layer.down.w), layer.down.bias, x, d, true};
+  multiply({&down, 1}, taken(gate_up_.data(), layer.n_ff, n, layer.down, t), t);
+  finish_stage(RunStage::down, t);
+}
+
+void CpuExecutor::run_logits(Thread& t) {
+  const OutputPlan& o = *run_->output;
+  const int64_t n = run_->n - run_->from, d = width_.embd;
+  float* normed = t.worker.norm.data();
+  for (int64_t r = 0; r < n; ++r)
+    kernels::ops().rms_norm(run_->x + (run_->from + r) * d, o.norm.weight, d, o.norm.eps, normed + r * d);
+  const Output logits = {Linear(*o.logits.w), o.logits.bias, run_->logits, spec_.n_vocab, false};
+  multiply({&logits, 1}, {normed, d, n, d, false}, t);
+}
+
+/// Rows from `from` on of the residual stream.
+CpuExecutor::Input CpuExecutor::normed(const NormOp& norm, std::span<const LinearOp> linears, int64_t from,
+                                       Thread& t) {
+  const int64_t n = run_->n - from, d = width_.embd;
+  const float* x = run_->x + from * d;
+  const bool few = n <= kFewRows;
+  float* y = few ? t.worker.norm.data() : normed_.data();
+  const Part mine = few ? Part{0, n} : t.part(n);
+  for (int64_t r = mine.begin; r < mine.end; ++r)
+    kernels::ops().rms_norm(x + r * d, norm.weight, d, norm.eps, y + r * d);
+  if (few) return {y, d, n, d, false};
+  const bool rounds = std::any_of(linears.begin(), linears.end(), takes_bytes);
+  if (rounds) bytes_.round(y, d, d, mine.begin, mine.end);
+  t.barrier();
+  return {y, d, n, d, rounds};
+}
+
+CpuExecutor::Input CpuExecutor::taken(const float* x, int64_t ld, int64_t n, const LinearOp& linear,
+                                      Thread& t) {
+  const int64_t n_in = linear.w->n_in;
+  if (n <= kFewRows || !takes_bytes(linear)) return {x, ld, n, n_in, false};
+  const Part mine = t.part(n);
+  bytes_.round(x, ld, n_in, mine.begin, mine.end);
+  t.barrier();
+  return {x, ld, n, n_in, true};
+}
+
+void CpuExecutor::multiply(std::span<const Output> outputs, const Input& in, Thread& t) {
+  int64_t total = 0;
+  for (const Output& o : outputs) total += o.w.n_out() * o.w.row_bytes();
+  LinearInput& input = t.worker.input;
+  for (int64_t first = 0; first < in.n; first += kFewRows) {
+    const int64_t n = std::min(kFewRows, in.n - first);
+    input.set(in.x + first * in.ld, in.ld, n, in.n_in);
+    if (in.rounded) input.set(in.x + first * in.ld, in.ld, n, in.n_in, bytes_.rows(first, in.n_in));
+    int64_t begin = 0;
+    for (const Output& o : outputs) {
+      const Part mine = outputs_of(o.w, begin, total, t.ith(), t.n_threads());
+      begin += o.w.n_out() * o.w.row_bytes();
+      float* y = o.y + first * o.ldy;
+      if (o.bias != nullptr) {
+        for (int64_t r = 0; r < n; ++r) {
+          for (int64_t i = mine.begin; i < mine.end; ++i)
+            y[r * o.ldy + i] = o.accumulate ? y[r * o.ldy + i] + o.bias[i] : o.bias[i];
+        }
+      }
+      o.w.multiply(mine.begin, mine.end, input, y, o.ldy, o.accumulate || o.bias != nullptr);
+    }
+  }
+}
+
+/// The same rows of gate and up, so that a thread has what its activations need.
+void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
+  const int64_t n_ff = layer.n_ff;
+  const auto& linears = layer.ffn.linears;
+  const bool joined = linears.size() == 1;
+  const Linear gate = Linear(*linears.front().w).rows(0, n_ff),
+               up = Linear(*linears.back().w).rows(joined ? n_ff : 0, n_ff);
+  const float* b_gate = linears.front().bias;
+  const float* b_up = joined && b_gate != nullptr ? b_gate + n_ff : linears.back().bias;
+  const int64_t unit = std::max(gate.unit(), up.unit());
+  const Part units = t.part(ceil_div(n_ff, unit));
+  const int64_t begin = units.begin * unit, end = std::min(units.end * unit, n_ff);
+  LinearInput& input = t.worker.input;
+  for (int64_t first = 0; first < in.n; first += kFewRows) {
+    const int64_t n = std::min(kFewRows, in.n - first);
+    input.set(in.x + first * in.ld, in.ld, n, in.n_in);
+    if (in.rounded) input.set(in.x + first * in.ld, in.ld, n, in.n_in, bytes_.rows(first, in.n_in));
+    float* g = gate_up_.data() + first * n_ff;
+    float* u = g + rows_ * width_.ff;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t at = r * n_ff;
+      if (b_gate != nullptr) std::copy(b_gate + begin, b_gate + end, g + at + begin);
+      if (b_up != nullptr) std::copy(b_up + begin, b_up + end, u + at + begin);
+    }
+    gate.multiply(begin, end, input, g, n_ff, b_gate != nullptr);
+    up.multiply(begin, end, input, u, n_ff, b_up != nullptr);
+    for (int64_t r = 0; r < n; ++r) {
+      float* at = g + r * n_ff + begin;
+      kernels::ops().swiglu(at, u + r * n_ff + begin, end - begin, at);
+    }
+  }
+}
+
+// --- by rows
+
+void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
+  const auto for_my_rows = [&](int64_t n, auto&& task) {
+    const int64_t block = n > 0 ? block_rows(n, t.n_threads()) : 1;
+    for (int64_t r = t.ith() * block; r < n; r += t.n_threads() * block) {
+      error_.run("a layer of the prompt", [&] { return task(r, std::min(block, n - r)); });
+    }
+  };
+  for_my_rows(run_->n, [&](int64_t r, int64_t m) { return project_rows(layer, r, m, t); });
+  finish_stage(RunStage::qkv, t);
+  mix(layer, t);
+  for_my_rows(run_->n - from, [&](int64_t r, int64_t m) { return finish_rows(layer, from + r, m, t); });
+  finish_stage(RunStage::down, t);
+}
+
+/// Rows of x, normed, into the worker's.
+void CpuExecutor::norm_rows(const NormOp& norm, int64_t first, int64_t m, Thread& t) {
+  const int64_t d = width_.embd;
+  for (int64_t r = 0; r < m; ++r)
+    kernels::ops().rms_norm(run_->x + (first + r) * d, norm.weight, d, norm.eps,
+                            t.worker.norm.data() + r * d);
+}
+
+Status CpuExecutor::project_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
+  norm_rows(layer.project.norm, first, m, t);
+  const int64_t ld = layer.project.n_out;
+  float* to = qkv_.data() + first * ld;
+  const bool one = layer.project.linears.size() == 1;
+  for (const LinearOp& l : layer.project.linears) {
+    const int64_t n_out = l.w->n_out;
+    float* y = one ? to : t.worker.wide.data();
+    if (Status s = loaded_->multiply(*l.w, t.worker.norm.data(), m, y, t.ith()); !s.ok()) return s;
+    for (int64_t r = 0; r < m; ++r) {
+      if (!one) std::copy_n(y + r * n_out, n_out, to + r * ld);
+      add_bias(l.bias, n_out, to + r * ld);
+    }
+    to += n_out;
+  }
+  return {};
+}
+
+Status CpuExecutor::finish_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
+  const int64_t d = width_.embd, n_ff = layer.n_ff, width_q = layer.mix.attention.width_q();
+  Worker& w = t.worker;
+  float* const x = run_->x + first * d;
+  const auto add = [&](const LinearOp& linear, const float* from) -> Status {
+    if (Status s = loaded_->multiply(*linear.w, from, m, w.wide.data(), t.ith()); !s.ok()) return s;
+    for (int64_t r = 0; r < m; ++r) {
+      float* y = w.wide.data() + r * d;
+      add_bias(linear.bias, d, y);
+      for (int64_t i = 0; i < d; ++i) x[r * d + i] += y[i];
+    }
+    return {};
+  };
+  if (Status s = add(layer.out, mixed_.data() + first * width_q); !s.ok()) return s;
+  norm_rows(layer.ffn.norm, first, m, t);
+  // Gate and up: rows of one matrix's outputs, or one matrix's after the other's.
+  const bool joined = layer.ffn.linears.size() == 1;
+  float* y = w.wide.data();
+  for (const LinearOp& l : layer.ffn.linears) {
+    if (Status s = loaded_->multiply(*l.w, w.norm.data(), m, y, t.ith()); !s.ok()) return s;
+    for (int64_t r = 0; r < m; ++r) add_bias(l.bias, l.w->n_out, y + r * l.w->n_out);
+    y += m * l.w->n_out;
+  }
+  const int64_t ld = joined ? 2 * n_ff : n_ff;
+  const float* gate = w.wide.data();
+  const float* up = gate + (joined ? n_ff : m * n_ff);
+  for (int64_t r = 0; r < m; ++r)
+    kernels::ops().swiglu(gate + r * ld, up + r * ld, n_ff, w.act.data() + r * n_ff);
+  return add(layer.down, w.act.data());
+}
+
+void CpuExecutor::finish_stage(RunStage stage, Thread& t) {
+  t.barrier();
+  if (!measure_ || t.ith() != 0) return;
+  const int64_t now = monotonic_ns();
+  times_[static_cast<size_t>(stage)] += now - last_ns_;
+  last_ns_ = now;
+}
+
+void CpuExecutor::measure(bool on) {
+  measure_ = on;
+  times_ = {};
+}
+
+}  // namespace narrows

@@ -1,0 +1,26 @@
+// One family of models: how its file says what its layers are. A file of this folder describes one and is
+// found by the build (model/CMakeLists.txt): nothing else has to be touched.
+#pragma once
+
+#include <span>
+
+#include "gguf/key_reader.h"
+#include "model/spec.h"
+
+namespace narrows {
+
+struct Architecture {
+  const char* name;  ///< general.architecture, and the prefix of its keys
+  /// Fills in all of a spec but architecture and name. Errors as read_spec().
+  Status (*read)(KeyReader& keys, ModelSpec& spec);
+};
+
+/// All that this build has, by name.
+std::span<const Architecture* const> architectures();
+
+/// The decoder that most families share: equal layers of RMS norm, grouped attention with one RoPE and a
+/// gated feed-forward, their sizes by GGUF's usual keys. What a family does otherwise it changes in the
+/// result.
+Status read_transformer(KeyReader& keys, ModelSpec& spec);
+
+}  // namespace narrows

@@ -1,0 +1,97 @@
+// Reads and checks the keys that most families share. Ranges are wide enough for any real model and tight
+// enough that no product of two sizes overflows 64 bits later on.
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "base/utf8.h"
+#include "model/arch/architecture.h"
+
+namespace narrows {
+
+namespace {
+
+/// Seven times the longest context of any model (10M); RoPE's table grows with it and stays below 140 MB at
+/// head_dim 128.
+constexpr int64_t kMaxContext = int64_t{1} << 26;
+
+/// YaRN's growth of the attention temperature with the scaling factor.
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1 ? 1 : 0.1 * mscale * std::log(factor) + 1;
+}
+
+Status read_rope(KeyReader& keys, int64_t head_dim, int64_t n_ctx_train, kernels::RopeParams& r) {
+  r.n_rot = keys.integer("rope.dimension_count", head_dim, 2, head_dim);
+  r.freq_base = keys.real("rope.freq_base", 10000.0, 1e-3, 1e15);
+  r.n_ctx_orig = keys.integer("rope.scaling.original_context_length", n_ctx_train, 1, int64_t{1} << 40);
+  const double old_factor = keys.real("rope.scale_linear", 0.0, 0.0, 1e6);
+  const double factor = keys.real("rope.scaling.factor", old_factor, 0.0, 1e6);
+  const std::string kind = keys.text("rope.scaling.type", "linear");
+  r.attn_factor = keys.real("rope.scaling.attn_factor", 1.0, 1e-6, 1e6);
+  if (!keys.status().ok()) return keys.status();
+  if (r.n_rot % 2 != 0) return keys.bad(fmt::format("rope.dimension_count = {} is odd", r.n_rot));
+
+  if (kind != "none" && factor > 0) r.freq_scale = 1.0 / factor;
+  if (kind == "yarn") {
+    r.ext_factor = keys.real("rope.scaling.yarn_ext_factor", 1.0, -1.0, 1e3);
+    if (r.ext_factor < 0) r.ext_factor = 1.0;
+    r.attn_factor *= keys.real("rope.scaling.yarn_attn_factor", 1.0, 1e-6, 1e6);
+    r.beta_fast = keys.real("rope.scaling.yarn_beta_fast", 32.0, 0.0, 1e6);
+    r.beta_slow = keys.real("rope.scaling.yarn_beta_slow", 1.0, 0.0, 1e6);
+    const double log_multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0, 0.0, 1e3);
+    if (log_multiplier != 0) r.attn_factor /= yarn_mscale(1.0 / r.freq_scale, log_multiplier);
+  } else if (kind != "linear" && kind != "none") {
+    return keys.unsupported(
+        fmt::format("RoPE scaling {} is not supported, this build has none, linear and yarn", quote(kind)));
+  }
+  return keys.status();
+}
+
+}  // namespace
+
+Status read_transformer(KeyReader& keys, ModelSpec& spec) {
+  const int64_t n_layer = keys.integer("block_count", std::nullopt, 1, 4096);
+  spec.n_embd = keys.integer("embedding_length", std::nullopt, 1, 1 << 20);
+  LayerSpec layer;
+  AttentionSpec& a = layer.attention;
+  layer.ffn.n_ff = keys.integer("feed_forward_length", std::nullopt, 1, 1 << 22);
+  a.n_head = keys.integer("attention.head_count", std::nullopt, 1, 1 << 14);
+  a.n_head_kv = keys.integer("attention.head_count_kv", a.n_head, 1, a.n_head);
+  spec.n_ctx_train = keys.integer("context_length", std::nullopt, 1, kMaxContext);
+  const int64_t n_expert = keys.integer("expert_count", 0, 0, 1 << 20);
+  const bool has_head_dim = keys.has("attention.key_length");
+  if (!keys.status().ok()) return keys.status();
+  if (!has_head_dim && spec.n_embd % a.n_head != 0) {
+    return keys.bad(
+        fmt::format("embedding_length {} is no multiple of attention.head_count {}", spec.n_embd, a.n_head));
+  }
+  a.head_dim = keys.integer("attention.key_length", spec.n_embd / a.n_head, 2, 4096);
+  const int64_t value_dim = keys.integer("attention.value_length", a.head_dim, 1, 4096);
+  spec.rms_eps = static_cast<float>(keys.real("attention.layer_norm_rms_epsilon", std::nullopt, 0.0, 1.0));
+  const double plain_scale = 1.0 / std::sqrt(static_cast<double>(a.head_dim));
+  const double scale = keys.real("attention.scale", 0.0, 0.0, 1e6);
+  a.scale = static_cast<float>(scale == 0 ? plain_scale : scale);
+  kernels::RopeParams rope;
+  if (Status s = read_rope(keys, a.head_dim, spec.n_ctx_train, rope); !s.ok()) return s;
+
+  const std::optional<int64_t> vocabulary = keys.file().array_size("tokenizer.ggml.tokens");
+  if (!vocabulary || *vocabulary < 1) return keys.bad("metadata tokenizer.ggml.tokens is missing or empty");
+  spec.n_vocab = *vocabulary;
+  if (n_expert > 0) {
+    return keys.unsupported(
+        fmt::format("mixture-of-experts models ({} experts) are not supported", n_expert));
+  }
+  if (a.n_head % a.n_head_kv != 0) {
+    return keys.bad(
+        fmt::format("attention.head_count {} is no multiple of head_count_kv {}", a.n_head, a.n_head_kv));
+  }
+  if (value_dim != a.head_dim) {
+    return keys.unsupported(fmt::format("keys of {} and values of {} coordinates a head: they must be equal",
+                                        a.head_dim, value_dim));
+  }
+  spec.ropes.push_back(std::move(rope));
+  spec.layers.assign(static_cast<size_t>(n_layer), layer);
+  return {};
+}
+
+}  // namespace narrows

@@ -1,0 +1,70 @@
+// What a layer does with rows of the residual stream x, as data: the only place that says it, for prompts and
+// steps and for every executor. A layer is five stages,
+//
+//   project   q, k, v = W norm(x) + b
+//   mix       attention over the cache, q and k normed and rotated before; what it gives is `out`'s input
+//   out       x += W mixed + b
+//   ffn       act = silu(gate) * up of W norm(x) + b
+//   down      x += W act + b
+//
+// and the logits are W norm(x) + b. An executor (exec/executor.h) maps a stage to whatever its device does
+// best.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "model/spec.h"
+#include "model/weights.h"
+
+namespace narrows {
+
+/// x / rms(x) * weight [n_embd].
+struct NormOp {
+  const float* weight = nullptr;
+  float eps = 0;
+};
+
+/// y [n_out] = w x + bias.
+struct LinearOp {
+  const Matrix* w = nullptr;
+  const float* bias = nullptr;  ///< [n_out] or null
+};
+
+/// W norm(x) for one matrix or several, whose outputs stand one after another in a row.
+struct ProjectStage {
+  NormOp norm;
+  std::vector<LinearOp> linears;
+  int64_t n_out = 0;  ///< of all of them
+};
+
+struct MixStage {
+  AttentionSpec attention;
+  NormOp q_norm;  ///< of each head before RoPE, weight [head_dim]; null: none
+  NormOp k_norm;
+};
+
+struct LayerPlan {
+  int64_t index = 0;
+  ProjectStage project;  ///< q, k, v
+  MixStage mix;
+  LinearOp out;
+  ProjectStage ffn;  ///< gate, up: one matrix of both or two
+  LinearOp down;
+  int64_t n_ff = 0;
+};
+
+struct OutputPlan {
+  NormOp norm;
+  LinearOp logits;
+};
+
+struct Plan {
+  std::vector<LayerPlan> layers;
+  OutputPlan output;
+};
+
+/// weights outlive it.
+Plan make_plan(const ModelWeights& weights);
+
+}  // namespace narrows

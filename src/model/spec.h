@@ -1,0 +1,68 @@
+// What a model is, layer by layer, as its file says: the values that everything after the loader works with.
+// Pipeline step 1. Who makes one from a file is model/arch/; nothing else knows an architecture by name.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "gguf/gguf_file.h"
+#include "kernels/rope_table.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// Softmax attention of a layer.
+struct AttentionSpec {
+  int64_t n_head = 0;
+  int64_t n_head_kv = 0;
+  int64_t head_dim = 0;
+  float scale = 0;       ///< on q.k
+  int64_t rope = 0;      ///< index into ModelSpec::ropes
+  bool qk_norm = false;  ///< RMS norm of each head's q and k before RoPE
+
+  int64_t width_q() const { return n_head * head_dim; }
+  int64_t width_kv() const { return n_head_kv * head_dim; }
+};
+
+/// Gated feed-forward: down (silu(gate x) * up x).
+struct FfnSpec {
+  int64_t n_ff = 0;
+};
+
+struct LayerSpec {
+  AttentionSpec attention;
+  FfnSpec ffn;
+};
+
+struct ModelSpec {
+  std::string architecture;
+  std::string name;
+  int64_t n_embd = 0;
+  int64_t n_vocab = 0;
+  int64_t n_ctx_train = 0;
+  float rms_eps = 0;
+  /// The file rotates neighbours (2i, 2i + 1): rows of q and k are reordered at load, see model/weights.h.
+  bool rope_neighbours = false;
+  std::vector<kernels::RopeParams> ropes;  ///< freq_factors are filled in by the weight loader
+  std::vector<LayerSpec> layers;
+
+  int64_t n_layer() const { return static_cast<int64_t>(layers.size()); }
+  const LayerSpec& layer(int64_t i) const { return layers[static_cast<size_t>(i)]; }
+  const kernels::RopeParams& rope_of(int64_t i) const {
+    return ropes[static_cast<size_t>(layer(i).attention.rope)];
+  }
+  /// Largest of all layers: for buffers that serve one after another.
+  int64_t most_width_q() const;
+  int64_t most_width_kv() const;
+  int64_t most_ff() const;
+};
+
+/// Architectures that this build runs.
+const std::vector<std::string>& supported_architectures();
+
+/// unsupported: another architecture (the sentence lists ours), experts, RoPE kinds that we lack;
+/// invalid_file: a key missing, of a wrong type or with an impossible value.
+Result<ModelSpec> read_spec(const GgufFile& file);
+
+}  // namespace narrows

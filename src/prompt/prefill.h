@@ -1,0 +1,98 @@
+// Layer-major prefill: the whole prompt goes through layer 0, then layer 1, ... Only one layer's exact keys
+// and values are alive at a time, however many layers the model has; when a layer is done they are handed to
+// the cache. Pipeline step 4.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "exec/executor.h"
+#include "kernels/rope_table.h"
+#include "model/plan.h"
+#include "narrows/engine.h"
+#include "narrows/status.h"
+
+namespace narrows {
+
+/// D = n_head_kv * head_dim of the layer.
+struct PrefillHooks {
+  /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May
+  /// be empty.
+  std::function<void(int64_t layer, const float* q, int64_t n)> queries;
+  /// A segment of a layer is done: keys before RoPE and values of its tokens, [n, D] each, valid during the
+  /// call.
+  std::function<Status(int64_t layer, const float* k, const float* v, int64_t n)> layer_done;
+  /// Ends of segments among the new tokens, ascending, in (0, n); the last segment ends with them. Tokens of
+  /// later segments attend to what read_past gives for earlier ones.
+  std::vector<int64_t> segment_ends = {};
+  /// After layer_done of a segment that is not the last. changed_from: the first position before the segment
+  /// for which read_past now gives other numbers than it gave, if there is one.
+  std::function<Status(int64_t layer, int64_t* changed_from)> seal = {};
+  /// The last segment is sealed too: tokens of the same prompt are to follow in another run.
+  bool goes_on = false;
+  /// Rotated keys and values of tokens [first, first + n) that the cache held before, [n, D] each.
+  std::function<void(int64_t layer, int64_t first, int64_t n, float* k, float* v)> read_past;
+};
+
+class Prefill {
+ public:
+  /// ropes: one for each of the model's. All outlive it.
+  Prefill(const ModelWeights& weights, const Plan& plan, std::span<const kernels::RopeTable> ropes,
+          Executor& executor, const PromptOptions& options = {});
+  ~Prefill();
+
+  /// Runs tokens at positions n_past .. and writes the logits after the last one, [n_vocab].
+  /// Memory beside the weights: see bytes_needed(). cancelled if progress returns false; hooks' errors are
+  /// passed on with the layer's number. non_finite names the layer whose attention overflows.
+  Status run(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, const ProgressFn& progress,
+             float* logits);
+
+  /// The same in pieces: begin(), then step() until done(). Between steps the
+  /// executor may do anything but other prompts. logits outlives it. After an error, or to give up, just
+  /// destroy it. When it is done, another begin() may follow with more of the same prompt.
+  Status begin(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, float* logits);
+  /// A chunk of one layer: some tens of milliseconds.
+  Status step();
+  bool done() const { return buffers_ == nullptr; }
+  /// The share done in [0, 1].
+  double progress() const;
+  /// Of all runs that are done: the share of the tiles of keys that was read by blocks which could leave some
+  /// out; 1 if none could.
+  double read_share() const {
+    return tiles_seen_ > 0 ? static_cast<double>(tiles_read_) / static_cast<double>(tiles_seen_) : 1;
+  }
+
+  /// Peak bytes of a run over n tokens on n_past: residual stream, one layer's keys and values, a chunk's
+  /// activations.
+  static int64_t bytes_needed(const ModelSpec& spec, const Plan& plan, int64_t n, int64_t n_past,
+                              int n_threads, const PromptOptions& options);
+
+ private:
+  struct LayerBuffers;
+  class ChunkMixer;
+  const AttentionSpec& attention() const;
+  bool loads(int64_t layer) const;
+  void pack_past(int64_t from, int64_t to);
+  Status run_chunk(int64_t first, int64_t n);
+  Status open_layer();
+  Status make_attention();
+  void count_tiles();
+  Status close_segment();
+  Status no_room() const;
+
+  const ModelWeights& weights_;
+  const Plan& plan_;
+  std::span<const kernels::RopeTable> ropes_;
+  Executor& executor_;
+  PromptOptions options_;
+  std::unique_ptr<LayerBuffers> buffers_;
+  PrefillHooks hooks_;
+  float* logits_ = nullptr;
+  int64_t tiles_seen_ = 0;
+  int64_t tiles_read_ = 0;
+};
+
+}  // namespace narrows
