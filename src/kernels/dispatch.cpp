@@ -64,6 +64,7 @@ constexpr Ops make_table(const char* name, const Formats& formats) {
       .softmax_part = softmax_part,
       .round_rows = round_rows,
       .packed_product = packed_product,
+      .unpack_tile = unpack_tile,
       .rms_norm = rms_norm,
       .swiglu = swiglu,
   };

@@ -191,6 +191,10 @@ struct Ops {
   void (*packed_product)(const PackedMatrix& w, int64_t first, int64_t n_tile, const ByteRows& x,
                          int64_t n_row, float* y, int64_t ldy, bool accumulate);
 
+  /// Tile `tile` of w as bfloat16 (to nearest even), a row of it a column: out [w.n_in, ld], columns [0, 16);
+  /// those of rows beyond n_out are zeros. The numbers that unpack_row() gives, rounded.
+  void (*unpack_tile)(const PackedMatrix& w, int64_t tile, uint16_t* out, int64_t ld);
+
   /// y [n] = x / sqrt(mean of squares + eps) * weight; y may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
 

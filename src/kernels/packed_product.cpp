@@ -308,7 +308,74 @@ void product_of(const PackedMatrix& w, int64_t first, int64_t n_tile, const Byte
   }
 }
 
+/// Weights of a group as bfloat16, kLanes rows of it from `row` on.
+template <Packing p>
+HWY_INLINE void unpack_group(const uint8_t* codes, const Scales<p>& scales, int64_t g, int64_t row,
+                             uint16_t* HWY_RESTRICT out, int64_t ld) {
+  const DF d;
+  const hn::Repartition<uint32_t, DF> du;
+  const hn::Rebind<uint16_t, DI> half;
+  VB code[8];
+  load_codes<code_bits(p)>(codes, code);
+  const VF first = scales.d(g, row, 0), second = p == Packing::q6_k ? scales.d(g, row, 1) : first;
+  const VF minimum = has_minimum(p) ? scales.m(g, row) : hn::Zero(d);
+  const VF zero = hn::Set(d, zero_shift(p) == 0 ? 0.0F : static_cast<float>(1 << zero_shift(p)));
+  NARROWS_UNROLL
+  for (int j = 0; j < 8; ++j) {
+    auto four = hn::BitCast(du, code[j]);
+    NARROWS_UNROLL
+    for (int t = 0; t < 4; ++t) {
+      const VI one = hn::BitCast(DI(), hn::And(four, hn::Set(du, 255)));
+      four = hn::ShiftRight<8>(four);
+      // A product of so few bits is exact, whichever way it is added to.
+      VF x = hn::Mul(j < 4 ? first : second, hn::Sub(hn::ConvertTo(d, one), zero));
+      if constexpr (has_minimum(p)) x = is_super(p) ? hn::Sub(x, minimum) : hn::Add(x, minimum);
+      const auto bits = hn::BitCast(du, x);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+      const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFF))));
+      const auto word = hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), hn::Set(du, 0x7FC0), rounded);
+      hn::StoreU(hn::DemoteTo(half, hn::BitCast(DI(), word)), half, out + (4 * j + t) * ld);
+    }
+  }
+}
+
+template <Packing p>
+void unpack_of(const uint8_t* tile, int64_t n_in, uint16_t* out, int64_t ld) {
+  Scales<p> scales;
+  for (int64_t k = 0; k < n_in; k += inputs_at_once(p), tile += record_bytes(p)) {
+    scales.read(tile);
+    for (int64_t g = 0; g < inputs_at_once(p) / kPackGroup; ++g) {
+      const uint8_t* codes = tile + scale_bytes(p) + g * group_code_bytes(p);
+      for (int64_t i = 0; i < kParts; ++i)
+        unpack_group<p>(codes + i * kByteLanes, scales, g, i * kLanes,
+                        out + (k + g * kPackGroup) * ld + i * kLanes, ld);
+    }
+  }
+}
+
 }  // namespace
+
+void unpack_tile(const PackedMatrix& w, int64_t tile, uint16_t* out, int64_t ld) {
+  const uint8_t* at = w.tiles + tile * tile_bytes(w.packing, w.n_in);
+  switch (w.packing) {
+    case Packing::q4_0:
+      return unpack_of<Packing::q4_0>(at, w.n_in, out, ld);
+    case Packing::q4_1:
+      return unpack_of<Packing::q4_1>(at, w.n_in, out, ld);
+    case Packing::q5_0:
+      return unpack_of<Packing::q5_0>(at, w.n_in, out, ld);
+    case Packing::q5_1:
+      return unpack_of<Packing::q5_1>(at, w.n_in, out, ld);
+    case Packing::q8_0:
+      return unpack_of<Packing::q8_0>(at, w.n_in, out, ld);
+    case Packing::q4_k:
+      return unpack_of<Packing::q4_k>(at, w.n_in, out, ld);
+    case Packing::q5_k:
+      return unpack_of<Packing::q5_k>(at, w.n_in, out, ld);
+    case Packing::q6_k:
+      return unpack_of<Packing::q6_k>(at, w.n_in, out, ld);
+  }
+}
 
 void packed_product(const PackedMatrix& w, int64_t first, int64_t n_tile, const ByteRows& x, int64_t n_row,
                     float* y, int64_t ldy, bool accumulate) {
@@ -337,6 +404,10 @@ void packed_product(const PackedMatrix& w, int64_t first, int64_t n_tile, const 
 void packed_product(const PackedMatrix& w, int64_t first, int64_t n_tile, const ByteRows& x, int64_t n_row,
                     float* y, int64_t ldy, bool accumulate) {
   ref::packed_product(w, first, n_tile, x, n_row, y, ldy, accumulate);
+}
+
+void unpack_tile(const PackedMatrix& w, int64_t tile, uint16_t* out, int64_t ld) {
+  ref::unpack_tile(w, tile, out, ld);
 }
 
 #endif  // NARROWS_BYTE_PRODUCTS

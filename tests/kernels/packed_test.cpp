@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/bf16.h"
 #include "kernels/packed_data.h"
 
 namespace narrows::kernels {
@@ -16,6 +17,34 @@ Array<float> product(const Ops& ops, const Packed& w, Bytes& x, int64_t n_row, i
   Array<float> y((n_row - 1) * ldy + w.matrix.n_out);
   ops.packed_product(w.matrix, 0, pack_tiles(w.matrix.n_out), x.rows(), n_row, y.data(), ldy, false);
   return y;
+}
+
+TEST_P(PackedProduct, TilesUnpackToTheirRowsRounded) {
+  Random random(5);
+  std::vector<float> halves = {0, 1, -1, 65504, 6e-8F, -3e-6F, 0.3333F};
+  std::normal_distribution<float> normal(0, 0.05F);
+  for (int i = 0; i < 200; ++i) halves.push_back(normal(random));
+  constexpr uint16_t kUntouched = 0x1234;
+  for (const Packing p : kAllPackings) {
+    for (const int64_t blocks : {1, 2, 5}) {
+      const int64_t n_in = blocks * inputs_at_once(p), n_out = 37, ld = 19;
+      const Packed w(p, n_in, n_out, halves, random);
+      std::vector<float> row(static_cast<size_t>(n_in));
+      for (int64_t t = 0; t < pack_tiles(n_out); ++t) {
+        Array<uint16_t> got(n_in * ld);
+        std::fill_n(got.data(), got.size(), kUntouched);
+        ops().unpack_tile(w.matrix, t, got.data(), ld);
+        for (int64_t r = 0; r < ld; ++r) {
+          const int64_t o = t * kPackRows + r;
+          if (r < kPackRows) unpack_row(w.matrix, o, row.data());
+          for (int64_t k = 0; k < n_in; ++k) {
+            const uint16_t want = r < kPackRows ? float_to_bf16(row[static_cast<size_t>(k)]) : kUntouched;
+            ASSERT_EQ(got[k * ld + r], want) << packing_name(p) << ", row " << o << ", input " << k;
+          }
+        }
+      }
+    }
+  }
 }
 
 // Scales that are powers of two and small inputs: every sum of theirs is a float.

@@ -13,6 +13,7 @@
 
 #include "base/aligned.h"
 #include "base/guarded.h"
+#include "kernels/ops.h"
 
 namespace narrows {
 
@@ -153,10 +154,19 @@ struct LoadedLayer::Impl {
     const Matrix& w = *l.w;
     const auto count = static_cast<size_t>(kPanel * w.n_in);
     void* plain = nullptr;
+    memory::desc layout({w.n_in, n}, format_of(w), memory::format_tag::ba);
     if (is_float(w)) {
       if (t.floats.size() < count) t.floats.resize(count);
       w.unpack(first, n, t.floats.data());
       plain = t.floats.data();
+    } else if (w.tiles) {
+      // Tiles come as [n_in, outputs], the last may have more than there are.
+      const int64_t ld = (n + kernels::kPackRows - 1) / kernels::kPackRows * kernels::kPackRows;
+      if (t.panel.size() < count) t.panel.resize(count);
+      for (int64_t c = 0; c < ld; c += kernels::kPackRows)
+        kernels::ops().unpack_tile(*w.tiles, (first + c) / kernels::kPackRows, t.panel.data() + c, ld);
+      plain = t.panel.data();
+      layout = memory::desc({w.n_in, n}, format_of(w), memory::dims{ld, 1});
     } else {
       if (t.panel.size() < count) t.panel.resize(count);
       if (t.floats.size() < static_cast<size_t>(kUnpackRows * w.n_in))
@@ -169,7 +179,7 @@ struct LoadedLayer::Impl {
       plain = t.panel.data();
     }
     const OneThread one;
-    memory from({{w.n_in, n}, format_of(w), memory::format_tag::ba}, engine, plain);
+    memory from(layout, engine, plain);
     memory to(l.layout.submemory_desc({w.n_in, n}, {0, first}), engine, l.packed.get_data_handle());
     dnnl::reorder(from, to).execute(t.stream, from, to);
     t.stream.wait();

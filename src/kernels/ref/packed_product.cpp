@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/bf16.h"
 #include "kernels/pack_weights.h"
 #include "kernels/ref/ref.h"
 
@@ -23,6 +24,14 @@ void packed_product(const PackedMatrix& w, int64_t first, int64_t n_tile, const 
       }
       y[r * ldy + o] = static_cast<float>(sum);
     }
+  }
+}
+
+void unpack_tile(const PackedMatrix& w, int64_t tile, uint16_t* out, int64_t ld) {
+  std::vector<float> row(static_cast<size_t>(w.n_in));
+  for (int64_t r = 0; r < kPackRows; ++r) {
+    unpack_row(w, tile * kPackRows + r, row.data());
+    for (int64_t k = 0; k < w.n_in; ++k) out[k * ld + r] = float_to_bf16(row[static_cast<size_t>(k)]);
   }
 }
 

@@ -38,6 +38,7 @@ std::remove_pointer_t<decltype(Ops::sum_planes)> sum_planes;
 std::remove_pointer_t<decltype(Ops::score_rows_f16)> score_rows_f16;
 std::remove_pointer_t<decltype(Ops::round_rows)> round_rows;
 std::remove_pointer_t<decltype(Ops::packed_product)> packed_product;
+std::remove_pointer_t<decltype(Ops::unpack_tile)> unpack_tile;
 std::remove_pointer_t<decltype(Ops::rms_norm)> rms_norm;
 std::remove_pointer_t<decltype(Ops::swiglu)> swiglu;
 

@@ -38,6 +38,7 @@ const Ops kTable = {
     .softmax_part = softmax_part,
     .round_rows = round_rows,
     .packed_product = packed_product,
+    .unpack_tile = unpack_tile,
     .rms_norm = rms_norm,
     .swiglu = swiglu,
 };
