@@ -10,7 +10,6 @@
 #include "base/utf8.h"
 #include "text/llama_log.h"
 #include "text/tokenizer_impl.h"
-#include "text/vocabulary.h"
 
 namespace narrows {
 
@@ -45,8 +44,6 @@ Result<std::unique_ptr<Tokenizer>> Tokenizer::load(const std::string& gguf_path)
     return refused(reason_in(error.what()));
   }
 }
-
-const llama_vocab* vocabulary(const Tokenizer& tokenizer) { return tokenizer.impl().vocab; }
 
 std::string Tokenizer::piece(Token token, bool special) const {
   if (token < 0 || token >= impl_->n_vocab) return {};
