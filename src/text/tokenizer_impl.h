@@ -23,6 +23,7 @@ struct Tokenizer::Impl {
   std::unique_ptr<llama_model, ModelFree> model;  ///< vocabulary only
   const llama_vocab* vocab = nullptr;
   int32_t n_vocab = 0;
+  int64_t max_token_bytes = 0;  ///< see Tokenizer
   SpecialTokens special;
   bool has_template = false;
   common_chat_templates_ptr templates;  ///< null if the file has none, or one that does not parse
