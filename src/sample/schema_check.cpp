@@ -93,6 +93,8 @@ class JsonWalk {
   Status object(const common_json& schema, int depth) {
     if (schema.contains("properties") && schema.at("properties").is_object()) {
       for (const auto& [name, property] : schema.at("properties").items()) {
+        // The converter names rules by the path of properties: this one would take its parent's name.
+        if (name.empty()) return refusal("a property has an empty name, which is not supported");
         if (name.size() > kMaxName)
           return refusal(fmt::format("a property has a name of {} bytes, at most {} are allowed", name.size(),
                                      kMaxName));
@@ -112,6 +114,12 @@ class JsonWalk {
         return refusal(fmt::format("{} is {}, it must be from 0 to 1000000000", key, value.dump()));
     }
     if (type == nullptr || *type != "integer") return {};
+    const auto number = [&](const char* key, double otherwise) {
+      return schema.contains(key) && schema.at(key).is_number() ? schema.at(key).get<double>() : otherwise;
+    };
+    const double low = std::max(number("minimum", -INFINITY), number("exclusiveMinimum", -INFINITY));
+    const double high = std::min(number("maximum", INFINITY), number("exclusiveMaximum", INFINITY));
+    if (low > high) return refusal(fmt::format("no integer is from {} to {}", low, high));
     for (const char* key : {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"}) {
       if (!schema.contains(key)) continue;
       const common_json& value = schema.at(key);
