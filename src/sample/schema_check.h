@@ -14,6 +14,10 @@ namespace narrows {
 /// off. ok for a schema that it refuses by itself. invalid_argument with a sentence.
 Status check_schema(const common_json& schema);
 
+/// Of one schema, part of check_schema(): numbers that the converter would cut off to 32 or 64 bits, or count
+/// beyond their end. `type`: null if none is given.
+Status check_numbers(const common_json& schema, const common_json* type);
+
 /// Before json_schema_to_grammar(): circles that consume nothing, the depth and the work of the converter.
 /// Changes the document so that it converts well: references get names that cannot be mixed up, an allOf of
 /// one schema becomes that schema, patterns that the converter does not know are taken out (any string).
