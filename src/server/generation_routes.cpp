@@ -113,10 +113,10 @@ std::shared_ptr<Job> HttpServer::Impl::make_job(const httplib::Request& req, boo
     }
     if (!take(*prompt)) return nullptr;
   } else {
-    for (Prompt& prompt : request->prompts) {
+    for (Prompt& prompt : request->prompts) {  // its text stays for echo
       if (prompt.is_tokens) {
         job->prompts.push_back(std::move(prompt.tokens));
-      } else if (!take({std::move(prompt.text), {}})) {
+      } else if (!take({prompt.text, {}})) {
         return nullptr;
       }
     }
