@@ -51,6 +51,8 @@ class Tokenizer {
   /// True for every end-of-generation token (EOS, EOT, <|im_end|>, ...).
   bool is_end(Token token) const;
   int64_t n_vocab() const;
+  /// Bytes of text that one token covers at most; 0 if there is no bound (vocabularies that drop characters).
+  int64_t max_token_bytes() const;
 
   /// True if the file carries a chat template.
   bool has_chat_template() const;

@@ -37,6 +37,11 @@ Status cannot_open(const std::string& path, int error) {
   }
 }
 
+Status not_regular(const std::string& path) {
+  return {StatusCode::invalid_file,
+          fmt::format("cannot read {}: it is a device or pipe, not a regular file", quote(path))};
+}
+
 /// Closes on destruction; -1 holds nothing.
 class Descriptor {
  public:
@@ -139,7 +144,7 @@ Status write_and_close(const std::string& path, std::FILE* file, const FileWrite
 
 }  // namespace
 
-Status check_readable(const std::string& path) {
+Status check_readable(const std::string& path, bool regular) {
   if (path.empty()) return {StatusCode::invalid_file, "cannot read a file: its name is empty"};
   if (path.find('\0') != std::string::npos) return cannot_open(path, ENOENT);
   struct stat info = {};
@@ -147,13 +152,15 @@ Status check_readable(const std::string& path) {
   if (S_ISDIR(info.st_mode)) {
     return {StatusCode::invalid_file, fmt::format("cannot read {}: it is a folder, not a file", quote(path))};
   }
+  if (regular && !S_ISREG(info.st_mode)) return not_regular(path);
   if (::access(path.c_str(), R_OK) != 0) return cannot_open(path, errno);
   return {};
 }
 
-Result<std::string> read_file(const std::string& path, int64_t max_bytes) {
-  if (Status status = check_readable(path); !status.ok()) return status;
-  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+Result<std::string> read_file(const std::string& path, int64_t max_bytes, bool regular) {
+  if (Status status = check_readable(path, regular); !status.ok()) return status;
+  // A pipe that takes a file's place now must not wait for its writer either.
+  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | (regular ? O_NONBLOCK : 0)));
   if (fd.get() < 0) return cannot_open(path, errno);
   const auto too_large = [&] {
     return Status(StatusCode::invalid_file,
@@ -162,6 +169,7 @@ Result<std::string> read_file(const std::string& path, int64_t max_bytes) {
 
   struct stat info = {};
   const bool sized = ::fstat(fd.get(), &info) == 0 && S_ISREG(info.st_mode);
+  if (regular && !sized) return not_regular(path);
   if (sized && info.st_size > max_bytes) return too_large();
 
   try {

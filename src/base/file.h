@@ -13,11 +13,12 @@ namespace narrows {
 
 /// ok if the path is something to read (a regular file, pipe or device). invalid_file: missing, a folder, or
 /// not readable for this user, each in its own sentence. An empty file is ok here.
-Status check_readable(const std::string& path);
+Status check_readable(const std::string& path, bool regular = false);
 
 /// The whole content. invalid_file as check_readable(), or if there are more than max_bytes; io_error if
 /// reading fails on the way; out_of_memory. Pipes and devices such as /dev/stdin may be read too.
-Result<std::string> read_file(const std::string& path, int64_t max_bytes);
+/// regular: devices and pipes, which may wait or have no end, are invalid_file; so for check_readable().
+Result<std::string> read_file(const std::string& path, int64_t max_bytes, bool regular = false);
 
 /// Without the mark (U+FEFF) that some editors put before a text in UTF-8: it belongs to the file, not to the
 /// text, and would become a token.

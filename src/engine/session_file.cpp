@@ -108,7 +108,7 @@ Status save_session(const Session& session, std::span<const Token> tokens, const
 Result<SavedSession> load_session(std::shared_ptr<const Model> model, const SessionOptions& options,
                                   const std::string& path) {
   const int64_t have = available_memory_bytes();
-  Result<std::string> file = read_file(path, have > 0 ? have : INT64_MAX);
+  Result<std::string> file = read_file(path, have > 0 ? have : INT64_MAX, /*regular=*/true);
   if (!file.ok()) return file.status();
   const Result<std::string_view> payload = checked_payload(path, *file);
   if (!payload.ok()) return payload.status();

@@ -182,6 +182,12 @@ Status parse(const std::string& gbnf, llama_grammar_parser& parser) {
       if (id >= parser.rules.size() || parser.rules[id].empty())
         return wrong(fmt::format("rule {} is not defined", quote(name)));
     }
+    for (const llama_grammar_rule& rule : parser.rules) {
+      for (const llama_grammar_element& e : rule) {
+        if (e.type == LLAMA_GRETYPE_TOKEN || e.type == LLAMA_GRETYPE_TOKEN_NOT)
+          return wrong("it refers to a token, only characters are taken");
+      }
+    }
     if (!parser.symbol_ids.contains("root")) return wrong("it has no rule called root");
     if (Status s = check_rules(parser.rules); !s.ok()) return wrong(s.message());
     return {};
@@ -199,24 +205,14 @@ Status check_grammar(const std::string& gbnf) {
   return parse(gbnf, parser);
 }
 
-void GrammarDeleter::operator()(llama_grammar* grammar) const { llama_grammar_free_impl(grammar); }
-
-Result<LlamaGrammar> make_grammar(const std::string& gbnf, const llama_vocab* vocabulary) {
+Result<std::unique_ptr<GrammarMatcher>> make_grammar(const std::string& gbnf) {
   llama_grammar_parser parser;
   if (Status s = parse(gbnf, parser); !s.ok()) return s;
-  const LlamaAbortGuard guard;
-  clear_llama_error();
   try {
-    std::vector<const llama_grammar_element*> rules = parser.c_rules();
-    LlamaGrammar made(
-        llama_grammar_init_impl(vocabulary, rules.data(), rules.size(), parser.symbol_ids.at("root")));
-    if (made) return made;
+    return std::make_unique<GrammarMatcher>(parser.rules, parser.symbol_ids.at("root"));
   } catch (const std::bad_alloc&) {
     return Status(StatusCode::out_of_memory, "no memory for the grammar");
-  } catch (const std::exception& error) {
-    return wrong(short_reason(error.what()));
   }
-  return wrong(llama_error());
 }
 
 Result<std::string> grammar_of_schema(const std::string& schema_json) {

@@ -3,7 +3,6 @@
 // beside the chain: it looks at the drawn token alone, and only if it refuses that at all of them, because
 // looking at the whole vocabulary at every step would cost more than the step.
 #include <fmt/format.h>
-#include <llama-grammar.h>
 #include <llama.h>
 
 #include <algorithm>
@@ -19,7 +18,6 @@
 
 #include "narrows/sampling.h"
 #include "sample/grammar.h"
-#include "sample/schema_check.h"
 #include "text/llama_log.h"
 #include "text/vocabulary.h"
 
@@ -105,7 +103,7 @@ std::optional<size_t> largest(std::span<const float> logits) {
 
 struct Sampler::Impl {
   Chain chain;
-  LlamaGrammar grammar;  ///< null: free text
+  std::unique_ptr<GrammarMatcher> grammar;  ///< null: free text
   const Tokenizer* tokenizer = nullptr;
   bool has_penalties = false;
   bool plain_greedy = false;  ///< neither bias, penalty nor temperature: the largest logit is the answer
@@ -113,7 +111,8 @@ struct Sampler::Impl {
   Status failed;  ///< of a grammar that could not take a token
 
   llama_token_data_array all_candidates(std::span<const float> logits);
-  bool grammar_allows(Token token) const;
+  Result<bool> grammar_allows(Token token);
+  Status forbid_what_the_grammar_does(llama_token_data_array& array);
   Result<Token> choose(std::span<const float> logits, bool by_grammar);
 };
 
@@ -123,17 +122,30 @@ llama_token_data_array Sampler::Impl::all_candidates(std::span<const float> logi
   return {candidates.data(), candidates.size(), kNoIndex, false};
 }
 
-bool Sampler::Impl::grammar_allows(Token token) const {
-  llama_token_data one = {token, 1.0F, 0.0F};
-  llama_token_data_array array = {&one, 1, kNoIndex, false};
-  llama_grammar_apply_impl(*grammar, &array);
-  return one.logit > -std::numeric_limits<float>::infinity();
+Result<bool> Sampler::Impl::grammar_allows(Token token) {
+  if (tokenizer->is_end(token)) return grammar->may_end();
+  return grammar->allows(tokenizer->piece(token, true));
+}
+
+/// Of the whole vocabulary in its own order.
+Status Sampler::Impl::forbid_what_the_grammar_does(llama_token_data_array& array) {
+  std::vector<bool> allowed(array.size);
+  const auto allow = [&](Token token) {
+    if (static_cast<size_t>(token) < array.size) allowed[static_cast<size_t>(token)] = true;
+  };
+  if (Status s = grammar->each_allowed(sorted_pieces(*tokenizer), allow); !s.ok()) return s;
+  const bool may_end = grammar->may_end();
+  for (size_t i = 0; i < array.size; ++i) {
+    if (!allowed[i] && !(may_end && tokenizer->is_end(static_cast<Token>(i))))
+      array.data[i].logit = -std::numeric_limits<float>::infinity();
+  }
+  return {};
 }
 
 Result<Token> Sampler::Impl::choose(std::span<const float> logits, bool by_grammar) {
   llama_token_data_array array = all_candidates(logits);
   if (by_grammar) {
-    llama_grammar_apply_impl(*grammar, &array);
+    if (Status s = forbid_what_the_grammar_does(array); !s.ok()) return s;
     const bool any = std::any_of(array.data, array.data + array.size,
                                  [](const llama_token_data& c) { return std::isfinite(c.logit); });
     if (!any) {
@@ -155,7 +167,7 @@ Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, 
   auto impl = std::make_unique<Impl>();
   if (!options.grammar.empty()) {
     if (tokenizer == nullptr) return {StatusCode::invalid_argument, "a grammar needs the model's tokenizer"};
-    Result<LlamaGrammar> grammar = make_grammar(options.grammar, vocabulary(*tokenizer));
+    Result<std::unique_ptr<GrammarMatcher>> grammar = make_grammar(options.grammar);
     if (!grammar.ok()) return grammar.status();
     impl->grammar = std::move(*grammar);
     impl->tokenizer = tokenizer;
@@ -217,8 +229,11 @@ Result<Token> Sampler::sample(std::span<const float> logits) {
   try {
     Result<Token> token =
         impl_->plain_greedy ? Result<Token>(static_cast<Token>(*best)) : impl_->choose(logits, false);
-    if (!token.ok() || !impl_->grammar || impl_->grammar_allows(*token)) return token;
-    return impl_->choose(logits, true);
+    if (!token.ok() || !impl_->grammar) return token;
+    impl_->grammar->begin_draw();
+    const Result<bool> allowed = impl_->grammar_allows(*token);
+    if (!allowed.ok()) return allowed.status();
+    return *allowed ? token : impl_->choose(logits, true);
   } catch (const std::bad_alloc&) {
     return {StatusCode::out_of_memory, fmt::format("no memory to sample from {} logits", logits.size())};
   } catch (const std::exception& error) {
@@ -229,21 +244,15 @@ Result<Token> Sampler::sample(std::span<const float> logits) {
 
 void Sampler::accept(Token token) {
   accept_prompt(token);
-  if (!impl_->grammar) return;
-  const LlamaAbortGuard guard;
+  if (!impl_->grammar || !impl_->failed.ok()) return;
   try {
-    if (ways_are_few(*impl_->grammar, impl_->tokenizer->piece(token, true))) {
-      llama_grammar_accept_impl(*impl_->grammar, token);
-    } else {
-      impl_->failed = Status(
-          StatusCode::invalid_argument,
-          fmt::format("the grammar is too ambiguous: the answer can go on in more than {} ways", kMaxWays));
-    }
+    if (!impl_->tokenizer->is_end(token))
+      impl_->failed = impl_->grammar->accept(impl_->tokenizer->piece(token, true));
+    else if (!impl_->grammar->may_end())
+      impl_->failed =
+          Status(StatusCode::invalid_argument, "the grammar does not allow the answer to end here");
   } catch (const std::bad_alloc&) {
     impl_->failed = Status(StatusCode::out_of_memory, "no memory for the state of the grammar");
-  } catch (const std::exception&) {
-    impl_->failed =
-        Status(StatusCode::invalid_argument, "the grammar does not allow the token that was drawn");
   }
 }
 

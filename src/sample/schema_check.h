@@ -14,20 +14,19 @@ namespace narrows {
 /// off. ok for a schema that it refuses by itself. invalid_argument with a sentence.
 Status check_schema(const common_json& schema);
 
+/// Of one schema, part of check_schema(): numbers that the converter would cut off to 32 or 64 bits, or count
+/// beyond their end. `type`: null if none is given.
+Status check_numbers(const common_json& schema, const common_json* type);
+
 /// Before json_schema_to_grammar(): circles that consume nothing, the depth and the work of the converter.
 /// Changes the document so that it converts well: references get names that cannot be mixed up, an allOf of
 /// one schema becomes that schema, patterns that the converter does not know are taken out (any string).
 /// invalid_argument with a sentence.
 Status prepare_schema(common_chat_schema_document& document);
 
-/// Before llama_grammar_init_impl(): rules that begin with themselves, through rules that may be empty too,
-/// chains of rules that are too deep for its recursion, more than kMaxWays ways to go on at one place. All
-/// rules that are referred to exist.
+/// Before a grammar is followed: rules that begin with themselves, through rules that may be empty too, long
+/// chains of rules, more than kMaxWays ways to go on at one place. All rules that are referred to exist.
 inline constexpr int kMaxWays = 4000;
 Status check_rules(const llama_grammar_rules& rules);
-
-/// True if the grammar can go on in at most kMaxWays ways at every character of the piece, before libllama
-/// takes it, whose time grows with the square of them. True too for parts of characters.
-bool ways_are_few(llama_grammar& grammar, const std::string& piece);
 
 }  // namespace narrows

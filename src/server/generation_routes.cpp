@@ -93,32 +93,44 @@ std::shared_ptr<Job> HttpServer::Impl::make_job(const httplib::Request& req, boo
     }
     job->profile = std::move(*profile);
   }
-  const auto take = [&](Result<std::vector<Token>> tokens) {
-    if (tokens.ok()) {
-      job->prompts.push_back(std::move(*tokens));
-      return true;
-    }
-    error = to_api_error(tokens.status());
-    return false;
+  const TokenLimits limits = token_limits(req);
+  const auto take = [&](const ChatPrompt& prompt) {
+    std::optional<std::vector<Token>> tokens = tokens_within(tokenizer, prompt, limits, error);
+    if (tokens) job->prompts.push_back(std::move(*tokens));
+    return tokens.has_value();
   };
   if (chat) {
+    size_t bytes = 0;
+    for (const ChatMessage& message : request->messages) bytes += message.content.size();
+    if (const auto refused = refuse_bytes(tokenizer, bytes, limits)) {
+      error = *refused;
+      return nullptr;
+    }
     const Result<ChatPrompt> prompt = tokenizer.apply_chat_template(request->messages, true);
     if (!prompt.ok()) {
       error = to_api_error(prompt.status());
       return nullptr;
     }
-    if (!take(tokenizer.encode(*prompt))) return nullptr;
+    if (!take(*prompt)) return nullptr;
   } else {
-    for (Prompt& prompt : request->prompts) {
+    for (Prompt& prompt : request->prompts) {  // its text stays for echo
       if (prompt.is_tokens) {
         job->prompts.push_back(std::move(prompt.tokens));
-      } else if (!take(tokenizer.encode(prompt.text, true, true))) {
+      } else if (!take({prompt.text, {}})) {
         return nullptr;
       }
     }
   }
   job->request = std::move(*request);
   return job;
+}
+
+TokenLimits HttpServer::Impl::token_limits(const httplib::Request& req) const {
+  return {scheduler.load()->n_ctx(), [this, &req]() -> std::optional<ApiError> {
+            if (stopping) return http_error(503, "the server is shutting down");
+            if (req.is_connection_closed()) return http_error(499, "the client has left");
+            return std::nullopt;
+          }};
 }
 
 void HttpServer::Impl::generate(const httplib::Request& req, httplib::Response& res, bool chat) {

@@ -13,6 +13,7 @@
 #include "server/front.h"
 #include "server/http_server.h"
 #include "server/json_fields.h"
+#include "server/prompt_tokens.h"
 #include "server/socket_stream.h"
 
 namespace narrows::server {
@@ -52,6 +53,7 @@ struct HttpServer::Impl {
   void stream(std::shared_ptr<Job> job, const httplib::Request& req, httplib::Response& res);
   void answer_whole(const std::shared_ptr<Job>& job, const httplib::Request& req, httplib::Response& res);
   bool took_too_long(const Job& job) const;
+  TokenLimits token_limits(const httplib::Request& req) const;
   void log_job(const Job& job, const ChoiceResult& result, const char* outcome) const;
 
   bool ready() const { return scheduler.load() != nullptr; }

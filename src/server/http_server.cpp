@@ -2,8 +2,10 @@
 #include "server/http_server.h"
 
 #include <fmt/format.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <random>
 
 #include "server/http_impl.h"
@@ -12,6 +14,16 @@
 namespace narrows::server {
 
 namespace {
+
+/// Half of the descriptors that may be open, but for those of files: the rest is for requests at work.
+size_t waiting_connections(int wanted) {
+  constexpr rlim_t kFiles = 32;
+  rlimit limit{};
+  const auto most = static_cast<size_t>(wanted);
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return most;
+  const rlim_t free = limit.rlim_cur > kFiles ? limit.rlim_cur - kFiles : 0;
+  return std::min(most, static_cast<size_t>(std::max<rlim_t>(free / 2, 4)));
+}
 
 /// Requests of a connection.
 constexpr int kMostRequests = 100;
@@ -261,7 +273,7 @@ bool HttpServer::Impl::wants_body(const RequestFrame& frame) const {
 
 bool HttpServer::Impl::start_front() {
   FrontOptions o;
-  o.max_waiting = static_cast<size_t>(options.max_connections);
+  o.max_waiting = waiting_connections(options.max_connections);
   o.n_threads = static_cast<size_t>(options.n_generations) + kOtherRequests;
   o.max_body_bytes = options.max_body_bytes;
   o.max_held_bytes = 4 * options.max_body_bytes;

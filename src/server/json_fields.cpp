@@ -63,16 +63,15 @@ std::optional<Json> parse_object(std::string_view text, ApiError& error) {
     error = bad_request(fmt::format("the request is nested deeper than {} levels", kMaxJsonDepth));
     return std::nullopt;
   }
-  try {
-    Json json = Json::parse(text);
-    if (json.is_object()) return json;
-    error = bad_request(fmt::format("the request is {}, it must be a JSON object", kind_of(json)));
-  } catch (const Json::parse_error& e) {
-    error = bad_request(fmt::format("the request is not JSON: it goes wrong at byte {}", e.byte));
-  } catch (const Json::exception&) {
-    error = bad_request("the request is not JSON: it holds a number that is too large");
+  std::string why;
+  std::optional<Json> json = parse_json(text, why);
+  if (!json) {
+    error = bad_request("the request " + why);
+  } else if (!json->is_object()) {
+    error = bad_request(fmt::format("the request is {}, it must be a JSON object", kind_of(*json)));
+    json.reset();
   }
-  return std::nullopt;
+  return json;
 }
 
 const Json* Fields::find(const char* name) const {

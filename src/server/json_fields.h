@@ -2,17 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "server/api_error.h"
+#include "server/json_tree.h"
 
 namespace narrows::server {
-
-using Json = nlohmann::ordered_json;
 
 /// Deepest nesting of a request. nlohmann's writer and llama.cpp's schema converter recurse.
 inline constexpr int kMaxJsonDepth = 64;

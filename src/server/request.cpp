@@ -302,7 +302,7 @@ std::optional<GenerationRequest> parse_completion(std::string_view body, const R
 
 std::optional<TokenizeRequest> parse_tokenize(std::string_view body, ApiError& error) {
   return read_body<TokenizeRequest>(body, error, [](Fields& f, TokenizeRequest& r) {
-    const auto content = f.text("content", kAnyLength);
+    const auto content = f.text("content", kMaxTokenizeBytes);
     if (f.ok() && !content) f.fail("content", "is missing");
     r.content = content.value_or("");
     r.add_special = f.boolean("add_special").value_or(false);

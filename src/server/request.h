@@ -61,6 +61,9 @@ std::optional<GenerationRequest> parse_chat(std::string_view body, const Request
 std::optional<GenerationRequest> parse_completion(std::string_view body, const RequestDefaults& defaults,
                                                   ApiError& error);
 
+/// Of /tokenize: some hundred bytes of memory are needed for each.
+inline constexpr size_t kMaxTokenizeBytes = size_t{2} << 20;
+
 struct TokenizeRequest {
   std::string content;
   bool add_special = false;

@@ -2,6 +2,7 @@
 // that becomes a Status.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <exception>
 #include <new>
 #include <utility>
@@ -10,7 +11,6 @@
 #include "base/utf8.h"
 #include "text/llama_log.h"
 #include "text/tokenizer_impl.h"
-#include "text/vocabulary.h"
 
 namespace narrows {
 
@@ -18,7 +18,7 @@ Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Tokenizer::~Tokenizer() = default;
 
 Result<std::unique_ptr<Tokenizer>> Tokenizer::load(const std::string& gguf_path) {
-  if (Status status = check_readable(gguf_path); !status.ok()) return status;
+  if (Status status = check_readable(gguf_path, /*regular=*/true); !status.ok()) return status;
   const LlamaAbortGuard guard;
   clear_llama_error();
   const auto refused = [&](const std::string& reason) {
@@ -38,15 +38,22 @@ Result<std::unique_ptr<Tokenizer>> Tokenizer::load(const std::string& gguf_path)
     }
     impl->special = SpecialTokens(impl->vocab);
     impl->read_template();
-    return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(impl)));
+    std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(std::move(impl)));
+    const auto type = llama_vocab_type(tokenizer->impl_->vocab);
+    if (type == LLAMA_VOCAB_TYPE_BPE || type == LLAMA_VOCAB_TYPE_SPM) {
+      // What is unknown is a character, of four bytes at most.
+      int64_t longest = 4;
+      for (Token t = 0; t < tokenizer->n_vocab(); ++t)
+        longest = std::max(longest, static_cast<int64_t>(tokenizer->piece(t, true).size()));
+      tokenizer->impl_->max_token_bytes = longest;
+    }
+    return tokenizer;
   } catch (const std::bad_alloc&) {
     return {StatusCode::out_of_memory, fmt::format("no memory for the vocabulary of {}", quote(gguf_path))};
   } catch (const std::exception& error) {
     return refused(reason_in(error.what()));
   }
 }
-
-const llama_vocab* vocabulary(const Tokenizer& tokenizer) { return tokenizer.impl().vocab; }
 
 std::string Tokenizer::piece(Token token, bool special) const {
   if (token < 0 || token >= impl_->n_vocab) return {};
@@ -75,6 +82,8 @@ bool Tokenizer::is_end(Token token) const {
 }
 
 int64_t Tokenizer::n_vocab() const { return impl_->n_vocab; }
+
+int64_t Tokenizer::max_token_bytes() const { return impl_->max_token_bytes; }
 
 bool Tokenizer::has_chat_template() const { return impl_->has_template; }
 

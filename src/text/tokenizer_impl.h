@@ -5,11 +5,13 @@
 #include <llama.h>
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 
 #include "narrows/text.h"
 #include "text/special_tokens.h"
+#include "text/vocabulary.h"
 
 namespace narrows {
 
@@ -21,10 +23,13 @@ struct Tokenizer::Impl {
   std::unique_ptr<llama_model, ModelFree> model;  ///< vocabulary only
   const llama_vocab* vocab = nullptr;
   int32_t n_vocab = 0;
+  int64_t max_token_bytes = 0;  ///< see Tokenizer
   SpecialTokens special;
   bool has_template = false;
   common_chat_templates_ptr templates;  ///< null if the file has none, or one that does not parse
   std::string template_error;           ///< why it does not parse
+  mutable std::once_flag pieces_once;
+  mutable std::unique_ptr<SortedPieces> pieces;  ///< see sorted_pieces()
 
   /// A template that does not parse spoils chat, not the model: the error waits for apply_chat_template().
   void read_template();

@@ -28,6 +28,19 @@ Status put(const std::string& path, const std::string& bytes) {
   });
 }
 
+TEST(ReadFile, RegularFilesAloneWhereAsked) {
+  const TempDir dir;
+  const std::string pipe = dir.path("pipe"), link = dir.path("zero");
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  ASSERT_EQ(::symlink("/dev/zero", link.c_str()), 0);
+  for (const std::string& path : {pipe, link, std::string("/dev/null")}) {
+    EXPECT_THAT(read_file(path, kMiB, true).status().message(), HasSubstr("not a regular file")) << path;
+    EXPECT_THAT(check_readable(path, true).message(), HasSubstr("not a regular file")) << path;
+  }
+  EXPECT_EQ(*read_file("/dev/null", kMiB), "");
+  EXPECT_EQ(*read_file(dir.file("a", "b"), kMiB, true), "b");
+}
+
 TEST(ReadFile, GivesEveryByte) {
   const TempDir dir;
   std::string bytes(300'000, '\0');  // several chunks, NUL and CR LF in it

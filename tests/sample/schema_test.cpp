@@ -178,6 +178,40 @@ TEST(Schema, ReferencesAreNotMixedUp) {
   EXPECT_THAT(*grammar, HasSubstr("second"));
 }
 
+// The root's own rule was replaced by that of the property.
+TEST(Schema, EmptyNamesAndEmptyRangesAreRefused) {
+  EXPECT_THAT(refusal(R"({"type":"object","properties":{"":{"type":"null"},"z":{"type":"boolean"}}})"),
+              HasSubstr("empty name"));
+  EXPECT_THAT(refusal(R"({"type":"integer","minimum":5,"maximum":1})"),
+              HasSubstr("no integer is from 5 to 1"));
+  EXPECT_EQ(refusal(R"({"type":"integer","minimum":5,"maximum":5})"), "");
+}
+
+// docs/server_api.md: "Not enforced are minimum, maximum, exclusiveMinimum and exclusiveMaximum of numbers
+// that are no integers" docs/server_api.md: "multipleOf, uniqueItems, minProperties, maxProperties,
+// patternProperties, propertyNames, contains, not, if, dependentRequired, and required names without a
+// property"
+TEST(Schema, WhatIsNotEnforcedIsTheSameGrammar) {
+  const auto same = [](const std::string& with, const std::string& without) {
+    const auto a = grammar_of_schema(with), b = grammar_of_schema(without);
+    ASSERT_TRUE(a.ok() && b.ok()) << with << a.status().message() << b.status().message();
+    EXPECT_EQ(*a, *b) << with;
+  };
+  for (const char* word :
+       {R"("minimum":0)", R"("maximum":1)", R"("exclusiveMinimum":0)", R"("exclusiveMaximum":1)",
+        R"("multipleOf":0.5)", R"("not":{"const":1})", R"("if":{})"})
+    same(std::string(R"({"type":"number",)") + word + "}", R"({"type":"number"})");
+  for (const char* word : {R"("uniqueItems":true)", R"("contains":{"const":1})"})
+    same(std::string(R"({"type":"array","items":{"type":"integer"},)") + word + "}",
+         R"({"type":"array","items":{"type":"integer"}})");
+  for (const char* word :
+       {R"("minProperties":1)", R"("maxProperties":1)", R"("patternProperties":{"^x":{"type":"null"}})",
+        R"("propertyNames":{"maxLength":3})", R"("dependentRequired":{"a":["b"]})",
+        R"("required":["other"])"})
+    same(std::string(R"({"type":"object","properties":{"a":{"type":"integer"}},)") + word + "}",
+         R"({"type":"object","properties":{"a":{"type":"integer"}}})");
+}
+
 TEST(Schema, OddReferencesAreRefused) {
   for (const char* schema :
        {R"({"$ref":"#"})", R"({"$ref":""})", R"({"$ref":"#/"})", R"({"$ref":1})", R"({"$ref":"#/$defs"})",

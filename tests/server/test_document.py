@@ -229,7 +229,7 @@ def test_idle_connections_end(server):
             assert time.monotonic() - begin > seconds - 0.5
 
 
-# docs/server_api.md: "{type: json_object}"; "the answer follows it, by llama.cpp's converter and grammar sampler"
+# docs/server_api.md: "{type: json_object}"; "the answer follows it, by llama.cpp's converter"
 def test_a_schema_that_is_followed(server):
     reply = server.post(CHAT, {**HI, "max_tokens": 30, "response_format": {"type": "json_schema", "json_schema": {"schema": {
         "enum": ["red", "green"]}}}})[1]

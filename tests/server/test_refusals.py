@@ -188,3 +188,18 @@ def test_pages_of_others_are_refused(server):
 # docs/server_api.md: "Only 127.0.0.1 is listened on unless --host says otherwise"
 def test_listens_on_this_machine_alone(server):
     assert server.url.startswith("http://127.0.0.1:")
+
+
+# docs/server_api.md: "a text that is too long for any tokens of the context is refused before all of it is read, and n_prompt_tokens may be less than it has"
+def test_endless_texts_are_refused_before_they_are_read(start):
+    server = start("--ctx", "2048")
+    before = server.rss_bytes()
+    for text in ("word " * 8_000_000, "x" * 300_000, "a word " * 20_000):
+        for path, fields in ((CHAT, {"messages": [{"role": "user", "content": text}]}), ("/v1/completions", {"prompt": text})):
+            status, reply = server.post(path, {**fields, "max_tokens": 1})
+            assert (status, reply["error"]["type"]) == (400, "exceed_context_size_error")
+            assert reply["error"]["n_prompt_tokens"] > reply["error"]["n_ctx"] == 2048
+    assert server.rss_bytes() - before < 600e6
+    # docs/server_api.md: "content has at most 2 MB"
+    check_refusal(server.post("/tokenize", {"content": "x" * 2_100_000}), 400)
+    assert server.post("/tokenize", {"content": "word " * 100_000})[0] == 200

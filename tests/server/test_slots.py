@@ -188,3 +188,20 @@ def test_streams_together_are_streams_alone(server):
     for t in threads:
         t.join()
     assert together == alone
+
+
+# docs/server_api.md: "Session files that are devices or pipes are refused"
+def test_special_files_are_no_sessions(server, sessions_folder):
+    slot = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1})[1]["narrows"]["slot"]
+    names = ("pipe", "zero")
+    try:
+        os.mkfifo(os.path.join(sessions_folder, "pipe"))
+        os.symlink("/dev/zero", os.path.join(sessions_folder, "zero"))
+        for name in names:
+            for action in ("restore", "save"):
+                status, reply = server.post(f"/slots/{slot}?action={action}", {"filename": name})
+                assert status == 400, reply
+                assert "not a regular file" in reply["error"]["message"]
+    finally:
+        for name in names:
+            os.remove(os.path.join(sessions_folder, name))

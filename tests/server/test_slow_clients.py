@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import conftest
 from watch import Watch
 
 CHAT = "/v1/chat/completions"
@@ -86,3 +87,20 @@ def test_connections_are_bounded(start):
         clients[0].settimeout(5)
         assert clients[0].recv(1) == b""
         server.chat("Hello", max_tokens=2)
+
+
+# docs/server_api.md: "where the system lets the process have few descriptors, half of those may"
+def test_few_descriptors_are_not_used_up(start, tmp_path, monkeypatch):
+    few = tmp_path / "few"
+    few.write_text(f'#!/bin/bash\nulimit -n 64\nexec "{conftest.PROGRAM}" "$@"\n')
+    few.chmod(0o755)
+    monkeypatch.setattr(conftest, "PROGRAM", str(few))
+    server = start()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(server.address)) for _ in range(200)]
+        begin = time.monotonic()
+        assert server.get("/health")[0] == 200
+        server.chat("Hello", max_tokens=2)
+        assert time.monotonic() - begin < 8  # silent connections are closed after 10 s
+        clients[0].settimeout(5)
+        assert clients[0].recv(1) == b""
