@@ -11,7 +11,7 @@
 #include "temp_dir.h"
 #include "text/llama_log.h"
 #include "text/tiny_vocabulary.h"
-#include "text/vocabulary.h"
+#include "text/tokenizer_impl.h"
 
 namespace narrows {
 namespace {
@@ -76,7 +76,7 @@ TEST(SpecialTokens, AreFoundAsLibllamaFindsThem) {
         Tokens theirs(200);
         const LlamaAbortGuard guard;
         const int32_t m =
-            llama_tokenize(narrows::vocabulary(*tokenizer), text.data(), static_cast<int32_t>(text.size()),
+            llama_tokenize(tokenizer->impl().vocab, text.data(), static_cast<int32_t>(text.size()),
                            theirs.data(), 200, false, control);
         ASSERT_GE(m, 0);
         theirs.resize(static_cast<size_t>(m));
