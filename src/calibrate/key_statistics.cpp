@@ -37,8 +37,7 @@ Status run_text(const Model& model, std::span<const Token> text, int n_threads, 
   }
   const int64_t sequence = std::min(kSequence, model.info().n_ctx_train);
   if (n_threads == 0) n_threads = usable_cores();
-  std::vector<kernels::RopeTable> ropes;
-  for (const kernels::RopeParams& r : parts.spec().ropes) ropes.emplace_back(r, sequence);
+  const std::vector<kernels::RopeTable> ropes = rope_tables(parts.spec(), sequence);
   Result<ExecutorLease> executor = ExecutorLease::take(parts.executors, n_threads);
   if (!executor.ok()) return executor.status();
   Prefill prefill(*parts.weights, parts.plan, ropes, **executor);

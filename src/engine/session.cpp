@@ -30,12 +30,6 @@ static_assert(kStripeTokens % kSegmentTokens == 0);
 
 double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
-std::vector<kernels::RopeTable> make_ropes(const ModelSpec& spec, int64_t n_ctx) {
-  std::vector<kernels::RopeTable> ropes;
-  for (const kernels::RopeParams& r : spec.ropes) ropes.emplace_back(r, n_ctx);
-  return ropes;
-}
-
 Status check_prompt_options(const PromptOptions& options) {
   if (!(options.mass > 0 && options.mass <= 1)) {
     return {
@@ -72,7 +66,7 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int
       options(o),
       n_ctx(ctx),
       n_threads(threads),
-      ropes(make_ropes(model->parts().spec(), ctx)),
+      ropes(rope_tables(model->parts().spec(), ctx)),
       workers(model->parts().executors, threads),
       mixer(1, threads),
       x(model->parts().spec().n_embd) {}

@@ -5,7 +5,6 @@
 
 #include "base/part.h"
 #include "decode/scratch.h"
-#include "kernels/ops.h"
 
 namespace narrows {
 
@@ -57,21 +56,19 @@ void StepMixer::share_lanes() {
   }
 }
 
-DecodeStep StepMixer::step_of(const LayerPlan& /*layer*/, const MixRows& rows, int64_t lane) {
+DecodeStep StepMixer::step_of(const MixRows& rows, int64_t lane) {
   return {rows.q + lane * rows.ld, rows.k + lane * rows.ld, rows.v + lane * rows.ld,
           rows.out + lane * rows.ldo};
 }
 
 /// Heads [first, end) of q, then k, of a lane.
-void StepMixer::norm_heads(const LayerPlan& layer, const MixRows& rows, int64_t lane, int64_t first,
-                           int64_t end) {
+void StepMixer::norm_lane(const LayerPlan& layer, const MixRows& rows, int64_t lane, int64_t first,
+                          int64_t end) {
   const AttentionSpec& a = layer.mix.attention;
-  for (int64_t h = first; h < end; ++h) {
-    const bool is_query = h < a.n_head;
-    const NormOp& norm = is_query ? layer.mix.q_norm : layer.mix.k_norm;
-    float* at = lane * rows.ld + (is_query ? rows.q + h * a.head_dim : rows.k + (h - a.n_head) * a.head_dim);
-    if (norm.weight != nullptr) kernels::ops().rms_norm(at, norm.weight, a.head_dim, norm.eps, at);
-  }
+  const int64_t split = std::clamp(a.n_head, first, end);
+  const int64_t first_k = split - a.n_head, at = lane * rows.ld;
+  norm_heads(layer.mix.q_norm, split - first, a.head_dim, rows.q + at + first * a.head_dim);
+  if (split < end) norm_heads(layer.mix.k_norm, end - split, a.head_dim, rows.k + at + first_k * a.head_dim);
 }
 
 void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
@@ -82,17 +79,17 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
   for (size_t i = 0; i < lanes_.size(); ++i) {
     if (owner_[i] != ith) continue;
     const auto lane = static_cast<int64_t>(i);
-    if (norms) norm_heads(layer, rows, lane, 0, heads);
+    if (norms) norm_lane(layer, rows, lane, 0, heads);
     LayerDecoder& decoder = *lanes_[i].decoders[l];
     for (int p = 0; p < decoder.n_phase(); ++p)
-      decoder.run_phase(p, step_of(layer, rows, lane), *lanes_[i].scratch, 0, 1);
+      decoder.run_phase(p, step_of(rows, lane), *lanes_[i].scratch, 0, 1);
   }
   int n_phase = 0;
   if (norms && n_shared_ > 0) {
     // A product's parts do not end where heads do, hence a stage of its own.
     const Part mine = part_of(heads, ith, n_threads);
     for (size_t i = 0; i < lanes_.size(); ++i) {
-      if (owner_[i] < 0) norm_heads(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
+      if (owner_[i] < 0) norm_lane(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
     }
     team.barrier();
   }
@@ -107,12 +104,11 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
       // A lane with fewer phases joins late: all end together.
       const int phase = p - (n_phase - decoder.n_phase());
       if (phase < 0) continue;
-      decoder.run_phase(phase, step_of(layer, rows, static_cast<int64_t>(i)), *lanes_[i].scratch, ith,
-                        n_threads);
+      decoder.run_phase(phase, step_of(rows, static_cast<int64_t>(i)), *lanes_[i].scratch, ith, n_threads);
     }
     team.barrier();
   }
-  if (seen_ && ith == 0) seen_(layer.index, step_of(layer, rows, 0));
+  if (seen_ && ith == 0) seen_(layer.index, step_of(rows, 0));
 }
 
 void StepMixer::measure_from(int64_t now_ns) { lanes_[0].scratch->thread(0).clock.start(now_ns); }

@@ -42,9 +42,9 @@ class StepMixer final : public Mixer {
 
  private:
   void share_lanes();
-  static DecodeStep step_of(const LayerPlan& layer, const MixRows& rows, int64_t lane);
-  static void norm_heads(const LayerPlan& layer, const MixRows& rows, int64_t lane, int64_t first,
-                         int64_t end);
+  static DecodeStep step_of(const MixRows& rows, int64_t lane);
+  static void norm_lane(const LayerPlan& layer, const MixRows& rows, int64_t lane, int64_t first,
+                        int64_t end);
 
   std::span<const DecodeLane> lanes_;  ///< of the running step
   std::vector<int> by_tokens_;         ///< [max_lanes] lanes, longest first

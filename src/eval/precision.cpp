@@ -356,8 +356,7 @@ Result<std::vector<PrecisionRow>> measure_precision(const std::shared_ptr<const 
   if (options.context == 0) return std::move(sink.rows);
 
   const ModelParts& parts = model->parts();
-  std::vector<kernels::RopeTable> ropes;
-  for (const kernels::RopeParams& r : parts.spec().ropes) ropes.emplace_back(r, options.context);
+  const std::vector<kernels::RopeTable> ropes = rope_tables(parts.spec(), options.context);
   Result<ExecutorLease> executor = ExecutorLease::take(parts.executors, n_threads);
   if (!executor.ok()) return executor.status();
   ModelHeads heads(parts.spec().layer(0).attention, ropes.front(), options.context, sink);

@@ -38,6 +38,9 @@ struct MixRows {
   int64_t n = 0;
 };
 
+/// Heads [n_head, head_dim] of one row, each normed in place; nothing if there is no such norm.
+void norm_heads(const NormOp& norm, int64_t n_head, int64_t head_dim, float* x);
+
 /// The mix stage of a run: attention of its rows over whatever they may see.
 class Mixer {
  public:

@@ -28,6 +28,12 @@ int64_t ModelSpec::most_ff() const {
   return most;
 }
 
+std::vector<kernels::RopeTable> rope_tables(const ModelSpec& spec, int64_t n_ctx) {
+  std::vector<kernels::RopeTable> tables;
+  for (const kernels::RopeParams& r : spec.ropes) tables.emplace_back(r, n_ctx);
+  return tables;
+}
+
 const std::vector<std::string>& supported_architectures() {
   static const std::vector<std::string> names = [] {
     std::vector<std::string> all;

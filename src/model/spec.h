@@ -58,6 +58,9 @@ struct ModelSpec {
   int64_t most_ff() const;
 };
 
+/// A table for each of the model's ropes, positions 0 .. n_ctx - 1.
+std::vector<kernels::RopeTable> rope_tables(const ModelSpec& spec, int64_t n_ctx);
+
 /// Architectures that this build runs.
 const std::vector<std::string>& supported_architectures();
 

@@ -135,12 +135,6 @@ class Prefill::ChunkMixer final : public Mixer {
     }
   }
 
-  static void norm_heads(const NormOp& norm, int64_t n_head, int64_t head_dim, float* x) {
-    if (norm.weight == nullptr) return;
-    for (int64_t h = 0; h < n_head; ++h)
-      kernels::ops().rms_norm(x + h * head_dim, norm.weight, head_dim, norm.eps, x + h * head_dim);
-  }
-
   /// Tiles of the chunk, the one in which it begins included: tasks of one tile of one KV head.
   void pack_tiles(const AttentionSpec& a) {
     const int64_t position = b_.position(first_), width = a.width_kv();

@@ -43,8 +43,7 @@ size_t header_of(const std::string& bytes) {
 void run_tokens(const ModelWeights& weights) {
   const ModelSpec& spec = weights.spec();
   constexpr int64_t kTokens = 3;
-  std::vector<kernels::RopeTable> ropes;
-  for (const kernels::RopeParams& r : spec.ropes) ropes.emplace_back(r, 16);
+  const std::vector<kernels::RopeTable> ropes = rope_tables(spec, 16);
   const Plan plan = make_plan(weights);
   auto executor = CpuExecutor::create(spec, plan, 1);
   check(executor.ok(), "no executor of one thread");

@@ -225,12 +225,18 @@ void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t
   finish_stage(RunStage::down, t);
 }
 
+/// Rows [first, first + m) of the residual stream, normed, into y.
+void CpuExecutor::norm_rows(const NormOp& norm, int64_t first, int64_t m, float* y) const {
+  const int64_t d = width_.embd;
+  for (int64_t r = 0; r < m; ++r)
+    kernels::ops().rms_norm(run_->x + (first + r) * d, norm.weight, d, norm.eps, y + r * d);
+}
+
 void CpuExecutor::run_logits(Thread& t) {
   const OutputPlan& o = *run_->output;
   const int64_t n = run_->n - run_->from, d = width_.embd;
   float* normed = t.worker.norm.data();
-  for (int64_t r = 0; r < n; ++r)
-    kernels::ops().rms_norm(run_->x + (run_->from + r) * d, o.norm.weight, d, o.norm.eps, normed + r * d);
+  norm_rows(o.norm, run_->from, n, normed);
   const Output logits = {Linear(*o.logits.w), o.logits.bias, run_->logits, spec_.n_vocab, false};
   multiply({&logits, 1}, {normed, d, n, d, false}, t);
 }
@@ -239,12 +245,10 @@ void CpuExecutor::run_logits(Thread& t) {
 CpuExecutor::Input CpuExecutor::normed(const NormOp& norm, std::span<const LinearOp> linears, int64_t from,
                                        Thread& t) {
   const int64_t n = run_->n - from, d = width_.embd;
-  const float* x = run_->x + from * d;
   const bool few = n <= kFewRows;
   float* y = few ? t.worker.norm.data() : normed_.data();
   const Part mine = few ? Part{0, n} : t.part(n);
-  for (int64_t r = mine.begin; r < mine.end; ++r)
-    kernels::ops().rms_norm(x + r * d, norm.weight, d, norm.eps, y + r * d);
+  norm_rows(norm, from + mine.begin, mine.end - mine.begin, y + mine.begin * d);
   if (few) return {y, d, n, d, false};
   const bool rounds = std::any_of(linears.begin(), linears.end(), takes_bytes);
   if (rounds) bytes_.round(y, d, d, mine.begin, mine.end);
@@ -262,14 +266,25 @@ CpuExecutor::Input CpuExecutor::taken(const float* x, int64_t ld, int64_t n, con
   return {x, ld, n, n_in, true};
 }
 
+/// Rows from `first` on, as many as a product takes at once.
+LinearInput& CpuExecutor::block_of(const Input& in, int64_t first, Thread& t) {
+  LinearInput& input = t.worker.input;
+  const float* x = in.x + first * in.ld;
+  const int64_t n = std::min(kFewRows, in.n - first);
+  if (in.rounded) {
+    input.set(x, in.ld, n, in.n_in, bytes_.rows(first, in.n_in));
+  } else {
+    input.set(x, in.ld, n, in.n_in);
+  }
+  return input;
+}
+
 void CpuExecutor::multiply(std::span<const Output> outputs, const Input& in, Thread& t) {
   int64_t total = 0;
   for (const Output& o : outputs) total += o.w.n_out() * o.w.row_bytes();
-  LinearInput& input = t.worker.input;
   for (int64_t first = 0; first < in.n; first += kFewRows) {
-    const int64_t n = std::min(kFewRows, in.n - first);
-    input.set(in.x + first * in.ld, in.ld, n, in.n_in);
-    if (in.rounded) input.set(in.x + first * in.ld, in.ld, n, in.n_in, bytes_.rows(first, in.n_in));
+    LinearInput& input = block_of(in, first, t);
+    const int64_t n = input.n_row();
     int64_t begin = 0;
     for (const Output& o : outputs) {
       const Part mine = outputs_of(o.w, begin, total, t.ith(), t.n_threads());
@@ -298,11 +313,9 @@ void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
   const int64_t unit = std::max(gate.unit(), up.unit());
   const Part units = t.part(ceil_div(n_ff, unit));
   const int64_t begin = units.begin * unit, end = std::min(units.end * unit, n_ff);
-  LinearInput& input = t.worker.input;
   for (int64_t first = 0; first < in.n; first += kFewRows) {
-    const int64_t n = std::min(kFewRows, in.n - first);
-    input.set(in.x + first * in.ld, in.ld, n, in.n_in);
-    if (in.rounded) input.set(in.x + first * in.ld, in.ld, n, in.n_in, bytes_.rows(first, in.n_in));
+    LinearInput& input = block_of(in, first, t);
+    const int64_t n = input.n_row();
     float* g = gate_up_.data() + first * n_ff;
     float* u = g + rows_ * width_.ff;
     for (int64_t r = 0; r < n; ++r) {
@@ -335,16 +348,8 @@ void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
   finish_stage(RunStage::down, t);
 }
 
-/// Rows of x, normed, into the worker's.
-void CpuExecutor::norm_rows(const NormOp& norm, int64_t first, int64_t m, Thread& t) {
-  const int64_t d = width_.embd;
-  for (int64_t r = 0; r < m; ++r)
-    kernels::ops().rms_norm(run_->x + (first + r) * d, norm.weight, d, norm.eps,
-                            t.worker.norm.data() + r * d);
-}
-
 Status CpuExecutor::project_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
-  norm_rows(layer.project.norm, first, m, t);
+  norm_rows(layer.project.norm, first, m, t.worker.norm.data());
   const int64_t ld = layer.project.n_out;
   float* to = qkv_.data() + first * ld;
   const bool one = layer.project.linears.size() == 1;
@@ -375,7 +380,7 @@ Status CpuExecutor::finish_rows(const LayerPlan& layer, int64_t first, int64_t m
     return {};
   };
   if (Status s = add(layer.out, mixed_.data() + first * width_q); !s.ok()) return s;
-  norm_rows(layer.ffn.norm, first, m, t);
+  norm_rows(layer.ffn.norm, first, m, w.norm.data());
   // Gate and up: rows of one matrix's outputs, or one matrix's after the other's.
   const bool joined = layer.ffn.linears.size() == 1;
   float* y = w.wide.data();

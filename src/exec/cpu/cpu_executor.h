@@ -85,9 +85,10 @@ class CpuExecutor final : public Executor {
 
   Input normed(const NormOp& norm, std::span<const LinearOp> linears, int64_t from, Thread& t);
   Input taken(const float* x, int64_t ld, int64_t n, const LinearOp& linear, Thread& t);
+  LinearInput& block_of(const Input& in, int64_t first, Thread& t);
   void multiply(std::span<const Output> outputs, const Input& in, Thread& t);
   void activate(const LayerPlan& layer, const Input& in, Thread& t);
-  void norm_rows(const NormOp& norm, int64_t first, int64_t m, Thread& t);
+  void norm_rows(const NormOp& norm, int64_t first, int64_t m, float* y) const;
   Status project_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
   Status finish_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
   void finish_stage(RunStage stage, Thread& t);
