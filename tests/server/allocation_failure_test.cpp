@@ -52,10 +52,10 @@ void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
 void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
 void operator delete[](void* p, size_t, std::align_val_t) noexcept { std::free(p); }
 
-// ggml's C code loses what it holds when the C++ that it calls throws: that is no leak of ours. Our own would
-// be seen in the other tests.
+// ggml's C code loses what it holds when the C++ that it calls throws, and oneDNN a primitive that it cannot finish
+// (dnnl_primitive_create): those are no leaks of ours. Our own would be seen in the other tests.
 extern "C" const char* __lsan_default_suppressions();
-extern "C" const char* __lsan_default_suppressions() { return "leak:ggml_\nleak:gguf_\nleak:llama_\n"; }
+extern "C" const char* __lsan_default_suppressions() { return "leak:ggml_\nleak:gguf_\nleak:llama_\nleak:libdnnl\n"; }
 
 namespace narrows::server {
 namespace {
