@@ -15,7 +15,7 @@
 #include <random>
 #include <vector>
 
-#include "cache/klt_layer.h"
+#include "kv/klt/klt_layer.h"
 
 namespace narrows {
 namespace {
@@ -147,7 +147,7 @@ void prompt(const char* name, int64_t n_head, int64_t n_head_kv, int64_t head_di
   double append[2];
   for (const int64_t anchors : {0, 1}) {
     append[anchors] = seconds_of([&] {
-      KltLayer layer(0, shape, &rope, {16, 64, kPageTokens}, {2, 3, 32, anchors}, distances, {});
+      KltLayer layer(0, shape, &rope, {16, 64, kPageTokens}, KvProfile(), {2, 3, 32, anchors}, distances, {});
       if (!layer.use_basis(basis).ok()) std::exit(1);
       if (anchors > 0) layer.observe_queries(q.data(), kTokens);
       if (!layer.append(k.data(), v.data(), kTokens).ok()) std::exit(1);

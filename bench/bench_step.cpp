@@ -48,7 +48,7 @@ struct Arguments {
 /// Steps that are not measured: threads, caches and rebuilt keys settle.
 constexpr int kWarmUp = 16;
 
-/// Prompts of the lanes, and the tokens that follow them.
+/// Prompts of the sequences, and the tokens that follow them.
 struct Texts {
   std::vector<std::vector<Token>> prompts;
   std::vector<std::vector<Token>> steps;
@@ -116,14 +116,14 @@ int run(const Arguments& a) {
       (*executor)->measure(true);
       start = seconds();
     }
-    std::vector<DecodeLane> lanes;
+    std::vector<StepSequence> sequences;
     for (int l = 0; l < a.n_lane; ++l) {
       Session::Impl& session = sessions[static_cast<size_t>(l)]->impl();
       const Token token = texts->steps[static_cast<size_t>(l)][static_cast<size_t>(i + kWarmUp)];
       if (Status s = session.begin_step(token, x.data() + l * n_embd, **executor); !s.ok()) return fail(s);
-      lanes.push_back(session.lane());
+      sequences.push_back(session.sequence());
     }
-    mixer.begin(lanes);
+    mixer.begin(sequences);
     if (Status s = (*executor)->run(
             {parts.plan.layers, x.data(), a.n_lane, 0, &mixer, &parts.plan.output, logits.data()});
         !s.ok())
@@ -150,7 +150,7 @@ int run(const Arguments& a) {
   }
   of(RunStage::logits) = bytes_of({&parts.plan.output.logits, 1});
   std::printf(
-      "%s, %d threads, %s, %d lanes, prompts of %zu tokens, memory reading %.1f GB/s, %s %.0f GFLOP/s\n",
+      "%s, %d threads, %s, %d sequences, prompts of %zu tokens, memory reading %.1f GB/s, %s %.0f GFLOP/s\n",
       path.c_str(), n_threads, kv.c_str(), a.n_lane, texts->prompts.front().size(), speed / 1e9,
       machine->flops_format.c_str(), machine->flops_s / 1e9);
   std::printf("%-10s %10s %10s %12s %8s\n", "stage", "us", "MB", "us at least", "GB/s");

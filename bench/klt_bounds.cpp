@@ -48,14 +48,13 @@ void add_klt_work(Session::Impl& session, std::vector<std::vector<int32_t>>& sel
   const int64_t n_layer = session.cache->n_layer();
   for (int64_t l = 0; l < n_layer; ++l) {
     const auto* layer = dynamic_cast<const KltLayer*>(&session.cache->layer(l));
-    const auto& decoder = *session.decoders[static_cast<size_t>(l)];
-    if (layer == nullptr || !decoder.last_selection(0)) continue;
+    if (layer == nullptr || !layer->last_selection(0)) continue;
     const AttentionShape& shape = layer->shape();
     selected.resize(static_cast<size_t>(n_layer * shape.n_head_kv));
     add_scoring(*layer, session.options.kv, work);
     const auto d = static_cast<double>(shape.head_dim), group = static_cast<double>(shape.group());
     for (int64_t h = 0; h < shape.n_head_kv; ++h) {
-      const std::span<const int32_t> now = *decoder.last_selection(h);
+      const std::span<const int32_t> now = *layer->last_selection(h);
       std::vector<int32_t>& before = selected[static_cast<size_t>(l * shape.n_head_kv + h)];
       const KltLayout& layout = layer->part_of_head(h).layout();
       const auto read = static_cast<double>(now.size());

@@ -14,6 +14,11 @@ namespace narrows {
 /// What commands take when no profile is asked for. (A KvProfile{} of code is f16.)
 inline constexpr const char* kDefaultProfile = "klt";
 
+/// Tokens of a segment of a prompt (SessionOptions::segments), whole pages of every cache. With 256 to 2,048
+/// of them a prompt is read equally well (docs/experiments.md); a changed prompt is read anew from the end of
+/// a segment.
+inline constexpr int64_t kSegmentTokens = 256;
+
 enum class KvKind {
   f16,   ///< exact keys and values in half precision, all tokens read
   kivi,  ///< KIVI (arXiv:2402.02750): per-channel quantised rotated keys, per-token quantised values, all
@@ -53,6 +58,12 @@ struct KvProfile {
   /// True if this layer keeps an exact f16 cache: all layers for f16; 0, 1 and the last for sals; none for
   /// kivi and klt.
   bool layer_is_dense(int64_t layer, int64_t n_layer) const;
+
+  /// True if its layers encode with transforms that `narrows calibrate` can make beforehand.
+  bool takes_basis() const;
+
+  /// True if steps read few of the tokens: n_sink, budget_at() and n_recent of them.
+  bool is_sparse() const;
 
   /// invalid_argument names the unknown profile or key, or the impossible number, and lists what exists.
   static Result<KvProfile> parse(std::string_view text);

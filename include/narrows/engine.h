@@ -78,6 +78,11 @@ struct SessionOptions {
   bool segments = false;
 };
 
+/// What a cache of n_tokens of this model takes by its layout, transforms of its own included; what
+/// Session::cache_stats().bytes will show (klt: at most). segments: as in SessionOptions.
+int64_t cache_bytes_estimate(const Model& model, const KvProfile& profile, int64_t n_tokens,
+                             bool segments = false);
+
 /// Bytes as allocated, whole session.
 struct CacheStats {
   int64_t n_tokens = 0;

@@ -166,6 +166,10 @@ bool KvProfile::layer_is_dense(int64_t layer, int64_t n_layer) const {
   return true;
 }
 
+bool KvProfile::takes_basis() const { return kind == KvKind::klt || kind == KvKind::sals; }
+
+bool KvProfile::is_sparse() const { return kind == KvKind::klt || kind == KvKind::sals; }
+
 Result<KvProfile> KvProfile::parse(std::string_view text) {
   const size_t colon = text.find(':');
   const std::string_view name = text.substr(0, colon);

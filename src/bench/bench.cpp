@@ -73,7 +73,7 @@ class Depth {
       so.n_ctx = room();
       so.n_threads = options_.n_threads;
       so.prompt = options_.prompt;
-      if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options_.basis_path;
+      if (p.takes_basis()) so.basis_path = options_.basis_path;
       Result<std::unique_ptr<Session>> made = Session::create(model_, so);
       if (!made.ok()) return made.status();
       Session* s = made->get();

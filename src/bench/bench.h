@@ -40,7 +40,7 @@ struct BenchSpeed {
 /// Milliseconds a decoded token, the mean of all rounds, as the first thread sees them, waiting included.
 struct StepMs {
   double products = 0;  ///< with weights, norms and activations included
-  double score = 0;     ///< attention's stages: decode/*.cpp
+  double score = 0;     ///< attention's stages
   double select = 0;
   double rebuild = 0;
   double attend = 0;

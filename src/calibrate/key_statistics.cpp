@@ -7,9 +7,9 @@
 #include <functional>
 
 #include "base/cgroup.h"
-#include "cache/klt_layer.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
+#include "kv/klt/klt_layer.h"
 #include "narrows/sampling.h"
 
 namespace narrows {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cache/basis_file.h"
+#include "kv/basis_file.h"
 #include "narrows/engine.h"
 
 namespace narrows {

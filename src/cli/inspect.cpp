@@ -10,7 +10,6 @@
 #include <string>
 #include <vector>
 
-#include "cache/kv_cache.h"
 #include "calibrate/spectrum.h"
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
@@ -47,13 +46,13 @@ struct CacheSize {
   double compression;
 };
 
-std::vector<CacheSize> cache_sizes(const ModelInfo& info, int64_t n_tokens) {
+std::vector<CacheSize> cache_sizes(const Model& model, int64_t n_tokens) {
   std::vector<CacheSize> sizes;
-  const int64_t bytes_f16 = cache_bytes_estimate(info, KvProfile(), n_tokens);
+  const int64_t bytes_f16 = cache_bytes_estimate(model, KvProfile(), n_tokens);
   for (const std::string& name : KvProfile::names()) {
     const Result<KvProfile> profile = KvProfile::parse(name);
     if (!profile.ok()) continue;  // names() lists only what parse() takes; tests/base/config_test.cpp
-    const int64_t bytes = cache_bytes_estimate(info, *profile, n_tokens);
+    const int64_t bytes = cache_bytes_estimate(model, *profile, n_tokens);
     sizes.push_back({name, bytes, static_cast<double>(bytes) / static_cast<double>(n_tokens),
                      bytes > 0 ? static_cast<double>(bytes_f16) / static_cast<double>(bytes) : 0});
   }
@@ -149,7 +148,7 @@ Outcome inspect(const InspectFlags& flags) {
   if (!model.ok()) return model.status();
   const ModelInfo& info = (*model)->info();
   const int64_t context = flags.context.value_or(std::min(kDefaultContext, info.n_ctx_train));
-  const std::vector<CacheSize> sizes = cache_sizes(info, context);
+  const std::vector<CacheSize> sizes = cache_sizes(**model, context);
   std::vector<LayerSpectrum> spectrum;
   if (!flags.file.empty()) {
     Result<std::vector<LayerSpectrum>> computed =

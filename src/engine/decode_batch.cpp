@@ -77,35 +77,36 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
   }
   const int64_t n_embd = impl_->model->info().n_embd, n_vocab = impl_->model->info().n_vocab;
   std::vector<size_t> taking_part;
-  std::vector<DecodeLane> lanes;
+  std::vector<StepSequence> sequences;
   taking_part.reserve(sessions.size());  // nothing is thrown once a session has begun
-  lanes.reserve(sessions.size());
+  sequences.reserve(sessions.size());
   for (size_t i = 0; i < sessions.size(); ++i) {
     Session::Impl& session = *sessions[i]->impl_;
     const auto before = sessions.first(i);
     each[i] = impl_->admit(session);
     if (std::find(before.begin(), before.end(), sessions[i]) != before.end())
       each[i] = Status(StatusCode::invalid_argument, "the session is twice in the batch");
-    float* x = impl_->x.data() + static_cast<int64_t>(lanes.size()) * n_embd;
+    float* x = impl_->x.data() + static_cast<int64_t>(sequences.size()) * n_embd;
     if (each[i].ok()) each[i] = session.begin_step(tokens[i], x, *impl_->executor);
     if (!each[i].ok()) continue;
     taking_part.push_back(i);
-    lanes.push_back(session.lane());
+    sequences.push_back(session.sequence());
   }
-  if (lanes.empty()) return {};
-  impl_->mixer.begin(lanes);
+  if (sequences.empty()) return {};
+  impl_->mixer.begin(sequences);
   const Plan& plan = impl_->model->parts().plan;
-  const Status run = impl_->executor->run({plan.layers, impl_->x.data(), static_cast<int64_t>(lanes.size()),
-                                           0, &impl_->mixer, &plan.output, impl_->logits.data()});
+  const Status run =
+      impl_->executor->run({plan.layers, impl_->x.data(), static_cast<int64_t>(sequences.size()), 0,
+                            &impl_->mixer, &plan.output, impl_->logits.data()});
   for (const size_t i : taking_part) {
     Session::Impl& session = *sessions[i]->impl_;
     session.broken = !run.ok();
     each[i] = run.ok() ? session.finish_step(*impl_->executor) : run;
   }
   if (!run.ok()) return {};
-  for_each(static_cast<int64_t>(lanes.size()), [&](int64_t lane) {
-    Session::Impl& session = *sessions[taking_part[static_cast<size_t>(lane)]]->impl_;
-    std::copy_n(impl_->logits.data() + lane * n_vocab, n_vocab, session.own_logits.begin());
+  for_each(static_cast<int64_t>(sequences.size()), [&](int64_t sequence) {
+    Session::Impl& session = *sessions[taking_part[static_cast<size_t>(sequence)]]->impl_;
+    std::copy_n(impl_->logits.data() + sequence * n_vocab, n_vocab, session.own_logits.begin());
   });
   return {};
 }

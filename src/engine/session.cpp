@@ -53,6 +53,19 @@ AttentionShape attention_shape(const ModelSpec& spec, int64_t layer) {
   return {a.n_head, a.n_head_kv, a.head_dim, a.scale};
 }
 
+std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernels::RopeTable> ropes) {
+  std::vector<KvLayerSpec> layers;
+  for (int64_t i = 0; i < spec.n_layer(); ++i) {
+    const auto rope = static_cast<size_t>(spec.layer(i).attention.rope);
+    layers.push_back({attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope]});
+  }
+  return layers;
+}
+
+int64_t cache_bytes_estimate(const Model& model, const KvProfile& profile, int64_t n_tokens, bool segments) {
+  return kv_bytes_estimate(kv_layers(model.parts().spec()), profile, n_tokens, segments);
+}
+
 Result<int> threads_to_use(int n_threads) {
   if (n_threads < 0 || n_threads > kMaxThreads) {
     return {StatusCode::invalid_argument,
@@ -75,7 +88,7 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   const ModelSpec& spec = model->parts().spec();
   if (!x.ok()) return {StatusCode::out_of_memory, "no memory for the activations of a step"};
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
-      model->info(), options.kv, attention_shape(spec), ropes.data(), std::move(basis),
+      kv_layers(spec, ropes), options.kv, std::move(basis),
       [this](int64_t layer, std::vector<double>& w) {
         return value_weight(*model->parts().weights, layer, w, &workers);
       },
@@ -83,9 +96,9 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   cache->use_workers(&workers);
-  scratch = std::make_unique<StepScratch>(attention_shape(spec), n_threads);
-  for (int64_t i = 0; i < spec.n_layer(); ++i)
-    decoders.push_back(make_layer_decoder(cache->layer(i), options.kv));
+  std::vector<AttentionShape> shapes;
+  for (int64_t i = 0; i < spec.n_layer(); ++i) shapes.push_back(attention_shape(spec, i));
+  scratch = std::make_unique<StepScratch>(shapes, n_threads);
   own_logits.assign(static_cast<size_t>(spec.n_vocab), 0.0F);
   return {};
 }
@@ -102,8 +115,7 @@ Status Session::Impl::check_room(int64_t n_new) const {
                         : std::string(" or use a model with a longer context"))};
   }
   const int64_t more_cache =
-      cache_bytes_estimate(model->info(), options.kv, n_past + n_new, options.segments) -
-      cache->stats().bytes;
+      cache_bytes_estimate(*model, options.kv, n_past + n_new, options.segments) - cache->stats().bytes;
   const int64_t at_once =
       in_segments(n_past) ? std::min(n_new, options.kv.n_sink + kStripeTokens / 2 * 3) : n_new;
   const int64_t need =
@@ -143,7 +155,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
     // A context that was asked for must fit as a whole; the model's own, often huge, is only a limit.
-    const int64_t need = cache_bytes_estimate(info, options.kv, n_ctx, options.segments);
+    const int64_t need = cache_bytes_estimate(*model, options.kv, n_ctx, options.segments);
     const int64_t have = available_memory_bytes();
     if (have > 0 && need > have) {
       return Status(
@@ -263,8 +275,8 @@ void Session::Impl::keep_spare(int64_t n_new) {
   if (!in_segments(stripe_past) || stripe_past == 0 || stripe_past >= n_exact ||
       stripe_past + n_new <= n_exact)
     return;
-  Result<std::unique_ptr<KvCache>> made = KvCache::create(model->info(), options.kv, attention_shape(spec),
-                                                          ropes.data(), nullptr, {}, options.segments);
+  Result<std::unique_ptr<KvCache>> made =
+      KvCache::create(kv_layers(spec, ropes), options.kv, nullptr, {}, options.segments);
   if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);
 }
 
@@ -415,8 +427,9 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
     return {StatusCode::context_full, fmt::format("the context of {} tokens is full", n_ctx)};
   }
   if (Status s = model->parts().weights->embed({&token, 1}, embedding); !s.ok()) return s;
-  for (size_t i = 0; i < decoders.size(); ++i) {
-    if (Status s = decoders[i]->prepare(*scratch); !s.ok()) {
+  scratch->may_convert = true;
+  for (int64_t i = 0; i < cache->n_layer(); ++i) {
+    if (Status s = cache->layer(i).begin_step(*scratch); !s.ok()) {
       return {s.code(), fmt::format("layer {}: {}", i, s.message())};
     }
   }
@@ -426,7 +439,7 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
 Status Session::Impl::finish_step(Executor& by) {
   const LentWorkers::While lent(workers, by);
   Status status = guarded("the end of a step", [this] {
-    for (auto& d : decoders) d->finish();
+    for (int64_t i = 0; i < cache->n_layer(); ++i) cache->layer(i).end_step();
   });
   if (!status.ok()) broken = true;
   return status;
@@ -434,7 +447,7 @@ Status Session::Impl::finish_step(Executor& by) {
 
 /// What begin_step() has begun.
 Status Session::Impl::run_step() {
-  const DecodeLane own = lane();
+  const StepSequence own = sequence();
   mixer.begin({&own, 1});
   executor->measure(measures);
   const Plan& plan = model->parts().plan;

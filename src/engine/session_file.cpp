@@ -10,8 +10,8 @@
 #include "base/file.h"
 #include "base/memory.h"
 #include "base/utf8.h"
-#include "cache/snapshot.h"
 #include "engine/session_impl.h"
+#include "kv/snapshot.h"
 
 namespace narrows {
 

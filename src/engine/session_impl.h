@@ -1,4 +1,4 @@
-// The inside of a Session: cache, decoders, what a step works in. Seen by engine/, eval/ and bench/ only.
+// The inside of a Session: cache, executor, what a step works in. Seen by engine/, eval/ and bench/ only.
 #pragma once
 
 #include <memory>
@@ -6,11 +6,10 @@
 #include <vector>
 
 #include "base/aligned.h"
-#include "cache/kv_cache.h"
-#include "decode/layer_decoder.h"
 #include "engine/model_parts.h"
 #include "engine/step_mixer.h"
 #include "kernels/rope_table.h"
+#include "kv/kv_cache.h"
 #include "narrows/engine.h"
 #include "prompt/prefill.h"
 
@@ -53,7 +52,7 @@ class Session::Impl {
   Status take_executor();
   void give_executor_back();
   void stop_reading();  ///< the running prompt goes, the executor back
-  DecodeLane lane() const { return {decoders, scratch.get(), cache->n_tokens()}; }
+  StepSequence sequence() const { return {cache.get(), scratch.get()}; }
   Status run_step();
   /// Serial, after the step. A session that fails here must be reset.
   Status finish_step(Executor& by);
@@ -67,7 +66,6 @@ class Session::Impl {
   LentWorkers workers;                    ///< for the cache
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<StepScratch> scratch;
-  std::vector<std::unique_ptr<LayerDecoder>> decoders;
   StepMixer mixer;        ///< of decode()
   AlignedArray<float> x;  ///< [n_embd] its residual stream
   bool measures = false;  ///< decode() adds up step_times, of its stages
@@ -88,7 +86,11 @@ class Session::Impl {
 /// range.
 Result<int> threads_to_use(int n_threads);
 
-/// Attention shape of a model, for caches made outside a session (tests, eval, inspect).
+/// Attention shape of a layer, for caches made outside a session (tests, eval, inspect).
 AttentionShape attention_shape(const ModelSpec& spec, int64_t layer = 0);
+
+/// What a cache must know of the model. ropes: one for each of the model's, which outlive the cache; or none,
+/// where only bytes are asked for.
+std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernels::RopeTable> ropes = {});
 
 }  // namespace narrows

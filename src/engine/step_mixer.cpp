@@ -4,35 +4,37 @@
 #include <numeric>
 
 #include "base/part.h"
-#include "decode/scratch.h"
+#include "kv/step/step_scratch.h"
 
 namespace narrows {
 
 namespace {
 
-/// What attention of a lane costs beside its tokens, in tokens.
-constexpr int64_t kLaneTokens = 256;
+/// What attention of a sequence costs beside its tokens, in tokens.
+constexpr int64_t kSequenceTokens = 256;
 
 }  // namespace
 
-StepMixer::StepMixer(int max_lanes, int n_threads)
-    : by_tokens_(static_cast<size_t>(max_lanes)),
-      owner_(static_cast<size_t>(max_lanes)),
+StepMixer::StepMixer(int max_sequences, int n_threads)
+    : by_tokens_(static_cast<size_t>(max_sequences)),
+      owner_(static_cast<size_t>(max_sequences)),
       load_(static_cast<size_t>(n_threads)) {}
 
-void StepMixer::begin(std::span<const DecodeLane> lanes) {
-  lanes_ = lanes;
-  share_lanes();
+void StepMixer::begin(std::span<const StepSequence> sequences) {
+  sequences_ = sequences;
+  share_sequences();
 }
 
-/// Which lanes a thread attends for alone: that needs no barriers, and parts that do not fit the number of
-/// threads (3 KV heads on 2 threads) cost nothing. The longest lanes are shared by all threads where the rest
-/// would keep one of them waiting.
-void StepMixer::share_lanes() {
-  const auto n_lane = static_cast<int>(lanes_.size());
+/// Which sequences a thread attends for alone: that needs no barriers, and parts that do not fit the number
+/// of threads (3 KV heads on 2 threads) cost nothing. The longest sequences are shared by all threads where
+/// the rest would keep one of them waiting.
+void StepMixer::share_sequences() {
+  const auto n_lane = static_cast<int>(sequences_.size());
   const auto n_threads = static_cast<int64_t>(load_.size());
-  const auto cost = [&](int lane) { return lanes_[static_cast<size_t>(lane)].n_tokens + kLaneTokens; };
-  const auto by_tokens = std::span(by_tokens_).first(lanes_.size());
+  const auto cost = [&](int sequence) {
+    return sequences_[static_cast<size_t>(sequence)].cache->n_tokens() + kSequenceTokens;
+  };
+  const auto by_tokens = std::span(by_tokens_).first(sequences_.size());
   std::iota(by_tokens.begin(), by_tokens.end(), 0);
   std::sort(by_tokens.begin(), by_tokens.end(),
             [&](int a, int b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
@@ -40,82 +42,81 @@ void StepMixer::share_lanes() {
     std::fill(owner_.begin(), owner_.end(), -1);
     std::fill(load_.begin(), load_.end(), 0);
     int64_t total = 0;
-    for (const int lane : by_tokens.subspan(static_cast<size_t>(n_shared_))) {
+    for (const int sequence : by_tokens.subspan(static_cast<size_t>(n_shared_))) {
       const auto least = std::min_element(load_.begin(), load_.end());
-      *least += cost(lane);
-      total += cost(lane);
-      owner_[static_cast<size_t>(lane)] = static_cast<int>(least - load_.begin());
+      *least += cost(sequence);
+      total += cost(sequence);
+      owner_[static_cast<size_t>(sequence)] = static_cast<int>(least - load_.begin());
     }
     // A tenth more than its share is what barriers cost anyway.
     if (*std::max_element(load_.begin(), load_.end()) * n_threads * 10 <= total * 11) break;
   }
   if (n_shared_ == n_lane) std::fill(owner_.begin(), owner_.end(), -1);
-  // The clock of the first lane is read by the first thread.
+  // The clock of the first sequence is read by the first thread.
   if (const int first = owner_[0]; first > 0) {
     for (int& o : owner_) o = o == first ? 0 : o == 0 ? first : o;
   }
 }
 
-DecodeStep StepMixer::step_of(const MixRows& rows, int64_t lane) {
-  return {rows.q + lane * rows.ld, rows.k + lane * rows.ld, rows.v + lane * rows.ld,
-          rows.out + lane * rows.ldo};
+DecodeStep StepMixer::step_of(const MixRows& rows, int64_t sequence) {
+  return {rows.q + sequence * rows.ld, rows.k + sequence * rows.ld, rows.v + sequence * rows.ld,
+          rows.out + sequence * rows.ldo};
 }
 
-/// Heads [first, end) of q, then k, of a lane.
-void StepMixer::norm_lane(const LayerPlan& layer, const MixRows& rows, int64_t lane, int64_t first,
-                          int64_t end) {
+/// Heads [first, end) of q, then k, of a sequence.
+void StepMixer::norm_sequence(const LayerPlan& layer, const MixRows& rows, int64_t sequence, int64_t first,
+                              int64_t end) {
   const AttentionSpec& a = layer.mix.attention;
   const int64_t split = std::clamp(a.n_head, first, end);
-  const int64_t first_k = split - a.n_head, at = lane * rows.ld;
+  const int64_t first_k = split - a.n_head, at = sequence * rows.ld;
   norm_heads(layer.mix.q_norm, split - first, a.head_dim, rows.q + at + first * a.head_dim);
   if (split < end) norm_heads(layer.mix.k_norm, end - split, a.head_dim, rows.k + at + first_k * a.head_dim);
 }
 
 void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
-  const auto l = static_cast<size_t>(layer.index);
   const int ith = team.ith(), n_threads = team.n_threads();
   const bool norms = layer.mix.q_norm.weight != nullptr || layer.mix.k_norm.weight != nullptr;
   const int64_t heads = layer.mix.attention.n_head + layer.mix.attention.n_head_kv;
-  for (size_t i = 0; i < lanes_.size(); ++i) {
+  for (size_t i = 0; i < sequences_.size(); ++i) {
     if (owner_[i] != ith) continue;
-    const auto lane = static_cast<int64_t>(i);
-    if (norms) norm_lane(layer, rows, lane, 0, heads);
-    LayerDecoder& decoder = *lanes_[i].decoders[l];
-    for (int p = 0; p < decoder.n_phase(); ++p)
-      decoder.run_phase(p, step_of(rows, lane), *lanes_[i].scratch, 0, 1);
+    const auto sequence = static_cast<int64_t>(i);
+    if (norms) norm_sequence(layer, rows, sequence, 0, heads);
+    KvLayer& kv = sequences_[i].cache->layer(layer.index);
+    for (int p = 0; p < kv.n_phase(); ++p)
+      kv.run_phase(p, step_of(rows, sequence), *sequences_[i].scratch, 0, 1);
   }
   int n_phase = 0;
   if (norms && n_shared_ > 0) {
     // A product's parts do not end where heads do, hence a stage of its own.
     const Part mine = part_of(heads, ith, n_threads);
-    for (size_t i = 0; i < lanes_.size(); ++i) {
-      if (owner_[i] < 0) norm_lane(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      if (owner_[i] < 0) norm_sequence(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
     }
     team.barrier();
   }
-  for (size_t i = 0; i < lanes_.size(); ++i) {
-    if (owner_[i] < 0) n_phase = std::max(n_phase, lanes_[i].decoders[l]->n_phase());
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    if (owner_[i] < 0) n_phase = std::max(n_phase, sequences_[i].cache->layer(layer.index).n_phase());
   }
   if (n_phase == 0) team.barrier();
   for (int p = 0; p < n_phase; ++p) {
-    for (size_t i = 0; i < lanes_.size(); ++i) {
+    for (size_t i = 0; i < sequences_.size(); ++i) {
       if (owner_[i] >= 0) continue;
-      LayerDecoder& decoder = *lanes_[i].decoders[l];
-      // A lane with fewer phases joins late: all end together.
-      const int phase = p - (n_phase - decoder.n_phase());
+      KvLayer& kv = sequences_[i].cache->layer(layer.index);
+      // A sequence with fewer phases joins late: all end together.
+      const int phase = p - (n_phase - kv.n_phase());
       if (phase < 0) continue;
-      decoder.run_phase(phase, step_of(rows, static_cast<int64_t>(i)), *lanes_[i].scratch, ith, n_threads);
+      kv.run_phase(phase, step_of(rows, static_cast<int64_t>(i)), *sequences_[i].scratch, ith, n_threads);
     }
     team.barrier();
   }
   if (seen_ && ith == 0) seen_(layer.index, step_of(rows, 0));
 }
 
-void StepMixer::measure_from(int64_t now_ns) { lanes_[0].scratch->thread(0).clock.start(now_ns); }
+void StepMixer::measure_from(int64_t now_ns) { sequences_[0].scratch->thread(0).clock.start(now_ns); }
 
 std::array<int64_t, 4> StepMixer::measured(int64_t now_ns) {
   static_assert(kAttentionStages == 4);
-  return lanes_[0].scratch->thread(0).clock.stop(now_ns);
+  return sequences_[0].scratch->thread(0).clock.stop(now_ns);
 }
 
 }  // namespace narrows

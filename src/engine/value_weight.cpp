@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cache/basis.h"
+#include "kv/basis.h"
 
 namespace narrows {
 

@@ -119,7 +119,7 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     so.kv = p;
     so.n_ctx = options.context + options.tokens;
     so.n_threads = options.n_threads;
-    if (p.kind == KvKind::sals || p.kind == KvKind::klt) so.basis_path = options.basis_path;
+    if (p.takes_basis()) so.basis_path = options.basis_path;
     Result<std::unique_ptr<Session>> made = Session::create(model, so);
     if (!made.ok()) return made.status();
     sessions.push_back(std::move(*made));

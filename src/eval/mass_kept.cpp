@@ -2,11 +2,9 @@
 #include "eval/mass_kept.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 
-#include "cache/klt_layer.h"
 #include "kernels/ops.h"
 
 namespace narrows {
@@ -55,7 +53,8 @@ void MassKept::observe() {
     keys.resize(static_cast<size_t>(n_decoded_ * width));
     kernels::ops().rope_rows(step_k_[l].data(), shape_.n_head_kv, shape_.head_dim, 2 * half, angle.data(),
                              angle.data() + half, 0, false, keys.data() + (n_decoded_ - 1) * width);
-    if (session_.decoders[l]->last_selection(0)) observe_layer(static_cast<int64_t>(l));
+    if (session_.cache->layer(static_cast<int64_t>(l)).last_selection(0))
+      observe_layer(static_cast<int64_t>(l));
   }
 }
 
@@ -68,17 +67,13 @@ void MassKept::observe_layer(int64_t layer) {
                            angle.data(), angle.data() + half, 0, false, q.data());
 
   const KvProfile& profile = session_.options.kv;
-  const LayerCache& cache = session_.cache->layer(layer);
+  const KvLayer& cache = session_.cache->layer(layer);
   const int64_t in_pages = cache.bytes().n_tokens_in_pages;
   const int64_t end = profile.n_sink + in_pages;
   // Tokens of the pages that are read in any case, [in_pages].
   std::vector<char> anchor(static_cast<size_t>(in_pages), 0);
-  if (const auto* klt = dynamic_cast<const KltLayer*>(&cache)) {
-    for (int64_t p = 0; p < klt->n_page(); ++p) {
-      for (AnchorBits bits = klt->anchors(p); bits != 0; bits &= bits - 1)
-        anchor[static_cast<size_t>(p * kPageTokens + std::countr_zero(bits))] = 1;
-    }
-  }
+  for (int64_t t = 0; t < in_pages; ++t)
+    anchor[static_cast<size_t>(t)] = cache.always_reads(profile.n_sink + t);
 
   std::vector<float> score(static_cast<size_t>(group * n));
   const std::vector<float>& own = decoded_keys_[static_cast<size_t>(layer)];
@@ -103,7 +98,7 @@ void MassKept::observe_layer(int64_t layer) {
       for (int64_t i = 0; i < n; ++i) s[i] = static_cast<float>(static_cast<double>(s[i]) / all);
     }
     // Probabilities of the group's heads, and what the best choice of as many tokens would keep.
-    const auto selected = *session_.decoders[static_cast<size_t>(layer)]->last_selection(h);
+    const auto selected = *cache.last_selection(h);
     std::vector<float> pooled(static_cast<size_t>(in_pages), 0.0F);
     double kept = 0;
     for (int64_t g = 0; g < group; ++g) {

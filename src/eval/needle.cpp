@@ -202,7 +202,7 @@ Result<std::vector<NeedleRow>> find_needles(std::shared_ptr<const Model> model, 
       so.n_ctx = context;
       so.n_threads = options.n_threads;
       so.prompt = options.prompt;
-      if (profile.kind == KvKind::sals || profile.kind == KvKind::klt) so.basis_path = options.basis_path;
+      if (profile.takes_basis()) so.basis_path = options.basis_path;
       Result<std::unique_ptr<Session>> made = Session::create(model, so);
       if (!made.ok()) return made.status();
       sessions.push_back(std::move(*made));

@@ -128,8 +128,7 @@ void Scheduler::finish(Slot& slot, const char* reason) {
   slot.result.cache = session.cache_stats();
   const KvProfile& kv = session.profile();
   const int64_t n = session.n_past();
-  const bool sparse =
-      (kv.kind == KvKind::klt || kv.kind == KvKind::sals) && slot.result.cache.bytes_pages > 0;
+  const bool sparse = kv.is_sparse() && slot.result.cache.bytes_pages > 0;
   slot.result.budget = sparse ? kv.budget_at(n) : KvProfile::kBudgetAll;
   slot.result.n_read = sparse && kv.budget != KvProfile::kBudgetAll
                            ? std::min(n, kv.n_sink + kv.budget_at(n) + kv.n_recent)

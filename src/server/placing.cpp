@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "base/guarded.h"
-#include "cache/kv_cache.h"
 #include "server/scheduler.h"
 
 namespace narrows::server {
@@ -22,8 +21,8 @@ double megabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
 int64_t Scheduler::bytes_needed(const Job& job, int choice) const {
   const auto n_prompt = static_cast<int64_t>(job.prompt_of(choice).size());
   const int64_t n_answer = job.request.max_tokens.value_or(kExpectedAnswer);
-  return cache_bytes_estimate(model_->info(), job.profile, std::min(n_ctx_, n_prompt + n_answer),
-                              /*segmented=*/true);
+  return cache_bytes_estimate(*model_, job.profile, std::min(n_ctx_, n_prompt + n_answer),
+                              /*segments=*/true);
 }
 
 std::optional<ApiError> Scheduler::refusal(const Job& job) const {
@@ -49,7 +48,7 @@ std::optional<ApiError> Scheduler::refusal(const Job& job) const {
 Result<std::unique_ptr<Session>> Scheduler::fresh_session(const KvProfile& profile) {
   SessionOptions options = options_.session;
   options.kv = profile;
-  if (profile.kind != KvKind::klt && profile.kind != KvKind::sals) options.basis_path.clear();
+  if (!profile.takes_basis()) options.basis_path.clear();
   return Session::create(model_, options);
 }
 

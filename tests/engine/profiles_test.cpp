@@ -7,7 +7,9 @@
 #include <gtest/gtest.h>
 
 #include "engine/session_impl.h"
+#include "narrows/session_file.h"
 #include "support/session.h"
+#include "temp_dir.h"
 
 namespace narrows::testing {
 namespace {
@@ -127,21 +129,62 @@ TEST_P(Profiles, ContinueALongPromptAndASecondOne) {
   expect_consistent(*session, full_rank().model->info());
 }
 
+// A layer's transforms take as long as a few steps on a large model, so steps make them a layer at a time;
+// what is not converted yet is exact. A session saved in between goes on as if it had not been.
+TEST(Conversion, TakesAStepALayer) {
+  for (const char* const profile : {"klt", "sals-25"}) {
+    TinyModel m = four_layers();
+    m.n_layer = 7;  // four that SALS compresses
+    const LoadedTiny tiny(m);
+    auto session = make_session(tiny.model, {.kv = profile});
+    const KvCache& cache = *session->impl().cache;
+    const auto converted = [&cache] {
+      int n = 0;
+      for (int64_t i = 0; i < cache.n_layer(); ++i) n += cache.layer(i).bytes().n_tokens_in_pages > 0;
+      return n;
+    };
+    ASSERT_OK(session->prefill(part(0, 500)));
+    ASSERT_EQ(converted(), 0);
+    std::unique_ptr<Session> restored;
+    int most = 0;
+    for (int64_t i = 500; i < 560; ++i) {
+      const int before = converted();
+      ASSERT_OK(session->decode(tokens()[static_cast<size_t>(i)]));
+      most = std::max(most, converted() - before);
+      if (restored) {
+        ASSERT_OK(restored->decode(tokens()[static_cast<size_t>(i)]));
+        ASSERT_TRUE(
+            std::equal(session->logits().begin(), session->logits().end(), restored->logits().begin()))
+            << profile << ", token " << i;
+      } else if (before == 2) {
+        const TempDir dir;
+        const std::string path = dir.path("half.session");
+        ASSERT_OK(save_session(*session, part(0, i + 1), path));
+        auto saved = load_session(tiny.model, session->impl().options, path);
+        ASSERT_TRUE(saved.ok()) << saved.status().message();
+        restored = std::move(saved->session);
+      }
+    }
+    EXPECT_EQ(most, 1) << profile;
+    EXPECT_EQ(converted(), profile == std::string("klt") ? 7 : 4);
+    EXPECT_NE(restored, nullptr);
+  }
+}
+
 // What inspect prints and what the memory check relies on.
 TEST_P(Profiles, TheEstimateIsWhatAPromptTakes) {
-  const ModelInfo& info = full_rank().model->info();
   auto session = make_session(full_rank().model, {.kv = GetParam()});
   for (const int64_t n : {1, 15, 16, 17, 64, 79, 80, 81, 96, 97, 113, 144, 200, 511, 512, 513, 640, 1100}) {
     session->reset();
     ASSERT_OK(session->prefill(part(0, n)));
     CacheStats stats = session->cache_stats();
-    int64_t estimate = cache_bytes_estimate(info, kv(GetParam()), n);
+    int64_t estimate = cache_bytes_estimate(*full_rank().model, kv(GetParam()), n);
     if (session->profile().kind == KvKind::klt && stats.bytes_pages > 0) {  // an upper bound
       EXPECT_LE(stats.bytes, estimate) << n;
       EXPECT_EQ(stats.bytes_hot, 0);
       ASSERT_OK(session->decode(tokens()[static_cast<size_t>(n)]));
       stats = session->cache_stats();
-      estimate = cache_bytes_estimate(info, kv(GetParam()), n + 1);
+      estimate = cache_bytes_estimate(*full_rank().model, kv(GetParam()), n + 1);
       EXPECT_LE(stats.bytes, estimate) << n;
       EXPECT_GT(stats.bytes, estimate / 2) << n;
       EXPECT_EQ(stats.bytes_hot > 0, session->profile().budget != KvProfile::kBudgetAll || n < 600) << n;

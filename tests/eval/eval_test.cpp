@@ -220,7 +220,7 @@ TEST(MassKept, IsTheShareOfTheExactSoftmax) {
     const std::vector<float>& step_q = mass.step_q(layer);
     exact.emplace_back(mass.step_k(layer).begin(), mass.step_k(layer).end());
     for (int64_t h = 0; h < 2; ++h) rotate(exact.back().data() + h * d, d, t);
-    const auto selected = session->impl().decoders[layer]->last_selection(0);
+    const auto selected = session->impl().cache->layer(static_cast<int64_t>(layer)).last_selection(0);
     ASSERT_TRUE(selected.has_value());
     ASSERT_EQ(selected->size(), 40U);
     const int64_t in_pages = session->impl().cache->layer(layer).bytes().n_tokens_in_pages;

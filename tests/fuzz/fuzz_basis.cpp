@@ -1,6 +1,6 @@
 // A basis file, read for a model of two layers with keys of width 16.
-#include "cache/basis_file.h"
 #include "fuzz/fuzz.h"
+#include "kv/basis_file.h"
 #include "support/tiny_model.h"
 #include "temp_dir.h"
 #include "text/llama_log.h"

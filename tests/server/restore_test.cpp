@@ -1,7 +1,7 @@
 // Sessions from files count as memory like any other cache.
 #include <algorithm>
 
-#include "cache/kv_cache.h"
+#include "kv/kv_cache.h"
 #include "server/served.h"
 
 namespace narrows::server {
@@ -75,7 +75,7 @@ TEST_F(Restoring, RoomIsMade) {
 
 // docs/server_api.md: "what requests at work may come to is not"
 TEST_F(Restoring, NotWhatIsAtWork) {
-  const int64_t at_work = cache_bytes_estimate(tiny().model->info(), narrows::testing::kv("klt"), 3200, true);
+  const int64_t at_work = cache_bytes_estimate(*tiny().model, narrows::testing::kv("klt"), 3200, true);
   const int64_t limit = std::max(large_, at_work) + 2 * small_;
   Served s(http_, 2, 64, limit);
   s.load();

@@ -9,7 +9,7 @@
 #include <random>
 #include <thread>
 
-#include "cache/kv_cache.h"
+#include "kv/kv_cache.h"
 #include "support/session.h"
 
 namespace narrows::server {
@@ -292,7 +292,7 @@ TEST(Scheduler, PromptsThatDoNotFit) {
 // docs/server_api.md: "A request gets one of --slots slots when one is free and its cache fits"
 TEST(Scheduler, MemoryRefusesWithFiguresAndMakesOthersWait) {
   // Room for one cache of 1,000 tokens and a half.
-  const int64_t one = cache_bytes_estimate(tiny().model->info(), narrows::testing::kv("klt"), 1000, true);
+  const int64_t one = cache_bytes_estimate(*tiny().model, narrows::testing::kv("klt"), 1000, true);
   Engine engine({.n_slots = 4, .memory_bytes = one * 3 / 2});
   const Answer large = run(engine, job_of(random_tokens(2000), 10));
   ASSERT_TRUE(large.error);

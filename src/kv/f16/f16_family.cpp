@@ -1,0 +1,17 @@
+#include "kv/f16/f16_layer.h"
+#include "kv/profiles.h"
+
+namespace narrows {
+
+const KvFamily f16_family = {
+    .kind = KvKind::f16,
+    .unit = 0,
+    .tokens_for_codec = nullptr,
+    .make = [](const KvOrder& order) -> Result<std::unique_ptr<KvLayer>> {
+      return std::unique_ptr<KvLayer>(std::make_unique<F16Layer>(order.spec.shape, order.spec.rope));
+    },
+    .bytes = [](const KvProfile&, const AttentionShape& shape,
+                const KvCounts& counts) { return exact_bytes(counts.n, shape, kDenseBlock); },
+};
+
+}  // namespace narrows

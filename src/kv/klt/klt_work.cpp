@@ -1,0 +1,158 @@
+// Sizes of the buffers of a klt step, and the tables of block rotations.
+#include "kv/klt/klt_work.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+namespace narrows {
+
+namespace {
+
+int64_t padded(int64_t n) { return kernels::pad_latent(n); }
+
+}  // namespace
+
+KltSizes KltSizes::of(const KltLayer& layer) {
+  const AttentionShape& shape = layer.shape();
+  const int64_t n_rot = layer.rope().n_rot();
+  KltSizes s;
+  s.n_head = shape.n_head;
+  s.n_head_kv = shape.n_head_kv;
+  s.group = shape.group();
+  s.head_dim = shape.head_dim;
+  s.part = layer.heads_of_a_part() * shape.head_dim;
+  s.queries = layer.heads_of_a_part() * shape.group();
+  s.n_coef = n_rot + (n_rot < shape.head_dim ? 1 : 0);
+  s.ldu = padded(layer.options().n_index + kernels::kOctet) + kernels::kLatentPad + 1;
+  s.latent = padded(s.part) + kernels::kLatentPad;
+  return s;
+}
+
+KltSizes KltSizes::most(const KltSizes& a, const KltSizes& b) {
+  return {std::max(a.n_head, b.n_head), std::max(a.n_head_kv, b.n_head_kv),
+          std::max(a.group, b.group),   std::max(a.head_dim, b.head_dim),
+          std::max(a.part, b.part),     std::max(a.queries, b.queries),
+          std::max(a.n_coef, b.n_coef), std::max(a.ldu, b.ldu),
+          std::max(a.latent, b.latent)};
+}
+
+KltTurns::KltTurns(const KltLayer& layer, int64_t block_tokens)
+    : rope(&layer.rope()), n_coef(KltSizes::of(layer).n_coef), n_sink(layer.n_sink()), block(block_tokens) {
+  for (const double frequency : rope->frequency()) {
+    double mean = 0;
+    for (int64_t t = 0; t < block; ++t) {
+      const double off = static_cast<double>(t) - static_cast<double>(block - 1) / 2;
+      mean += std::cos(off * frequency) / static_cast<double>(block);
+    }
+    damp.push_back(mean * static_cast<double>(rope->magnitude()));
+  }
+}
+
+void KltTurns::grow(int64_t n_block) {
+  const int64_t had = static_cast<int64_t>(rows.size()) / std::max<int64_t>(1, n_coef);
+  if (n_block <= had) return;
+  rows.resize(static_cast<size_t>(n_block * n_coef), 1.0F);  // 1: of coordinates that are not rotated
+  for (int64_t b = had; b < n_block; ++b) {
+    float* row = rows.data() + b * n_coef;
+    const double centre = static_cast<double>(n_sink + b * block) + static_cast<double>(block - 1) / 2;
+    for (size_t i = 0; i < damp.size(); ++i) {
+      const double angle = centre * rope->frequency()[i];
+      row[2 * i] = static_cast<float>(damp[i] * std::cos(angle));
+      row[2 * i + 1] = static_cast<float>(damp[i] * std::sin(angle));
+    }
+  }
+}
+
+KltThread::KltThread(const KltSizes& most)
+    : tile(most.part),
+      folded(most.n_coef * most.queries * most.ldu),
+      folded_pairs(ceil_div(most.n_coef, 2) * most.queries * most.ldu),
+      folded_mean(most.n_coef * most.queries),
+      projected(kScoreChunk * most.queries * most.ldu),
+      projected_mean(kScoreChunk * most.queries),
+      step(most.ldu),
+      codes(most.ldu * kPageTokens),
+      key(kernels::kTile * most.head_dim),
+      half(kernels::kTile * most.head_dim),
+      score(most.group * kernels::kTile),
+      weight(most.group),
+      cos(kernels::kTile * most.head_dim / 2),
+      sin(kernels::kTile * most.head_dim / 2),
+      latent(most.latent),
+      amplitude(kernels::kTile * most.latent),
+      slice_weight(most.n_head * 2 * kSlices),
+      slice_page(kAttendSlices + 1),
+      slice_begin(static_cast<size_t>(most.n_head_kv * (kAttendSlices + 1))),
+      left(static_cast<size_t>(most.n_head_kv)) {}
+
+bool KltThread::ok() const {
+  return tile.ok() && folded.ok() && folded_pairs.ok() && folded_mean.ok() && projected.ok() &&
+         projected_mean.ok() && step.ok() && codes.ok() && key.ok() && half.ok() && score.ok() &&
+         weight.ok() && cos.ok() && sin.ok() && latent.ok() && amplitude.ok() && slice_weight.ok();
+}
+
+/// Makes all that does not grow with the context anew. A failure leaves nothing, and the next step tries
+/// again.
+void KltWork::make_for(const KltSizes& most) {
+  sizes = {};
+  ld = ld_run = 0;
+  threads.clear();
+  slices.clear();
+  for (int i = 0; i < n_threads; ++i) threads.push_back(std::make_unique<KltThread>(most));
+  for (int i = 0; i < kAttendSlices; ++i) slices.push_back(std::make_unique<KltSlice>(most.n_head));
+  slice_latents = AlignedArray<float>(most.n_head * kAttendSlices * most.latent);
+  const bool good = slice_latents.ok() &&
+                    std::all_of(threads.begin(), threads.end(), [](const auto& t) { return t->ok(); }) &&
+                    std::all_of(slices.begin(), slices.end(), [](const auto& s) { return s->ok(); });
+  if (!good) throw std::bad_alloc();
+  for (const auto& slice : slices) std::fill_n(slice->sum.data(), most.n_head, 0.0F);
+  std::fill_n(slice_latents.data(), slice_latents.size(), 0.0F);
+  const auto heads_kv = static_cast<size_t>(most.n_head_kv);
+  part_max.assign(static_cast<size_t>(2 * kSlices * most.n_head), 0);
+  part_sum.assign(part_max.size(), 0);
+  n_candidate.assign(heads_kv * kSlices, 0);
+  n_selected.assign(heads_kv, 0);
+  n_missing.assign(heads_kv, 0);
+  chosen = std::vector<std::atomic<bool>>(heads_kv);
+  ld_latent = most.latent;
+  sizes = most;
+}
+
+const KltTurns& KltWork::turns_of(const KltLayer& layer) const {
+  return *std::find_if(turns.begin(), turns.end(), [&](const KltTurns& t) {
+    return t.rope == &layer.rope() && t.n_coef == KltSizes::of(layer).n_coef;
+  });
+}
+
+void KltWork::fit(const KltLayer& layer, const KvProfile& profile, int64_t n, int64_t n_read) {
+  const KltSizes own = KltSizes::of(layer);
+  if (const KltSizes most = KltSizes::most(sizes, own); !(most == sizes)) make_for(most);
+  const auto has_rope = [&](const KltTurns& t) { return t.rope == &layer.rope() && t.n_coef == own.n_coef; };
+  if (std::none_of(turns.begin(), turns.end(), has_rope)) turns.emplace_back(layer, profile.block);
+  const int64_t n_page = ceil_div(n, kPageTokens);
+  for (const auto& t : threads) t->per_page.resize(std::max(t->per_page.size(), static_cast<size_t>(n_page)));
+  // A slice ends at the first page with which it has its share of all heads' tokens; they may be one head's.
+  const int64_t run = std::min(n_read, own.n_head_kv * (ceil_div(n_read, kAttendSlices) + 1 + kPageTokens));
+  if (run > ld_run) {
+    const int64_t room = run + run / 4;
+    for (const auto& t : threads) t->weights.resize(static_cast<size_t>(sizes.n_head * room));
+    ld_run = room;
+  }
+  if (n > ld) {
+    const int64_t room = ceil_div(n + n / 4, kPageTokens) * kPageTokens;  // seldom, as the context grows
+    const auto a_head = static_cast<size_t>(sizes.n_head * room);
+    const auto a_head_kv = static_cast<size_t>(sizes.n_head_kv * room);
+    ld = 0;
+    scores.resize(a_head);
+    pooled.resize(a_head_kv);
+    candidate.resize(a_head_kv);
+    selected.resize(a_head_kv);
+    slot.resize(a_head_kv);
+    missing.resize(a_head_kv);
+    ld = room;
+  }
+  std::find_if(turns.begin(), turns.end(), has_rope)->grow(ld / profile.block);
+}
+
+}  // namespace narrows

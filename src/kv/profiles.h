@@ -1,0 +1,68 @@
+// The families of caches: a row each in profiles.cpp, and the only place outside the parser of `--kv` where
+// one is told from another.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "kv/basis_file.h"
+#include "kv/klt/klt_layer.h"
+#include "kv/kv_layer.h"
+#include "kv/layout.h"
+#include "narrows/config.h"
+
+namespace narrows {
+
+/// What a cache must know of a layer of the model.
+struct KvLayerSpec {
+  AttentionShape shape;
+  const kernels::RopeTable* rope = nullptr;  ///< outlives the cache; null where only bytes are asked for
+};
+
+/// A layer that is to be made.
+struct KvOrder {
+  int64_t index = 0;  ///< in the model
+  const KvLayerSpec& spec;
+  const KvProfile& profile;
+  const WindowPlan& plan;
+  const std::shared_ptr<const BasisFile>& basis;  ///< may be null
+  const ValueWeightFn& value_weight;
+  std::span<const std::unique_ptr<KvLayer>> made;  ///< the layers before it
+};
+
+/// Tokens of a layer, by where they are.
+struct KvCounts {
+  int64_t n = 0;  ///< all
+  int64_t sinks = 0;
+  int64_t in_pages = 0;
+  int64_t recent = 0;
+  bool encodes = false;  ///< it has what it encodes with
+};
+
+struct KvFamily {
+  KvKind kind;
+  /// Tokens that leave the recent window at a time; 0: none do.
+  int64_t unit;
+  /// Tokens that a layer of width D makes its own transforms from when there is no basis file; null: it needs
+  /// none.
+  int64_t (*tokens_for_codec)(int64_t width);
+  /// May throw std::bad_alloc. invalid_file: the basis does not fit.
+  Result<std::unique_ptr<KvLayer>> (*make)(const KvOrder& order);
+  /// What a layer takes that holds so many tokens, by its layout; klt: at most.
+  int64_t (*bytes)(const KvProfile& profile, const AttentionShape& shape, const KvCounts& counts);
+};
+
+const KvFamily& family_of(KvKind kind);
+
+extern const KvFamily f16_family;
+extern const KvFamily kivi_family;
+extern const KvFamily klt_family;
+extern const KvFamily sals_family;
+
+/// Bytes of n exact tokens in blocks of so many.
+int64_t exact_bytes(int64_t n, const AttentionShape& shape, int64_t block);
+/// Of sinks, recent tokens and tokens in pages that stay exact; pages apart.
+int64_t window_bytes(const KvCounts& counts, int64_t n_kept, const AttentionShape& shape);
+
+}  // namespace narrows
