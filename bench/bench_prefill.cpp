@@ -158,7 +158,7 @@ class Ours {
     graph_.set(op(op(nothing, &Ours::pack_op), &Ours::attend_op));
   }
   double run(int n_threads) {
-    attention_.start(numbers_.q.data(), kRows, shape_.depth, out_.data());
+    attention_.start(numbers_.q.data(), kRows, shape_.depth, 0, out_.data());
     next_tile_ = shape_.depth / kernels::kPrefillTile;
     return graph_.run(n_threads);
   }

@@ -99,8 +99,11 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
   file.made_from = made_from;
   file.n_tokens = static_cast<int64_t>(text.size());
   // Caches that use the file may be longer than its text: distances up to a usual context.
-  const kernels::RopeTable rope(spec.ropes.front(), std::min<int64_t>(kCalibratedReach, spec.n_ctx_train));
-  const DistanceAverage distances(rope, info.head_dim);
+  const std::vector<kernels::RopeTable> ropes =
+      rope_tables(spec, std::min<int64_t>(kCalibratedReach, spec.n_ctx_train));
+  std::vector<DistanceAverage> distances;
+  for (const kernels::RopeTable& rope : ropes) distances.emplace_back(rope, info.head_dim);
+  const auto rope_of = [&](size_t i) { return static_cast<size_t>(spec.layers[i].attention.rope); };
   for (size_t i = 0; i < n_layer; ++i) {
     const auto in_layer = [i](const Status& s) {
       return Status(s.code(), fmt::format("layer {}: {}", i, s.message()));
@@ -111,7 +114,7 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
     std::vector<double> weight;
     if (Status s = value_weight(*model.parts().weights, static_cast<int64_t>(i), weight); !s.ok())
       return in_layer(s);
-    Result<KltLayerBasis> klt = statistics[i].basis(distances, weight);
+    Result<KltLayerBasis> klt = statistics[i].basis(distances[rope_of(i)], weight);
     if (!klt.ok()) return in_layer(klt.status());
     file.klt.push_back(std::move(*klt));
   }

@@ -57,7 +57,8 @@ std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernel
   std::vector<KvLayerSpec> layers;
   for (int64_t i = 0; i < spec.n_layer(); ++i) {
     const auto rope = static_cast<size_t>(spec.layer(i).attention.rope);
-    layers.push_back({attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope]});
+    layers.push_back(
+        {attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope], spec.layer(i).attention.window});
   }
   return layers;
 }
@@ -272,9 +273,10 @@ int64_t Session::Impl::stripe_tokens(int64_t n_past, int64_t n_left) const {
 void Session::Impl::keep_spare(int64_t n_new) {
   const ModelSpec& spec = model->parts().spec();
   const int64_t n_exact = exact_tokens(options.kv, spec.most_width_kv(), !options.basis_path.empty());
-  if (!in_segments(stripe_past) || stripe_past == 0 || stripe_past >= n_exact ||
-      stripe_past + n_new <= n_exact)
-    return;
+  const bool begins_to_encode = stripe_past < n_exact && stripe_past + n_new > n_exact;
+  const bool has_windows = std::any_of(spec.layers.begin(), spec.layers.end(),
+                                       [](const LayerSpec& l) { return l.attention.window > 0; });
+  if (!in_segments(stripe_past) || stripe_past == 0 || (!begins_to_encode && !has_windows)) return;
   Result<std::unique_ptr<KvCache>> made =
       KvCache::create(kv_layers(spec, ropes), options.kv, nullptr, {}, options.segments);
   if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);
@@ -356,9 +358,12 @@ int64_t Session::kept_prefix(int64_t n) const {
   const Impl& m = *impl_;
   if (m.prefill != nullptr || m.broken || !m.options.segments) return 0;
   const int64_t n_sink = m.options.kv.n_sink;
-  int64_t end = std::min(n, m.sealed);
-  end = end < n_sink + kSegmentTokens ? 0 : n_sink + (end - n_sink) / kSegmentTokens * kSegmentTokens;
-  return end > 0 && m.cache->can_keep(end) ? end : 0;
+  const int64_t most = std::min(n, m.sealed);
+  if (most < n_sink + kSegmentTokens) return 0;
+  // Layers with a window hold what they need at some ends of segments.
+  int64_t end = n_sink + (most - n_sink) / kSegmentTokens * kSegmentTokens;
+  while (end > n_sink && !m.cache->can_keep(end)) end -= kSegmentTokens;
+  return end > n_sink ? end : 0;
 }
 
 void Session::keep_prefix(int64_t n) {

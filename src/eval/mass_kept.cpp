@@ -43,12 +43,13 @@ MassKept::MassKept(const ExactKeys& prompt, Session::Impl& session)
 MassKept::~MassKept() { session_.mixer.observe({}); }
 
 void MassKept::observe() {
-  const int64_t half = session_.ropes.front().n_rot() / 2, width = shape_.width();
-  const int64_t pos = session_.cache->n_tokens() - 1;
-  std::vector<float> angle(static_cast<size_t>(2 * half));
-  session_.ropes.front().at(pos, angle.data(), angle.data() + half);
+  const int64_t width = shape_.width(), pos = session_.cache->n_tokens() - 1;
   ++n_decoded_;
   for (size_t l = 0; l < decoded_keys_.size(); ++l) {
+    const kernels::RopeTable& rope = session_.cache->layer(static_cast<int64_t>(l)).rope();
+    const int64_t half = rope.n_rot() / 2;
+    std::vector<float> angle(static_cast<size_t>(2 * half));
+    rope.at(pos, angle.data(), angle.data() + half);
     std::vector<float>& keys = decoded_keys_[l];
     keys.resize(static_cast<size_t>(n_decoded_ * width));
     kernels::ops().rope_rows(step_k_[l].data(), shape_.n_head_kv, shape_.head_dim, 2 * half, angle.data(),
@@ -60,9 +61,10 @@ void MassKept::observe() {
 
 void MassKept::observe_layer(int64_t layer) {
   const int64_t d = shape_.head_dim, group = shape_.group(), n_context = prompt_.n_context();
-  const int64_t n = n_context + n_decoded_, half = session_.ropes.front().n_rot() / 2, pos = n - 1;
+  const kernels::RopeTable& rope = session_.cache->layer(layer).rope();
+  const int64_t n = n_context + n_decoded_, half = rope.n_rot() / 2, pos = n - 1;
   std::vector<float> angle(static_cast<size_t>(2 * half)), q(static_cast<size_t>(shape_.n_head * d));
-  session_.ropes.front().at(pos, angle.data(), angle.data() + half);
+  rope.at(pos, angle.data(), angle.data() + half);
   kernels::ops().rope_rows(step_q_[static_cast<size_t>(layer)].data(), shape_.n_head, d, 2 * half,
                            angle.data(), angle.data() + half, 0, false, q.data());
 

@@ -67,6 +67,7 @@ constexpr Ops make_table(const char* name, const Formats& formats) {
       .unpack_tile = unpack_tile,
       .rms_norm = rms_norm,
       .swiglu = swiglu,
+      .geglu = geglu,
   };
 }
 

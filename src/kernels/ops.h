@@ -200,6 +200,8 @@ struct Ops {
 
   /// y [n] = gate / (1 + exp(-gate)) * up; y may be either.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+  /// The same with gelu in its tanh form, x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))).
+  void (*geglu)(const float* gate, const float* up, int64_t n, float* y);
 };
 
 int64_t select_scratch_bytes(int64_t n);

@@ -40,17 +40,35 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
   }
 }
 
-void swiglu(const float* gate, const float* up, int64_t n, float* y) {
+namespace {
+
+/// 1 / (1 + exp(-x)), both branches by the exponential of a number below 0, which cannot overflow.
+HWY_INLINE VF sigmoid(VF x) {
   const DF d;
   const VF one = hn::Set(d, 1.0F);
+  const VF e = exp_nonpositive(d, hn::Neg(hn::Abs(x)));
+  return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
+}
+
+}  // namespace
+
+void swiglu(const float* gate, const float* up, int64_t n, float* y) {
+  const DF d;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t left = n - i < kLanes ? n - i : kLanes;
     const VF g = load_n(d, gate + i, left);
-    // Both branches of the sigmoid by the exponential of a number below 0, which cannot overflow.
-    const VF e = exp_nonpositive(d, hn::Neg(hn::Abs(g)));
-    const VF numerator = hn::IfThenElse(hn::Lt(g, hn::Zero(d)), e, one);
-    const VF silu = hn::Mul(g, hn::Div(numerator, hn::Add(one, e)));
-    store_n(hn::Mul(silu, load_n(d, up + i, left)), d, y + i, left);
+    store_n(hn::Mul(hn::Mul(g, sigmoid(g)), load_n(d, up + i, left)), d, y + i, left);
+  }
+}
+
+void geglu(const float* gate, const float* up, int64_t n, float* y) {
+  const DF d;
+  const VF linear = hn::Set(d, 1.5957691216F), cubic = hn::Set(d, 1.5957691216F * 0.044715F);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    const VF g = load_n(d, gate + i, left);
+    const VF s = sigmoid(hn::Mul(g, hn::MulAdd(hn::Mul(g, g), cubic, linear)));
+    store_n(hn::Mul(hn::Mul(g, s), load_n(d, up + i, left)), d, y + i, left);
   }
 }
 

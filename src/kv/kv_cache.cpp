@@ -31,11 +31,6 @@ int64_t most_width(std::span<const KvLayerSpec> layers) {
   return width;
 }
 
-/// The family that keeps layer i.
-const KvFamily& family_of_layer(const KvProfile& profile, int64_t i, int64_t n_layer) {
-  return family_of(profile.layer_is_dense(i, n_layer) ? KvKind::f16 : profile.kind);
-}
-
 WindowPlan window_plan(const KvProfile& profile) {
   WindowPlan plan;
   plan.n_sink = profile.n_sink;
@@ -56,7 +51,7 @@ WindowPlan segmented_plan(const KvProfile& profile, int64_t width, bool has_basi
 /// else 0.
 KvCounts count_tokens(const KvFamily& family, const KvProfile& profile, int64_t width, int64_t n,
                       int64_t n_exact) {
-  KvCounts counts{.n = n};
+  KvCounts counts{.n = n, .segmented = n_exact > 0};
   if (family.unit == 0) return counts;
   const int64_t least = n_exact > 0 ? n_exact : family.tokens_for_codec ? family.tokens_for_codec(width) : 0;
   counts.encodes = n >= least;
@@ -84,10 +79,12 @@ Result<std::unique_ptr<KvCache>> KvCache::create(std::span<const KvLayerSpec> la
         segmented ? segmented_plan(profile, most_width(layers), basis != nullptr) : window_plan(profile);
     const auto n_layer = static_cast<int64_t>(layers.size());
     for (int64_t i = 0; i < n_layer; ++i) {
-      const KvOrder order{
-          i, layers[static_cast<size_t>(i)], profile, plan, basis, value_weight, cache->layers_};
-      auto layer = family_of_layer(profile, i, n_layer).make(order);
+      const KvLayerSpec& spec = layers[static_cast<size_t>(i)];
+      const KvOrder order{i, spec, profile, plan, basis, value_weight, cache->layers_};
+      const KvFamily& family = family_of(profile, spec, i, n_layer);
+      auto layer = family.make(order);
       if (!layer.ok()) return layer.status();
+      cache->compressed_.push_back(family.unit > 0);
       cache->layers_.push_back(std::move(*layer));
     }
     return cache;
@@ -104,7 +101,7 @@ CacheStats KvCache::stats() const {
     const int64_t f16_a_token = layer(i).shape().width() * 2 * int64_t{sizeof(kernels::f16_t)};
     stats.bytes += bytes.total();
     stats.bytes_f16 += layer(i).n_tokens() * f16_a_token;
-    if (profile_.layer_is_dense(i, n_layer())) continue;
+    if (!compressed_[static_cast<size_t>(i)]) continue;
     ++stats.n_layer_compressed;
     stats.bytes_compressed_layers += bytes.total();
     stats.bytes_f16_compressed_layers += layer(i).n_tokens() * f16_a_token;
@@ -164,9 +161,10 @@ int64_t kv_bytes_estimate(std::span<const KvLayerSpec> layers, const KvProfile& 
   const auto n_layer = static_cast<int64_t>(layers.size());
   int64_t total = 0;
   for (int64_t i = 0; i < n_layer; ++i) {
-    const KvFamily& family = family_of_layer(profile, i, n_layer);
-    const AttentionShape& shape = layers[static_cast<size_t>(i)].shape;
-    total += family.bytes(profile, shape, count_tokens(family, profile, shape.width(), n_tokens, n_exact));
+    const KvLayerSpec& layer = layers[static_cast<size_t>(i)];
+    const KvFamily& family = family_of(profile, layer, i, n_layer);
+    total +=
+        family.bytes(profile, layer, count_tokens(family, profile, layer.shape.width(), n_tokens, n_exact));
   }
   return total;
 }

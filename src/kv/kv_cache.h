@@ -44,6 +44,7 @@ class KvCache {
   KvProfile profile_;
   bool segmented_ = false;
   std::vector<std::unique_ptr<KvLayer>> layers_;
+  std::vector<bool> compressed_;  ///< a layer: it encodes what leaves its recent tokens
 };
 
 /// First tokens of a cache with segments that are exact until their end is sealed: n_sink and 2,048, or as

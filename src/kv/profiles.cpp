@@ -10,6 +10,11 @@ const KvFamily& family_of(KvKind kind) {
   return f16_family;
 }
 
+const KvFamily& family_of(const KvProfile& profile, const KvLayerSpec& layer, int64_t i, int64_t n_layer) {
+  if (layer.window > 0) return ring_family;
+  return family_of(profile.layer_is_dense(i, n_layer) ? KvKind::f16 : profile.kind);
+}
+
 int64_t exact_bytes(int64_t n, const AttentionShape& shape, int64_t block) {
   return ceil_div(n, block) * block * shape.width() * 2 * int64_t{sizeof(kernels::f16_t)};
 }

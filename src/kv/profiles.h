@@ -18,6 +18,7 @@ namespace narrows {
 struct KvLayerSpec {
   AttentionShape shape;
   const kernels::RopeTable* rope = nullptr;  ///< outlives the cache; null where only bytes are asked for
+  int64_t window = 0;                        ///< a query sees this many tokens, itself included; 0: all
 };
 
 /// A layer that is to be made.
@@ -37,7 +38,8 @@ struct KvCounts {
   int64_t sinks = 0;
   int64_t in_pages = 0;
   int64_t recent = 0;
-  bool encodes = false;  ///< it has what it encodes with
+  bool encodes = false;    ///< it has what it encodes with
+  bool segmented = false;  ///< see KvCache::create()
 };
 
 struct KvFamily {
@@ -50,15 +52,19 @@ struct KvFamily {
   /// May throw std::bad_alloc. invalid_file: the basis does not fit.
   Result<std::unique_ptr<KvLayer>> (*make)(const KvOrder& order);
   /// What a layer takes that holds so many tokens, by its layout; klt: at most.
-  int64_t (*bytes)(const KvProfile& profile, const AttentionShape& shape, const KvCounts& counts);
+  int64_t (*bytes)(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts);
 };
 
+/// The family that keeps layer i of a model's n_layer: that of the profile, an exact one where the profile
+/// leaves a layer dense, or the ring of a window.
+const KvFamily& family_of(const KvProfile& profile, const KvLayerSpec& layer, int64_t i, int64_t n_layer);
 const KvFamily& family_of(KvKind kind);
 
 extern const KvFamily f16_family;
 extern const KvFamily kivi_family;
 extern const KvFamily klt_family;
 extern const KvFamily sals_family;
+extern const KvFamily ring_family;
 
 /// Bytes of n exact tokens in blocks of so many.
 int64_t exact_bytes(int64_t n, const AttentionShape& shape, int64_t block);

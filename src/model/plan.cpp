@@ -26,11 +26,14 @@ Plan make_plan(const ModelWeights& weights) {
     l.project = project(norm(w.attn_norm), std::move(qkv));
     l.mix = {spec.layer(i).attention, norm(w.q_norm), norm(w.k_norm)};
     l.out = {&w.wo, w.bo};
+    l.out_norm = norm(w.attn_post_norm);
     std::vector<LinearOp> gate_up = {{&w.gate_up, nullptr}};
     if (!w.gate_up) gate_up = {{&w.gate, w.b_gate}, {&w.up, w.b_up}};
     l.ffn = project(norm(w.ffn_norm), std::move(gate_up));
     l.n_ff = spec.layer(i).ffn.n_ff;
+    l.activation = spec.layer(i).ffn.activation;
     l.down = {&w.down, w.b_down};
+    l.down_norm = norm(w.ffn_post_norm);
     plan.layers.push_back(std::move(l));
   }
   plan.output = {norm(weights.output_norm()), {&weights.output(), weights.output_bias()}};

@@ -3,9 +3,9 @@
 //
 //   project   q, k, v = W norm(x) + b
 //   mix       attention over the cache, q and k normed and rotated before; what it gives is `out`'s input
-//   out       x += W mixed + b
-//   ffn       act = silu(gate) * up of W norm(x) + b
-//   down      x += W act + b
+//   out       x += norm(W mixed + b), or without a norm
+//   ffn       act = activation(gate) * up of W norm(x) + b
+//   down      x += norm(W act + b), or without a norm
 //
 // and the logits are W norm(x) + b. An executor (exec/executor.h) maps a stage to whatever its device does
 // best.
@@ -49,8 +49,11 @@ struct LayerPlan {
   ProjectStage project;  ///< q, k, v
   MixStage mix;
   LinearOp out;
+  NormOp out_norm;   ///< null: none
   ProjectStage ffn;  ///< gate, up: one matrix of both or two
+  Activation activation = Activation::silu;
   LinearOp down;
+  NormOp down_norm;  ///< null: none
   int64_t n_ff = 0;
 };
 

@@ -20,19 +20,24 @@ struct AttentionSpec {
   float scale = 0;       ///< on q.k
   int64_t rope = 0;      ///< index into ModelSpec::ropes
   bool qk_norm = false;  ///< RMS norm of each head's q and k before RoPE
+  int64_t window = 0;    ///< a query sees this many tokens, itself the last of them; 0: all before it
 
   int64_t width_q() const { return n_head * head_dim; }
   int64_t width_kv() const { return n_head_kv * head_dim; }
 };
 
-/// Gated feed-forward: down (silu(gate x) * up x).
+enum class Activation { silu, gelu };  ///< gelu: its tanh form
+
+/// Gated feed-forward: down (activation(gate x) * up x).
 struct FfnSpec {
   int64_t n_ff = 0;
+  Activation activation = Activation::silu;
 };
 
 struct LayerSpec {
   AttentionSpec attention;
   FfnSpec ffn;
+  bool post_norms = false;  ///< what attention and the feed-forward give is normed before it is added
 };
 
 struct ModelSpec {
@@ -42,6 +47,7 @@ struct ModelSpec {
   int64_t n_vocab = 0;
   int64_t n_ctx_train = 0;
   float rms_eps = 0;
+  float embedding_scale = 1;
   /// The file rotates neighbours (2i, 2i + 1): rows of q and k are reordered at load, see model/weights.h.
   bool rope_neighbours = false;
   std::vector<kernels::RopeParams> ropes;  ///< freq_factors are filled in by the weight loader

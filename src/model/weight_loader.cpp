@@ -130,6 +130,7 @@ class WeightLoader {
     }
     matrix(&l.wo, take(p + "attn_output.weight", d_q, spec_.n_embd));
     vector(&l.bo, p + "attn_output.bias", spec_.n_embd, true);
+    if (spec_.layer(i).post_norms) vector(&l.attn_post_norm, p + "post_attention_norm.weight", spec_.n_embd);
   }
 
   void declare_ffn(int64_t i, LayerWeights& l) {
@@ -152,6 +153,7 @@ class WeightLoader {
     }
     matrix(&l.down, take(p + "ffn_down.weight", n_ff, spec_.n_embd));
     vector(&l.b_down, p + "ffn_down.bias", spec_.n_embd, true);
+    if (spec_.layer(i).post_norms) vector(&l.ffn_post_norm, p + "post_ffw_norm.weight", spec_.n_embd);
   }
 
   void declare() {

@@ -22,7 +22,11 @@ Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
     }
     if (Status s = file_.read(embedding_.offset + tokens[i] * row_bytes, row_bytes, row.data()); !s.ok())
       return s;
-    to_float(embedding_.type, row.data(), out + static_cast<int64_t>(i) * spec_.n_embd, spec_.n_embd);
+    float* x = out + static_cast<int64_t>(i) * spec_.n_embd;
+    to_float(embedding_.type, row.data(), x, spec_.n_embd);
+    if (spec_.embedding_scale != 1) {
+      for (int64_t c = 0; c < spec_.n_embd; ++c) x[c] *= spec_.embedding_scale;
+    }
   }
   return file_.unchanged();
 }

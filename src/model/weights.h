@@ -32,13 +32,15 @@ struct LayerWeights {
   const float* k_norm = nullptr;
   Matrix wo;  ///< [n_embd, width_q]
   const float* bo = nullptr;
-  const float* ffn_norm = nullptr;  ///< [n_embd]
-  Matrix gate_up;                   ///< [2 n_ff, n_embd], or empty and the two below
+  const float* attn_post_norm = nullptr;  ///< [n_embd]
+  const float* ffn_norm = nullptr;        ///< [n_embd]
+  Matrix gate_up;                         ///< [2 n_ff, n_embd], or empty and the two below
   Matrix gate, up;
   const float* b_gate = nullptr;
   const float* b_up = nullptr;
   Matrix down;  ///< [n_embd, n_ff]
   const float* b_down = nullptr;
+  const float* ffn_post_norm = nullptr;  ///< [n_embd]
 
   /// All that it has.
   std::vector<const Matrix*> matrices() const;
@@ -60,10 +62,10 @@ class ModelWeights {
   const Matrix& output() const { return output_; }           ///< [n_vocab, n_embd]
   const float* output_bias() const { return output_bias_; }  ///< [n_vocab] or null
 
-  /// Embedding rows of tokens, out [n, n_embd]. Rows are read from the file each time: the table is the
-  /// largest tensor of small models and a token needs one row of it. io_error if the file has been written to
-  /// since it was loaded: its rows are not those of the weights then;
-  /// invalid_argument for a token outside the vocabulary. Thread-safe.
+  /// Embedding rows of tokens, times embedding_scale, out [n, n_embd]. Rows are read from the file each time:
+  /// the table is the largest tensor of small models and a token needs one row of it. io_error if the file
+  /// has been written to since it was loaded: its rows are not those of the weights then; invalid_argument
+  /// for a token outside the vocabulary. Thread-safe.
   Status embed(std::span<const Token> tokens, float* out) const;
 
   /// What load() took its weights from.

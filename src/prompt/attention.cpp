@@ -74,20 +74,22 @@ void PromptAttention::pack(int64_t head_kv, int64_t t, const float* k, const flo
                tile(head_kv, t));
 }
 
-void PromptAttention::start(const float* q, int64_t n, int64_t first, float* out) {
+void PromptAttention::start(const float* q, int64_t n, int64_t first, int64_t window, float* out) {
   q_ = q;
   n_ = n;
   first_ = first;
+  window_ = window;
   out_ = out;
-  sparse_ = is_sparse(n, first);
+  sparse_ = is_sparse(n, first, window);
   next_task_ = next_choice_ = 0;
   non_finite_ = false;
 }
 
-bool PromptAttention::is_sparse(int64_t n, int64_t first) const {
+bool PromptAttention::is_sparse(int64_t n, int64_t first, int64_t window) const {
   // Below, and for the last rows of a prompt, looking costs what it could save.
   constexpr int64_t kDenseTiles = 8;
-  return mass_ < 1 && n >= kQueryRows && n <= kMaxBlocks * kQueryRows && first >= kDenseTiles * kPrefillTile;
+  return mass_ < 1 && window == 0 && n >= kQueryRows && n <= kMaxBlocks * kQueryRows &&
+         first >= kDenseTiles * kPrefillTile;
 }
 
 kernels::PrefillRows PromptAttention::rows_of(int64_t head, int64_t row, int ith) {
@@ -99,6 +101,7 @@ kernels::PrefillRows PromptAttention::rows_of(int64_t head, int64_t row, int ith
   rows.tiles = tile(head / (sizes_.n_head / sizes_.n_head_kv), 0);
   rows.end = first_ + n_;
   rows.first = first_ + row;
+  rows.window = window_;
   rows.scale = sizes_.scale;
   rows.scratch = scratch_[static_cast<size_t>(ith)].data();
   return rows;

@@ -46,12 +46,14 @@ class PromptAttention {
   /// Packs tokens [tile * kPrefillTile, .. + n) of one KV head: k rotated, v, both rows of all heads [n, D].
   void pack(int64_t head_kv, int64_t tile, const float* k, const float* v, int64_t n);
 
-  /// Prepares run() for n query rows q [n, n_head * head_dim], rotated, at positions first ..; all keys up to
-  /// the last one's are packed. out [n, n_head * head_dim].
-  void start(const float* q, int64_t n, int64_t first, float* out);
-  /// True if some of n rows from position first on may leave tiles out; then choose() comes before run(). A
-  /// sparse call has kMaxBlocks * kQueryRows (512) rows at most: more are dense.
-  bool is_sparse(int64_t n, int64_t first) const;
+  /// Prepares run() for n query rows q [n, n_head * head_dim], rotated, at positions first ..; all keys that
+  /// they see are packed. window: tokens that a row sees, itself included; 0: all. out [n, n_head *
+  /// head_dim].
+  void start(const float* q, int64_t n, int64_t first, int64_t window, float* out);
+  /// True if some of n rows from position first on may leave tiles out, which those with a window do not;
+  /// then choose() comes before run(). A sparse call has kMaxBlocks * kQueryRows (512) rows at most: more are
+  /// dense.
+  bool is_sparse(int64_t n, int64_t first, int64_t window) const;
   /// Called once by each thread ith < n_threads after start(): every kSampleStep-th row looks at all tiles,
   /// and each block of kQueryRows rows of a head takes those that its sample looks at most.
   void choose(int ith);
@@ -90,6 +92,7 @@ class PromptAttention {
   const float* q_ = nullptr;
   int64_t n_ = 0;
   int64_t first_ = 0;
+  int64_t window_ = 0;
   float* out_ = nullptr;
   bool sparse_ = false;  ///< the rows since start() leave tiles out
   std::atomic<int64_t> next_task_{0};

@@ -103,10 +103,10 @@ class Prefill::ChunkMixer final : public Mixer {
     PromptAttention& attention = *b_.attention;
     const int64_t attending = n_ - attend_from_, position = b_.position(first_ + attend_from_);
     if (team.ith() == 0)
-      attention.start(b_.q.data() + attend_from_ * a.width_q(), attending, position,
+      attention.start(b_.q.data() + attend_from_ * a.width_q(), attending, position, a.window,
                       rows.out + attend_from_ * rows.ldo);
     team.barrier();
-    if (attention.is_sparse(attending, position)) stage([&] { attention.choose(team.ith()); });
+    if (attention.is_sparse(attending, position, a.window)) stage([&] { attention.choose(team.ith()); });
     stage([&] { attention.run(team.ith()); });
   }
 
@@ -250,10 +250,12 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
   return status;
 }
 
-/// Tokens [from, to) of the cache into tiles: whole ones are packed; what is left waits for the next chunk.
+/// Tokens [from, to) of the cache, as far as a query at `to` or later sees them, into tiles: whole ones are
+/// packed; what is left waits for the next chunk.
 void Prefill::pack_past(int64_t from, int64_t to) {
   LayerBuffers& b = *buffers_;
-  const int64_t width = attention().width_kv();
+  const int64_t width = attention().width_kv(), window = attention().window;
+  if (window > 0) from = std::max(from, to + 1 - window);
   for (int64_t at = from / kPrefillTile * kPrefillTile; at < to; at += kPrefillTile) {
     const int64_t n = std::min(kPrefillTile, to - at);
     if (n < kPrefillTile)

@@ -71,9 +71,12 @@ struct Fixture {
   std::span<const Token> rest() const { return std::span(tokens).subspan(kPrompt); }
 };
 
-/// float32's share, see above; measured at a fifth of it.
+/// float32's share, see above; measured at a fifth of it. ggml takes gelu from a table of halves: measured
+/// 2^-10.4 of the deviation, and float32's share as ever with a geglu of ours that rounds in the same places
+/// (tests/exec/executor_test.cpp compares ours with double).
 double float_tolerance(const Fixture& f, int64_t position) {
-  return std::ldexp(1.0, -24) * static_cast<double>(16 + position) * 4 * f.deviation;
+  const double halves = f.c.model.architecture == "gemma3" ? std::ldexp(1.0, -9) : 0;
+  return (std::ldexp(1.0, -24) * static_cast<double>(16 + position) * 4 + halves) * f.deviation;
 }
 
 /// One fixture at a time: cases run one after another.

@@ -61,10 +61,11 @@ TEST(Peer, NamesTheFileThatItRefusesAndItsOwnReason) {
   const TempDir dir;
   const Status none = status_of(LlamaPeer::create(dir.path("none.gguf"), {64, 1, false}));
   expect_refusal(none, StatusCode::invalid_file, {dir.path("none.gguf")});
-  const Status text =
-      status_of(LlamaPeer::create(dir.file("text.gguf", "no model, but long enough to look at"), {64, 1, false}));
+  const Status text = status_of(
+      LlamaPeer::create(dir.file("text.gguf", "no model, but long enough to look at"), {64, 1, false}));
   expect_refusal(text, StatusCode::invalid_file, {dir.path("text.gguf")});
-  EXPECT_EQ(text.message().find("none.gguf"), std::string::npos) << "the reason of the file before: " << text.message();
+  EXPECT_EQ(text.message().find("none.gguf"), std::string::npos)
+      << "the reason of the file before: " << text.message();
 }
 
 // libllama runs no such RoPE and asserts: that must not end our process.
@@ -72,8 +73,9 @@ TEST(Peer, WhatLibllamaAssertsIsAnError) {
   TinyModel half;
   half.architecture = "qwen2";
   half.n_rot = 8;
-  const LoadedTiny tiny(half);   // ours runs it
-  expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1, false})), StatusCode::unsupported, {tiny.path, "n_rot"});
+  const LoadedTiny tiny(half);  // ours runs it
+  expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1, false})), StatusCode::unsupported,
+                 {tiny.path, "n_rot"});
 }
 
 }  // namespace

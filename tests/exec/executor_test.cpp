@@ -80,12 +80,19 @@ Doubles layer_in_double(const LayerPlan& layer, Doubles x) {
   };
   Doubles q = project(layer.project, x);
   q.resize(static_cast<size_t>(layer.mix.attention.width_q()));
-  add(product(layer.out, q));
+  const auto post = [](const NormOp& norm, const Doubles& y) { return norm.weight ? normed(norm, y) : y; };
+  add(post(layer.out_norm, product(layer.out, q)));
   const Doubles gate_up = project(layer.ffn, x);
   const auto n_ff = static_cast<size_t>(layer.n_ff);
   Doubles act(n_ff);
-  for (size_t i = 0; i < n_ff; ++i) act[i] = gate_up[i] / (1 + std::exp(-gate_up[i])) * gate_up[n_ff + i];
-  add(product(layer.down, act));
+  for (size_t i = 0; i < n_ff; ++i) {
+    const double g = gate_up[i];
+    const double activated = layer.activation == Activation::silu
+                                 ? g / (1 + std::exp(-g))
+                                 : g / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+    act[i] = activated * gate_up[n_ff + i];
+  }
+  add(post(layer.down_norm, product(layer.down, act)));
   return x;
 }
 

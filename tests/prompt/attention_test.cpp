@@ -66,7 +66,7 @@ TEST(PromptAttention, EveryHeadAndRowWhateverTheThreads) {
     std::vector<float> out(x.q.size());
     for (const auto& [from, to] : {std::pair<int64_t, int64_t>{0, 256}, {256, kTokens}}) {
       pack_all(attention, sizes, x, from, to);
-      attention.start(x.q.data() + from * ld, to - from, from, out.data() + from * ld);
+      attention.start(x.q.data() + from * ld, to - from, from, 0, out.data() + from * ld);
       std::vector<std::thread> threads;
       for (int i = 0; i < n_threads; ++i) threads.emplace_back([&attention, i] { attention.run(i); });
       for (std::thread& t : threads) t.join();
@@ -112,9 +112,9 @@ TEST(PromptAttention, SparseRowsReadTheTilesThatMatter) {
     PromptAttention attention(kernels::PrefillKind::f32, sizes, 2000, n_threads, 0.999);
     ASSERT_TRUE(attention.ok());
     pack_all(attention, sizes, x, 0, 2000);
-    ASSERT_TRUE(attention.is_sparse(2000 - from, from));
+    ASSERT_TRUE(attention.is_sparse(2000 - from, from, 0));
     std::vector<float> out(x.q.size());
-    attention.start(x.q.data() + from * ld, 2000 - from, from, out.data() + from * ld);
+    attention.start(x.q.data() + from * ld, 2000 - from, from, 0, out.data() + from * ld);
     for (const bool choosing : {true, false}) {
       std::vector<std::thread> threads;
       for (int i = 0; i < n_threads; ++i)
@@ -136,12 +136,13 @@ TEST(PromptAttention, SparseRowsReadTheTilesThatMatter) {
 TEST(PromptAttention, ShortPromptsAndFewRowsAreDense) {
   const AttentionSizes sizes{6, 2, 16, 0.25F};
   const PromptAttention sparse(kernels::PrefillKind::f32, sizes, 4096, 1, 0.9);
-  EXPECT_FALSE(sparse.is_sparse(512, 512));
-  EXPECT_TRUE(sparse.is_sparse(512, 2048));
-  EXPECT_FALSE(sparse.is_sparse(1, 2048));
-  EXPECT_FALSE(sparse.is_sparse(513, 2048)) << "more rows than a sample has room for";
+  EXPECT_FALSE(sparse.is_sparse(512, 512, 0));
+  EXPECT_TRUE(sparse.is_sparse(512, 2048, 0));
+  EXPECT_FALSE(sparse.is_sparse(512, 2048, 1024)) << "a window is short";
+  EXPECT_FALSE(sparse.is_sparse(1, 2048, 0));
+  EXPECT_FALSE(sparse.is_sparse(513, 2048, 0)) << "more rows than a sample has room for";
   const PromptAttention dense(kernels::PrefillKind::f32, sizes, 4096, 1);
-  EXPECT_FALSE(dense.is_sparse(512, 2048));
+  EXPECT_FALSE(dense.is_sparse(512, 2048, 0));
 }
 
 TEST(PromptAttention, SparsePromptsOfModels) {

@@ -45,6 +45,7 @@ struct SessionSetup {
   std::string basis_path = {};
   /// Most tests are about what else happens, against libllama, which rounds the same factors.
   PromptOptions prompt = {PrefillProducts::int8, PrefillAttention::f32};
+  bool segments = false;
 };
 
 inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>& model,
@@ -55,6 +56,7 @@ inline std::unique_ptr<Session> make_session(const std::shared_ptr<const Model>&
   options.n_ctx = setup.n_ctx;
   options.basis_path = setup.basis_path;
   options.prompt = setup.prompt;
+  options.segments = setup.segments;
   auto session = Session::create(model, options);
   if (!session.ok()) {
     ADD_FAILURE() << session.status().message();

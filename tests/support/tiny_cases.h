@@ -77,6 +77,21 @@ inline std::vector<TinyCase> float_cases() {
     m.rope_factor = 2;
     m.tied_output = true;
   });
+  TinyModel gemma3;
+  gemma3.architecture = "gemma3";
+  gemma3.head_dim = 32;
+  gemma3.n_layer = 4;
+  gemma3.freq_base = 1e6;
+  gemma3.window = 24;  // layers 0, 1 and 3; layer 2 sees all
+  gemma3.window_period = 3;
+  gemma3.tied_output = true;
+  add("gemma3", gemma3, [](TinyModel&) {});
+  add("gemma3_long_window", gemma3, [](TinyModel& m) { m.window = 100; });
+  add("gemma3_linear", gemma3, [](TinyModel& m) {  // of the layers that see all, alone
+    m.rope_scaling = "linear";
+    m.rope_factor = 4;
+  });
+  add("gemma3_no_window", gemma3, [](TinyModel& m) { m.window = m.window_period = 0; });
   return all;
 }
 

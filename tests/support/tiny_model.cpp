@@ -105,11 +105,15 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   if (bias) draw.vector(p + "attn_q.bias", d_q, 0, 0.5);
   if (bias) draw.vector(p + "attn_k.bias", m.width(), 0, 2);  // Qwen2's key biases are large
   if (bias) draw.vector(p + "attn_v.bias", m.width(), 0, 0.5);
-  if (m.architecture == "qwen3") {
+  if (m.architecture == "qwen3" || m.architecture == "gemma3") {
     draw.vector(p + "attn_q_norm.weight", m.head_dim, 1.5, 0.3);
     draw.vector(p + "attn_k_norm.weight", m.head_dim, 1.5, 0.3);
   }
   draw.matrix(p + "attn_output.weight", d_q, m.n_embd, by_width(1, d_q));
+  if (m.architecture == "gemma3") {
+    draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
+    draw.vector(p + "post_ffw_norm.weight", m.n_embd, 1, 0.2);
+  }
   draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
   draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_up.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
@@ -151,6 +155,8 @@ Gguf metadata_of(const TinyModel& m) {
     gguf_set_val_str(file.get(), key("rope.scaling.type").c_str(), m.rope_scaling.c_str());
   if (m.rope_factor > 0) real("rope.scaling.factor", m.rope_factor);
   if (m.n_ctx_orig > 0) count("rope.scaling.original_context_length", m.n_ctx_orig);
+  if (m.window > 0) count("attention.sliding_window", m.window);
+  if (m.window_period > 0) count("attention.sliding_window_pattern", m.window_period);
   if (m.attention_scale > 0) real("attention.scale", m.attention_scale);
   if (m.edit_metadata) m.edit_metadata(file.get());
   return file;

@@ -52,6 +52,8 @@ struct TinyModel {
   int64_t n_ctx_orig = 0;           ///< 0: not in the file
   std::vector<float> rope_factors;  ///< rope_freqs.weight
   double attention_scale = 0;       ///< 0: not in the file
+  int64_t window = 0;               ///< attention.sliding_window; 0: not in the file
+  int64_t window_period = 0;        ///< a layer in so many sees all; 0: not in the file
 
   int64_t key_rank = 0;  ///< > 0: every layer's K weight has this rank (over all KV heads)
 

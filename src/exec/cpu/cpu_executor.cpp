@@ -46,14 +46,25 @@ void add_bias(const float* bias, int64_t n, float* y) {
   for (int64_t i = 0; bias != nullptr && i < n; ++i) y[i] += bias[i];
 }
 
+/// x [n] += norm(y); y is written over.
+void add_normed(const NormOp& norm, int64_t n, float* y, float* x) {
+  kernels::ops().rms_norm(y, norm.weight, n, norm.eps, y);
+  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+auto gated_by(Activation activation) {
+  return activation == Activation::gelu ? kernels::ops().geglu : kernels::ops().swiglu;
+}
+
 }  // namespace
 
 CpuExecutor::Widths CpuExecutor::widths_of(const ModelSpec& spec, const Plan& plan) {
-  Widths w = {spec.n_embd, 0, 0, 0, 0, spec.n_embd};
+  Widths w = {spec.n_embd, 0, 0, 0, 0, spec.n_embd, 0};
   for (const LayerPlan& l : plan.layers) {
     w.qkv = std::max(w.qkv, l.project.n_out);
     w.q = std::max(w.q, l.mix.attention.width_q());
     w.ff = std::max(w.ff, l.n_ff);
+    if (l.out_norm.weight != nullptr || l.down_norm.weight != nullptr) w.added = spec.n_embd;
     w.wide = std::max({w.wide, l.ffn.n_out, l.project.n_out, spec.n_embd});
   }
   w.input = std::max({w.embd, w.q, w.ff});
@@ -102,7 +113,8 @@ Status CpuExecutor::reserve(int64_t n, bool loaded) {
     loaded_rows_ = std::max(loaded_rows_, n);
   } else if (n > rows_) {
     gate_up_ = AlignedArray<float>(2 * n * width_.ff);
-    bool ok = gate_up_.ok();
+    added_ = AlignedArray<float>(n * width_.added);
+    bool ok = gate_up_.ok() && added_.ok();
     if (n > kFewRows) {
       normed_ = AlignedArray<float>(n * width_.embd);
       ok = ok && normed_.ok() && bytes_.reserve(n, width_.input);
@@ -117,7 +129,7 @@ void CpuExecutor::shrink() {
   loaded_.reset();
   if (std::max(rows_, loaded_rows_) <= kFewRows) return;
   rows_ = loaded_rows_ = 0;
-  for (AlignedArray<float>* a : {&qkv_, &mixed_, &gate_up_, &normed_}) *a = AlignedArray<float>();
+  for (AlignedArray<float>* a : {&qkv_, &mixed_, &gate_up_, &added_, &normed_}) *a = AlignedArray<float>();
   bytes_ = ByteInput();
   for (Worker& w : workers_) w = Worker();
 }
@@ -132,7 +144,7 @@ int64_t CpuExecutor::bytes_needed(const ModelSpec& spec, const Plan& plan, int64
     floats += n_threads * block * (w.wide + w.ff);
     for (const LayerPlan& l : plan.layers) bytes = std::max(bytes, LoadedLayer::bytes_needed(l, n_threads));
   } else {
-    floats += n * 2 * w.ff;
+    floats += n * (2 * w.ff + w.added);
     if (n > kFewRows) floats += n * (w.embd + w.input * 2 / 5);
   }
   return floats * static_cast<int64_t>(sizeof(float)) + bytes;
@@ -215,14 +227,26 @@ void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
   if (n == 0) return;
-  const Output out = {Linear(*layer.out.w), layer.out.bias, x, d, true};
-  multiply({&out, 1}, taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), t);
+  add_product(layer.out, layer.out_norm, taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), x,
+              t);
   finish_stage(RunStage::out, t);
   activate(layer, normed(layer.ffn.norm, layer.ffn.linears, from, t), t);
   finish_stage(RunStage::ffn, t);
-  const Output down = {Linear(*layer.down.w), layer.down.bias, x, d, true};
-  multiply({&down, 1}, taken(gate_up_.data(), layer.n_ff, n, layer.down, t), t);
+  add_product(layer.down, layer.down_norm, taken(gate_up_.data(), layer.n_ff, n, layer.down, t), x, t);
   finish_stage(RunStage::down, t);
+}
+
+/// x [in.n, n_embd] += norm(W in + b). A norm wants whole rows, which no thread has.
+void CpuExecutor::add_product(const LinearOp& linear, const NormOp& norm, const Input& in, float* x,
+                              Thread& t) {
+  const int64_t d = width_.embd;
+  const bool normed = norm.weight != nullptr;
+  const Output out = {Linear(*linear.w), linear.bias, normed ? added_.data() : x, d, !normed};
+  multiply({&out, 1}, in, t);
+  if (!normed) return;
+  t.barrier();
+  const Part mine = t.part(in.n);
+  for (int64_t r = mine.begin; r < mine.end; ++r) add_normed(norm, d, added_.data() + r * d, x + r * d);
 }
 
 /// Rows [first, first + m) of the residual stream, normed, into y.
@@ -313,6 +337,7 @@ void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
   const int64_t unit = std::max(gate.unit(), up.unit());
   const Part units = t.part(ceil_div(n_ff, unit));
   const int64_t begin = units.begin * unit, end = std::min(units.end * unit, n_ff);
+  const auto gated = gated_by(layer.activation);
   for (int64_t first = 0; first < in.n; first += kFewRows) {
     LinearInput& input = block_of(in, first, t);
     const int64_t n = input.n_row();
@@ -327,7 +352,7 @@ void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
     up.multiply(begin, end, input, u, n_ff, b_up != nullptr);
     for (int64_t r = 0; r < n; ++r) {
       float* at = g + r * n_ff + begin;
-      kernels::ops().swiglu(at, u + r * n_ff + begin, end - begin, at);
+      gated(at, u + r * n_ff + begin, end - begin, at);
     }
   }
 }
@@ -370,16 +395,20 @@ Status CpuExecutor::finish_rows(const LayerPlan& layer, int64_t first, int64_t m
   const int64_t d = width_.embd, n_ff = layer.n_ff, width_q = layer.mix.attention.width_q();
   Worker& w = t.worker;
   float* const x = run_->x + first * d;
-  const auto add = [&](const LinearOp& linear, const float* from) -> Status {
+  const auto add = [&](const LinearOp& linear, const NormOp& norm, const float* from) -> Status {
     if (Status s = loaded_->multiply(*linear.w, from, m, w.wide.data(), t.ith()); !s.ok()) return s;
     for (int64_t r = 0; r < m; ++r) {
       float* y = w.wide.data() + r * d;
       add_bias(linear.bias, d, y);
-      for (int64_t i = 0; i < d; ++i) x[r * d + i] += y[i];
+      if (norm.weight != nullptr) {
+        add_normed(norm, d, y, x + r * d);
+      } else {
+        for (int64_t i = 0; i < d; ++i) x[r * d + i] += y[i];
+      }
     }
     return {};
   };
-  if (Status s = add(layer.out, mixed_.data() + first * width_q); !s.ok()) return s;
+  if (Status s = add(layer.out, layer.out_norm, mixed_.data() + first * width_q); !s.ok()) return s;
   norm_rows(layer.ffn.norm, first, m, w.norm.data());
   // Gate and up: rows of one matrix's outputs, or one matrix's after the other's.
   const bool joined = layer.ffn.linears.size() == 1;
@@ -392,9 +421,9 @@ Status CpuExecutor::finish_rows(const LayerPlan& layer, int64_t first, int64_t m
   const int64_t ld = joined ? 2 * n_ff : n_ff;
   const float* gate = w.wide.data();
   const float* up = gate + (joined ? n_ff : m * n_ff);
-  for (int64_t r = 0; r < m; ++r)
-    kernels::ops().swiglu(gate + r * ld, up + r * ld, n_ff, w.act.data() + r * n_ff);
-  return add(layer.down, w.act.data());
+  const auto gated = gated_by(layer.activation);
+  for (int64_t r = 0; r < m; ++r) gated(gate + r * ld, up + r * ld, n_ff, w.act.data() + r * n_ff);
+  return add(layer.down, layer.down_norm, w.act.data());
 }
 
 void CpuExecutor::finish_stage(RunStage stage, Thread& t) {

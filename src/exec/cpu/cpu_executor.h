@@ -49,6 +49,7 @@ class CpuExecutor final : public Executor {
   /// Sizes of the largest layer.
   struct Widths {
     int64_t embd, qkv, q, ff, wide, input;  ///< wide: outputs of a product, input: its inputs
+    int64_t added;                          ///< embd if a layer norms what it adds, else 0
   };
   /// What one thread works in.
   struct Worker {
@@ -87,6 +88,7 @@ class CpuExecutor final : public Executor {
   Input taken(const float* x, int64_t ld, int64_t n, const LinearOp& linear, Thread& t);
   LinearInput& block_of(const Input& in, int64_t first, Thread& t);
   void multiply(std::span<const Output> outputs, const Input& in, Thread& t);
+  void add_product(const LinearOp& linear, const NormOp& norm, const Input& in, float* x, Thread& t);
   void activate(const LayerPlan& layer, const Input& in, Thread& t);
   void norm_rows(const NormOp& norm, int64_t first, int64_t m, float* y) const;
   Status project_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
@@ -104,6 +106,7 @@ class CpuExecutor final : public Executor {
   AlignedArray<float> qkv_;      ///< [rows, width_.qkv]
   AlignedArray<float> mixed_;    ///< [rows, width_.q]
   AlignedArray<float> gate_up_;  ///< [2][rows, width_.ff]; the first becomes the activation
+  AlignedArray<float> added_;    ///< [rows, width_.added] that are normed before they are added to x
   AlignedArray<float> normed_;   ///< [rows, n_embd], if rows are many
   ByteInput bytes_;              ///< the same, of any input
 

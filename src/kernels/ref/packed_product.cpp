@@ -77,4 +77,12 @@ void swiglu(const float* gate, const float* up, int64_t n, float* y) {
     y[i] = static_cast<float>(gate[i] / (1 + std::exp(-double{gate[i]})) * up[i]);
 }
 
+void geglu(const float* gate, const float* up, int64_t n, float* y) {
+  constexpr double kFactor = 1.5957691216057308;  // 2 sqrt(2 / pi)
+  for (int64_t i = 0; i < n; ++i) {
+    const double g = gate[i];
+    y[i] = static_cast<float>(g / (1 + std::exp(-kFactor * (g + 0.044715 * g * g * g))) * up[i]);
+  }
+}
+
 }  // namespace narrows::kernels::ref

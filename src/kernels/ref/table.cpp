@@ -41,6 +41,7 @@ const Ops kTable = {
     .unpack_tile = unpack_tile,
     .rms_norm = rms_norm,
     .swiglu = swiglu,
+    .geglu = geglu,
 };
 
 }  // namespace narrows::kernels::ref

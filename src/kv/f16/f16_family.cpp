@@ -10,8 +10,8 @@ const KvFamily f16_family = {
     .make = [](const KvOrder& order) -> Result<std::unique_ptr<KvLayer>> {
       return std::unique_ptr<KvLayer>(std::make_unique<F16Layer>(order.spec.shape, order.spec.rope));
     },
-    .bytes = [](const KvProfile&, const AttentionShape& shape,
-                const KvCounts& counts) { return exact_bytes(counts.n, shape, kDenseBlock); },
+    .bytes = [](const KvProfile&, const KvLayerSpec& layer,
+                const KvCounts& counts) { return exact_bytes(counts.n, layer.shape, kDenseBlock); },
 };
 
 }  // namespace narrows

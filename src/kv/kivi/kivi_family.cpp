@@ -21,7 +21,8 @@ const KvFamily kivi_family = {
           std::make_unique<KiviLayer>(shape, order.spec.rope, order.plan, layout_of(order.profile, shape)));
     },
     .bytes =
-        [](const KvProfile& profile, const AttentionShape& shape, const KvCounts& counts) {
+        [](const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts) {
+          const AttentionShape& shape = layer.shape;
           return window_bytes(counts, 0, shape) +
                  ceil_div(counts.in_pages, kPageTokens) * layout_of(profile, shape).bytes();
         },

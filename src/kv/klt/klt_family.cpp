@@ -63,7 +63,8 @@ KltBytes klt_bytes(const KvProfile& profile, const AttentionShape& shape) {
   return bytes;
 }
 
-int64_t bytes(const KvProfile& profile, const AttentionShape& shape, const KvCounts& counts) {
+int64_t bytes(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts) {
+  const AttentionShape& shape = layer.shape;
   const KltBytes parts = klt_bytes(profile, shape);
   const int64_t n_page = ceil_div(counts.in_pages, kPageTokens);
   // Rows and lists of seven words a token.

@@ -37,7 +37,8 @@ Result<std::unique_ptr<KvLayer>> make(const KvOrder& order) {
                                                               order.profile, layout, std::move(*basis)));
 }
 
-int64_t bytes(const KvProfile& profile, const AttentionShape& shape, const KvCounts& counts) {
+int64_t bytes(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts) {
+  const AttentionShape& shape = layer.shape;
   const SalsLayout layout = layout_of(profile, shape);
   const int64_t basis = counts.encodes ? layout.width * layout.rank * int64_t{sizeof(float)} : 0;
   return window_bytes(counts, 0, shape) + ceil_div(counts.in_pages, kPageTokens) * layout.bytes() + basis;

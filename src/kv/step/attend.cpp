@@ -66,15 +66,17 @@ bool open_slice(const AttentionShape& shape, StepScratch& scratch, int i, bool h
 
 void attend_exact(const AttentionShape& shape, const ExactBlocks& exact, Part blocks,
                   StepScratch::Thread& thread) {
-  const int64_t n_first = exact.first->n_block();
+  const int64_t n_skipped = exact.n_skipped(), n_first = exact.first->n_block() - n_skipped;
   for (int64_t i = blocks.begin; i < blocks.end; ++i) {
     const ExactStore& store = i < n_first ? *exact.first : *exact.second;
-    const int64_t b = i < n_first ? i : i - n_first;
+    const int64_t b = i < n_first ? i + n_skipped : i - n_first;
+    const int64_t from = i == 0 ? exact.unseen % exact.first->layout().block : 0;
     for (int64_t h = 0; h < shape.n_head_kv; ++h) {
       const int64_t head = h * shape.group();
       kernels::ops().attend_f16(thread.q.data() + head * shape.head_dim, shape.group(), shape.head_dim,
-                                store.key_t(b, h), store.layout().block, store.value(b, h), shape.head_dim,
-                                store.block_tokens(b), thread.slice->rows(head, shape.head_dim));
+                                store.key_t(b, h) + from, store.layout().block,
+                                store.value(b, h) + from * shape.head_dim, shape.head_dim,
+                                store.block_tokens(b) - from, thread.slice->rows(head, shape.head_dim));
     }
   }
 }

@@ -32,11 +32,14 @@ void rotate_query(const AttentionShape& shape, const kernels::RopeTable& rope, c
 bool open_slice(const AttentionShape& shape, StepScratch& scratch, int i, bool has_tokens,
                 StepScratch::Thread& thread);
 
-/// Exact blocks of a layer in order: those of `first`, then those of `second` (may be null).
+/// Exact blocks of a layer in order: those of `first` from its token `unseen` on, then those of `second` (may
+/// be null).
 struct ExactBlocks {
   const ExactStore* first = nullptr;
   const ExactStore* second = nullptr;
-  int64_t n_block() const { return first->n_block() + (second ? second->n_block() : 0); }
+  int64_t unseen = 0;
+  int64_t n_skipped() const { return unseen / first->layout().block; }
+  int64_t n_block() const { return first->n_block() - n_skipped() + (second ? second->n_block() : 0); }
 };
 
 /// Attends to exact blocks [blocks.begin, blocks.end), the running step's token included.
