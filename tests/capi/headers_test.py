@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every public header compiles alone, with include/ as the only folder: headers_test.py INCLUDE CC CXX.
 
-narrows.h as C99 and as C++."""
+narrows.h as C99 and as C++; what is inside a model or a session does not compile for others."""
 import os
 import subprocess
 import sys
@@ -25,4 +25,17 @@ for header in headers:
         good, errors = compiles(compiler, twice + "int used;\n")
         assert good, f"{header} does not compile alone with {compiler[0]}:\n{errors}"
 
+ALL = "".join(f'#include "narrows/{header}"\n' for header in headers)
+INSIDES = {
+    "model.info()": True,
+    "session.n_past()": True,
+    "model.parts()": False,
+    "session.impl()": False,
+    "model.tokenizer().impl()": False,
+}
+for expression, public in INSIDES.items():
+    source = ALL + f"void f(const narrows::Model& model, narrows::Session& session) {{\n" \
+        f"  (void)&model; (void)&session; (void)({expression}); }}\n"
+    good, errors = compiles(CPP, source)
+    assert good == public, f"{expression} {'compiles' if good else 'does not compile'}:\n{errors}"
 print(f"{len(headers)} headers")

@@ -197,8 +197,8 @@ TEST(Quality, KeysOfLowRankAreRebuilt) {
     auto exact = make_session(tiny.model), session = make_session(tiny.model, {.kv = "sals-25"});
     ASSERT_OK(Session::prefill_together(std::vector<Session*>{exact.get(), session.get()}, part(0, n)));
     std::vector<float> k(static_cast<size_t>(n * width)), v(k.size()), want(k.size()), want_v(k.size());
-    session->impl().cache->layer(layer).read(0, n, k.data(), v.data());
-    exact->impl().cache->layer(layer).read(0, n, want.data(), want_v.data());
+    Access::impl(*session).cache->layer(layer).read(0, n, k.data(), v.data());
+    Access::impl(*exact).cache->layer(layer).read(0, n, want.data(), want_v.data());
     double error = 0, norm = 0, error_v = 0, norm_v = 0;
     for (size_t i = 0; i < k.size(); ++i) {
       error += std::pow(static_cast<double>(k[i]) - static_cast<double>(want[i]), 2);
