@@ -4,10 +4,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the order is the point; ninja uses the cores
-.PHONY: help deps build program model model-qwen demo test asan tsan arm64 lint clean
+.PHONY: help deps build program install model model-qwen demo test asan tsan arm64 lint clean
 
 smollm2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 qwen := models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
+
+PREFIX ?= /usr/local
 
 # No folder of tests yet: nothing that ctest could run.
 have_tests := $(wildcard tests/*/CMakeLists.txt)
@@ -48,6 +50,10 @@ $(qwen): | deps
 program: deps build/build.ninja ## build/narrows alone
 	@cmake --build --preset cpu --target narrows
 
+install: program ## the program, libnarrows.so, headers, CMake and pkg-config files, under PREFIX (/usr/local) and DESTDIR
+	@cmake --build --preset cpu --target narrows_shared
+	@DESTDIR="$(DESTDIR)" cmake --install build --prefix "$(PREFIX)"
+
 demo: program model ## answer a question about a long text, with memory and speed beside an f16 cache
 	@tools/demo.sh
 
@@ -75,7 +81,7 @@ arm64: deps ## src/kernels and its tests for 64-bit ARM, cross-compiled, under q
 
 # Optional tools, so not among the packages. clang reads GCC's command lines, so it may not know every -W flag; it also
 # counts the warnings in other people's headers, which it does not show.
-sources = $(shell find include src tests bench examples -name '*.h' -o -name '*.cpp' 2>/dev/null)
+sources = $(shell find include src tests bench examples -name '*.h' -o -name '*.cpp' -o -name '*.c' 2>/dev/null)
 lint: build/build.ninja ## clang-format and clang-tidy on our own code, where installed
 	@if ! command -v clang-format >/dev/null; then echo "lint: clang-format is not installed, so formatting was not checked"; \
 	  else clang-format --dry-run -Werror $(sources); fi

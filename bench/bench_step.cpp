@@ -99,7 +99,7 @@ int run(const Arguments& a) {
     sessions.push_back(std::move(*session));
   }
   const int n_threads = sessions[0]->n_threads();
-  const ModelParts& parts = (*model)->parts();
+  const ModelParts& parts = parts_of(**model);
   const int64_t n_embd = parts.spec().n_embd;
   auto executor = ExecutorLease::take(parts.executors, n_threads);
   if (!executor.ok()) return fail(executor.status());
@@ -118,7 +118,7 @@ int run(const Arguments& a) {
     }
     std::vector<StepSequence> sequences;
     for (int l = 0; l < a.n_lane; ++l) {
-      Session::Impl& session = sessions[static_cast<size_t>(l)]->impl();
+      Session::Impl& session = Access::impl(*sessions[static_cast<size_t>(l)]);
       const Token token = texts->steps[static_cast<size_t>(l)][static_cast<size_t>(i + kWarmUp)];
       if (Status s = session.begin_step(token, x.data() + l * n_embd, **executor); !s.ok()) return fail(s);
       sequences.push_back(session.sequence());
@@ -129,11 +129,11 @@ int run(const Arguments& a) {
         !s.ok())
       return fail(s);
     for (const auto& session : sessions) {
-      if (Status s = session->impl().finish_step(**executor); !s.ok()) return fail(s);
+      if (Status s = Access::impl(*session).finish_step(**executor); !s.ok()) return fail(s);
     }
     const double before = seconds();
     if (i == 0) klt = {};
-    for (size_t l = 0; l < sessions.size(); ++l) add_klt_work(sessions[l]->impl(), selected[l], klt);
+    for (size_t l = 0; l < sessions.size(); ++l) add_klt_work(Access::impl(*sessions[l]), selected[l], klt);
     if (i >= 0) counting += seconds() - before;
   }
   const double us = (seconds() - start - counting) / n_step * 1e6;

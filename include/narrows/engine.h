@@ -39,8 +39,6 @@ struct LoadOptions {
   bool float_weights = false;
 };
 
-struct ModelParts;  // src/engine/model_parts.h
-
 /// An immutable loaded model; may be shared by sessions on several threads.
 class Model {
  public:
@@ -53,17 +51,15 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  const ModelInfo& info() const { return info_; }
-  const Tokenizer& tokenizer() const { return *tokenizer_; }
-  const std::string& path() const { return path_; }
-  const ModelParts& parts() const { return *parts_; }  ///< for the library itself
+  const ModelInfo& info() const;
+  const Tokenizer& tokenizer() const;
+  const std::string& path() const;
 
  private:
-  Model();
-  std::string path_;
-  ModelInfo info_;
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<const ModelParts> parts_;
+  friend class Access;
+  struct Impl;
+  explicit Model(std::unique_ptr<const Impl> impl);
+  std::unique_ptr<const Impl> impl_;
 };
 
 struct SessionOptions {
@@ -165,11 +161,10 @@ class Session {
   /// its pages. invalid_argument if they differ; out_of_memory: then this session is empty.
   Status share_prefix(const Session& from, int64_t n);
 
-  class Impl;
-  Impl& impl() { return *impl_; }  ///< for src/eval and src/bench only
-  const Impl& impl() const { return *impl_; }
+  class Impl;  ///< the library's own
 
  private:
+  friend class Access;
   friend class DecodeBatch;
   explicit Session(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

@@ -62,10 +62,9 @@ class Tokenizer {
   Result<ChatPrompt> apply_chat_template(std::span<const ChatMessage> messages,
                                          bool add_generation_prompt) const;
 
-  struct Impl;
-  const Impl& impl() const { return *impl_; }
-
  private:
+  friend class Access;
+  struct Impl;
   explicit Tokenizer(std::unique_ptr<Impl> impl);
   Result<std::vector<Token>> encode_parts(std::string_view text, bool add_bos, bool control,
                                           std::span<const size_t> breaks) const;

@@ -84,8 +84,8 @@ class Depth {
       c.row.kv = p.name;
       c.decode = [s](Token t) { return s->decode(t); };
       c.kv_bytes = [s] { return s->cache_stats().bytes; };
-      c.measure = [s](bool on) { s->impl().measure_steps(on); };
-      c.times = [s] { return s->impl().step_times; };
+      c.measure = [s](bool on) { Access::impl(*s).measure_steps(on); };
+      c.times = [s] { return Access::impl(*s).step_times; };
       all_.push_back(std::move(c));
     }
     return {};
@@ -193,7 +193,7 @@ class Depth {
   }
 
   void finish(BenchReport& report) {
-    const ModelWork work = work_of(model_->parts().plan);
+    const ModelWork work = work_of(parts_of(*model_).plan);
     report.weight_bytes = work.weight_bytes;
     const Contestant* other = peer();
     for (Contestant& c : all_) {

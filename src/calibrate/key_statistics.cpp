@@ -26,7 +26,7 @@ struct Gather {
 /// Runs the text through the model in sequences; the first kSkipTokens of each are left out of `rows`.
 Status run_text(const Model& model, std::span<const Token> text, int n_threads, const ProgressFn& progress,
                 const Gather& gather) {
-  const ModelParts& parts = model.parts();
+  const ModelParts& parts = parts_of(model);
   const int64_t width = model.info().n_head_kv * model.info().head_dim;
   const auto n = static_cast<int64_t>(text.size());
   if (n < 2 * width + kSkipTokens) {
@@ -80,7 +80,7 @@ Result<std::vector<KeyMoments>> gather_key_moments(const Model& model, std::span
 Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, const std::string& made_from,
                             int n_threads, const ProgressFn& progress) {
   const ModelInfo& info = model.info();
-  const ModelSpec& spec = model.parts().spec();
+  const ModelSpec& spec = parts_of(model).spec();
   const auto n_layer = static_cast<size_t>(info.n_layer);
   std::vector<KeyMoments> moments(n_layer, KeyMoments(info.n_head_kv * info.head_dim));
   std::vector<KltStatistics> statistics(n_layer, KltStatistics(attention_shape(spec)));
@@ -112,7 +112,7 @@ Result<BasisFile> calibrate(const Model& model, std::span<const Token> text, con
     if (!basis.ok()) return in_layer(basis.status());
     file.layers.push_back(std::move(*basis));
     std::vector<double> weight;
-    if (Status s = value_weight(*model.parts().weights, static_cast<int64_t>(i), weight); !s.ok())
+    if (Status s = value_weight(*parts_of(model).weights, static_cast<int64_t>(i), weight); !s.ok())
       return in_layer(s);
     Result<KltLayerBasis> klt = statistics[i].basis(distances[rope_of(i)], weight);
     if (!klt.ok()) return in_layer(klt.status());

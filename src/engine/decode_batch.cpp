@@ -52,7 +52,7 @@ Result<std::unique_ptr<DecodeBatch>> DecodeBatch::create(std::shared_ptr<const M
   }
   Result<int> threads = threads_to_use(n_threads);
   if (!threads.ok()) return threads.status();
-  Result<ExecutorLease> executor = ExecutorLease::take(model->parts().executors, *threads);
+  Result<ExecutorLease> executor = ExecutorLease::take(parts_of(*model).executors, *threads);
   if (!executor.ok()) return executor.status();
   if (Status s = (*executor)->reserve(max_sessions, false); !s.ok()) return s;
   auto impl = std::make_unique<Impl>(std::move(model), max_sessions, std::move(*executor));
@@ -94,7 +94,7 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
   }
   if (sequences.empty()) return {};
   impl_->mixer.begin(sequences);
-  const Plan& plan = impl_->model->parts().plan;
+  const Plan& plan = parts_of(*impl_->model).plan;
   const Status run =
       impl_->executor->run({plan.layers, impl_->x.data(), static_cast<int64_t>(sequences.size()), 0,
                             &impl_->mixer, &plan.output, impl_->logits.data()});

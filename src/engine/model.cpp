@@ -8,8 +8,12 @@
 
 namespace narrows {
 
-Model::Model() = default;
+Model::Model(std::unique_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;
+
+const ModelInfo& Model::info() const { return impl_->info; }
+const Tokenizer& Model::tokenizer() const { return *impl_->tokenizer; }
+const std::string& Model::path() const { return impl_->path; }
 
 Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const LoadOptions& options) {
   // ggml and libllama fill tables of their own at first use; one load at a time leaves nobody reading a
@@ -24,9 +28,9 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   Result<std::string> fingerprint = file->fingerprint();
   if (!fingerprint.ok()) return fingerprint.status();
 
-  std::shared_ptr<Model> model(new Model());
-  model->path_ = path;
-  ModelInfo& info = model->info_;
+  auto model = std::make_unique<Impl>();
+  model->path = path;
+  ModelInfo& info = model->info;
   const AttentionSpec& attention = spec->layers.front().attention;
   info.architecture = spec->architecture;
   info.name = spec->name;
@@ -43,13 +47,13 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
 
   Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *spec, options);
   if (!weights.ok()) return weights.status();
-  model->parts_ = std::make_unique<const ModelParts>(std::move(*weights));
+  model->parts = std::make_unique<const ModelParts>(std::move(*weights));
   Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(path);
   if (!tokenizer.ok()) return tokenizer.status();
-  model->tokenizer_ = std::move(*tokenizer);
+  model->tokenizer = std::move(*tokenizer);
   // Weights and vocabulary were read one after another: of one file, if it is still as it was.
-  if (Status s = model->parts_->weights->file().unchanged_under_its_name(); !s.ok()) return s;
-  return std::shared_ptr<const Model>(std::move(model));
+  if (Status s = model->parts->weights->file().unchanged_under_its_name(); !s.ok()) return s;
+  return std::shared_ptr<const Model>(new Model(std::move(model)));
 }
 
 }  // namespace narrows

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
+#include "base/access.h"
 #include "engine/executor_pool.h"
 #include "model/plan.h"
 #include "model/weights.h"
@@ -20,5 +22,14 @@ struct ModelParts {
 
   const ModelSpec& spec() const { return weights->spec(); }
 };
+
+struct Model::Impl {
+  std::string path;
+  ModelInfo info;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<const ModelParts> parts;
+};
+
+inline const ModelParts& parts_of(const Model& model) { return *Access::impl(model).parts; }
 
 }  // namespace narrows

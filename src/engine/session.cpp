@@ -64,7 +64,7 @@ std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernel
 }
 
 int64_t cache_bytes_estimate(const Model& model, const KvProfile& profile, int64_t n_tokens, bool segments) {
-  return kv_bytes_estimate(kv_layers(model.parts().spec()), profile, n_tokens, segments);
+  return kv_bytes_estimate(kv_layers(parts_of(model).spec()), profile, n_tokens, segments);
 }
 
 Result<int> threads_to_use(int n_threads) {
@@ -80,18 +80,18 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, const SessionOptions& o, int
       options(o),
       n_ctx(ctx),
       n_threads(threads),
-      ropes(rope_tables(model->parts().spec(), ctx)),
-      workers(model->parts().executors, threads),
+      ropes(rope_tables(parts_of(*model).spec(), ctx)),
+      workers(parts_of(*model).executors, threads),
       mixer(1, threads),
-      x(model->parts().spec().n_embd) {}
+      x(parts_of(*model).spec().n_embd) {}
 
 Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
-  const ModelSpec& spec = model->parts().spec();
+  const ModelSpec& spec = parts_of(*model).spec();
   if (!x.ok()) return {StatusCode::out_of_memory, "no memory for the activations of a step"};
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
       kv_layers(spec, ropes), options.kv, std::move(basis),
       [this](int64_t layer, std::vector<double>& w) {
-        return value_weight(*model->parts().weights, layer, w, &workers);
+        return value_weight(*parts_of(*model).weights, layer, w, &workers);
       },
       options.segments);
   if (!made.ok()) return made.status();
@@ -120,7 +120,7 @@ Status Session::Impl::check_room(int64_t n_new) const {
   const int64_t at_once =
       in_segments(n_past) ? std::min(n_new, options.kv.n_sink + kStripeTokens / 2 * 3) : n_new;
   const int64_t need =
-      more_cache + Prefill::bytes_needed(model->parts().spec(), model->parts().plan, at_once,
+      more_cache + Prefill::bytes_needed(parts_of(*model).spec(), parts_of(*model).plan, at_once,
                                          n_past + n_new - at_once, n_threads, options.prompt);
   const int64_t have = available_memory_bytes();
   if (have > 0 && need > have) {
@@ -207,7 +207,7 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   }
   const auto n_new = static_cast<int64_t>(tokens.size());
   if (Status s = lead.take_executor(); !s.ok()) return s;
-  Prefill prefill(*lead.model->parts().weights, lead.model->parts().plan, lead.ropes, *lead.executor,
+  Prefill prefill(*parts_of(*lead.model).weights, parts_of(*lead.model).plan, lead.ropes, *lead.executor,
                   lead.options.prompt);
   const Status status = guarded("the prompt", [&] {
     return prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
@@ -271,7 +271,7 @@ int64_t Session::Impl::stripe_tokens(int64_t n_past, int64_t n_left) const {
 }
 
 void Session::Impl::keep_spare(int64_t n_new) {
-  const ModelSpec& spec = model->parts().spec();
+  const ModelSpec& spec = parts_of(*model).spec();
   const int64_t n_exact = exact_tokens(options.kv, spec.most_width_kv(), !options.basis_path.empty());
   const bool begins_to_encode = stripe_past < n_exact && stripe_past + n_new > n_exact;
   const bool has_windows = std::any_of(spec.layers.begin(), spec.layers.end(),
@@ -313,7 +313,7 @@ Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
   m.stripe_begin = 0;
   if (Status s = m.take_executor(); !s.ok()) return s;
-  m.prefill = std::make_unique<Prefill>(*m.model->parts().weights, m.model->parts().plan, m.ropes,
+  m.prefill = std::make_unique<Prefill>(*parts_of(*m.model).weights, parts_of(*m.model).plan, m.ropes,
                                         *m.executor, m.options.prompt);
   return m.begin_stripe(self);
 }
@@ -431,7 +431,7 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
   if (cache->n_tokens() >= n_ctx) {
     return {StatusCode::context_full, fmt::format("the context of {} tokens is full", n_ctx)};
   }
-  if (Status s = model->parts().weights->embed({&token, 1}, embedding); !s.ok()) return s;
+  if (Status s = parts_of(*model).weights->embed({&token, 1}, embedding); !s.ok()) return s;
   scratch->may_convert = true;
   for (int64_t i = 0; i < cache->n_layer(); ++i) {
     if (Status s = cache->layer(i).begin_step(*scratch); !s.ok()) {
@@ -455,7 +455,7 @@ Status Session::Impl::run_step() {
   const StepSequence own = sequence();
   mixer.begin({&own, 1});
   executor->measure(measures);
-  const Plan& plan = model->parts().plan;
+  const Plan& plan = parts_of(*model).plan;
   const Status status = executor->run({plan.layers, x.data(), 1, 0, &mixer, &plan.output, own_logits.data()});
   for (size_t i = 0; measures && i < step_times.size(); ++i) step_times[i] += executor->times()[i];
   if (!status.ok()) {
@@ -471,7 +471,7 @@ void Session::Impl::stop_reading() {
 }
 
 Status Session::Impl::take_executor() {
-  Result<ExecutorLease> taken = ExecutorLease::take(model->parts().executors, n_threads);
+  Result<ExecutorLease> taken = ExecutorLease::take(parts_of(*model).executors, n_threads);
   if (!taken.ok()) return taken.status();
   executor = std::move(*taken);
   workers.lend(&*executor);

@@ -80,7 +80,7 @@ Result<Head> read_head(const std::string& path, const Model& model, SnapshotRead
 }  // namespace
 
 Status save_session(const Session& session, std::span<const Token> tokens, const std::string& path) {
-  const Session::Impl& m = session.impl();
+  const Session::Impl& m = Access::impl(session);
   if (Status s = m.check_usable(); !s.ok()) return s;
   if (tokens.empty() || static_cast<int64_t>(tokens.size()) != session.n_past()) {
     return {StatusCode::invalid_argument,
@@ -124,7 +124,7 @@ Result<SavedSession> load_session(std::shared_ptr<const Model> model, const Sess
   Result<std::unique_ptr<Session>> made = Session::create(model, wanted);
   if (!made.ok()) return made.status();
   SavedSession saved{std::move(*made), std::move(head->tokens)};
-  Session::Impl& m = saved.session->impl();
+  Session::Impl& m = Access::impl(*saved.session);
   const auto n_token = static_cast<int64_t>(saved.tokens.size());
   if (n_token > m.n_ctx) {
     return Status(StatusCode::context_full,

@@ -150,9 +150,9 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     if (Status s = peer->prefill(prompt); !s.ok()) return s;
   }
 
-  const ExactKeys keys(sessions.front()->impl());
+  const ExactKeys keys(Access::impl(*sessions.front()));
   std::vector<std::unique_ptr<MassKept>> mass;
-  for (Session* s : pointers) mass.push_back(std::make_unique<MassKept>(keys, s->impl()));
+  for (Session* s : pointers) mass.push_back(std::make_unique<MassKept>(keys, Access::impl(*s)));
 
   std::vector<Tally> tallies(sessions.size() + peers.size());
   Tally peer_noise;  // llama.cpp's two attention paths against each other

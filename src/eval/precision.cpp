@@ -355,7 +355,7 @@ Result<std::vector<PrecisionRow>> measure_precision(const std::shared_ptr<const 
   }
   if (options.context == 0) return std::move(sink.rows);
 
-  const ModelParts& parts = model->parts();
+  const ModelParts& parts = parts_of(*model);
   const std::vector<kernels::RopeTable> ropes = rope_tables(parts.spec(), options.context);
   Result<ExecutorLease> executor = ExecutorLease::take(parts.executors, n_threads);
   if (!executor.ok()) return executor.status();

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/access.h"
 #include "narrows/text.h"
 #include "text/special_tokens.h"
 #include "text/vocabulary.h"

@@ -28,7 +28,7 @@ SortedPieces::SortedPieces(const Tokenizer& tokenizer) {
 }
 
 const SortedPieces& sorted_pieces(const Tokenizer& tokenizer) {
-  const Tokenizer::Impl& impl = tokenizer.impl();
+  const auto& impl = Access::impl(tokenizer);
   std::call_once(impl.pieces_once, [&] { impl.pieces = std::make_unique<SortedPieces>(tokenizer); });
   return *impl.pieces;
 }

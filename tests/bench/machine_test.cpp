@@ -26,7 +26,7 @@ TEST(Machine, LimitsAreThoseOfAComputer) {
 TEST(Machine, WorkOfAModel) {
   const LoadedTiny loaded{TinyModel()};
   const ModelInfo& hp = loaded.model->info();
-  const ModelWork work = work_of(loaded.model->parts().plan);
+  const ModelWork work = work_of(parts_of(*loaded.model).plan);
   const int64_t q = hp.n_head * hp.head_dim, kv = hp.n_head_kv * hp.head_dim;
   const int64_t layer = hp.n_embd * (q + 2 * kv) + q * hp.n_embd + 3 * hp.n_embd * hp.n_ff;
   const int64_t output = hp.n_embd * hp.n_vocab;

@@ -45,7 +45,7 @@ std::vector<Token> prompt(int64_t n_common, int64_t n, uint32_t tail) {
 
 std::vector<float> cache_content(Session& session) {
   std::vector<float> all;
-  KvCache& cache = *session.impl().cache;
+  KvCache& cache = *Access::impl(session).cache;
   const int64_t n = cache.n_tokens(), width = cache.layer(0).shape().width();
   std::vector<float> k(static_cast<size_t>(n * width)), v(k.size());
   for (int64_t l = 0; l < cache.n_layer(); ++l) {
@@ -277,8 +277,8 @@ TEST_P(PrefixOf, WithoutSegmentsItGoesBackToo) {
       ASSERT_EQ(session->n_past(), n);
       // The first n of each layer's keys and values.
       const auto after = cache_content(*session);
-      const int64_t width = session->impl().cache->layer(0).shape().width();
-      for (int64_t part = 0; part < 2 * session->impl().cache->n_layer(); ++part) {
+      const int64_t width = Access::impl(*session).cache->layer(0).shape().width();
+      for (int64_t part = 0; part < 2 * Access::impl(*session).cache->n_layer(); ++part) {
         const auto a = std::span(before).subspan(static_cast<size_t>(part * held * width)),
                    b = std::span(after).subspan(static_cast<size_t>(part * n * width));
         ASSERT_TRUE(std::equal(b.begin(), b.begin() + n * width, a.begin())) << n_prompt << " " << cut;

@@ -137,7 +137,7 @@ TEST(Conversion, TakesAStepALayer) {
     m.n_layer = 7;  // four that SALS compresses
     const LoadedTiny tiny(m);
     auto session = make_session(tiny.model, {.kv = profile});
-    const KvCache& cache = *session->impl().cache;
+    const KvCache& cache = *Access::impl(*session).cache;
     const auto converted = [&cache] {
       int n = 0;
       for (int64_t i = 0; i < cache.n_layer(); ++i) n += cache.layer(i).bytes().n_tokens_in_pages > 0;
@@ -160,7 +160,7 @@ TEST(Conversion, TakesAStepALayer) {
         const TempDir dir;
         const std::string path = dir.path("half.session");
         ASSERT_OK(save_session(*session, part(0, i + 1), path));
-        auto saved = load_session(tiny.model, session->impl().options, path);
+        auto saved = load_session(tiny.model, Access::impl(*session).options, path);
         ASSERT_TRUE(saved.ok()) << saved.status().message();
         restored = std::move(saved->session);
       }
@@ -240,8 +240,8 @@ TEST(Quality, KeysOfLowRankAreRebuilt) {
     auto exact = make_session(tiny.model), session = make_session(tiny.model, {.kv = "sals-25"});
     ASSERT_OK(Session::prefill_together(std::vector<Session*>{exact.get(), session.get()}, part(0, n)));
     std::vector<float> k(static_cast<size_t>(n * width)), v(k.size()), want(k.size()), want_v(k.size());
-    session->impl().cache->layer(layer).read(0, n, k.data(), v.data());
-    exact->impl().cache->layer(layer).read(0, n, want.data(), want_v.data());
+    Access::impl(*session).cache->layer(layer).read(0, n, k.data(), v.data());
+    Access::impl(*exact).cache->layer(layer).read(0, n, want.data(), want_v.data());
     double error = 0, norm = 0, error_v = 0, norm_v = 0;
     for (size_t i = 0; i < k.size(); ++i) {
       error += std::pow(static_cast<double>(k[i]) - static_cast<double>(want[i]), 2);

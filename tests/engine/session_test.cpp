@@ -40,7 +40,7 @@ std::span<const Token> part(int64_t from, int64_t to) {
 /// Keys and values of every layer as readers see them.
 std::vector<float> cache_content(Session& session) {
   std::vector<float> all;
-  KvCache& cache = *session.impl().cache;
+  KvCache& cache = *Access::impl(session).cache;
   const int64_t n = cache.n_tokens(), width = cache.layer(0).shape().width();
   std::vector<float> k(static_cast<size_t>(n * width)), v(k.size());
   for (int64_t l = 0; l < cache.n_layer(); ++l) {

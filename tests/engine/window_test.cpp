@@ -70,7 +70,7 @@ TEST(Window, MemoryIsThatOfTheLayersWithoutOne) {
   for (const char* const profile : {"f16", "klt", "kivi-4"}) {
     auto session = session_of(profile);
     ASSERT_OK(session->prefill(random_tokens(2000)));
-    const KvCache& cache = *session->impl().cache;
+    const KvCache& cache = *Access::impl(*session).cache;
     const int64_t window = cache.layer(0).bytes().total();
     EXPECT_EQ(cache.layer(4).bytes().total(), window);
     EXPECT_LT(window, cache.layer(2).shape().width() * 4 * 768);
@@ -133,7 +133,7 @@ TEST_P(WindowPrefix, ASavedSessionGoesOn) {
   const std::vector<Token> text = random_tokens(2000, 5);
   ASSERT_OK(session->prefill(text));
   ASSERT_OK(save_session(*session, text, dir.path("s")));
-  auto loaded = load_session(tiny().model, session->impl().options, dir.path("s"));
+  auto loaded = load_session(tiny().model, Access::impl(*session).options, dir.path("s"));
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
   EXPECT_EQ(loaded->session->kept_prefix(2000), session->kept_prefix(2000));
   const std::vector<Token> next = random_tokens(800, 6);

@@ -202,13 +202,13 @@ TEST(MassKept, IsTheShareOfTheExactSoftmax) {
        session = make_session(tiny().model, {.kv = "sals-25:budget=40"});
   ASSERT_OK(Session::prefill_together(std::vector<Session*>{reference.get(), session.get()},
                                       std::span(text()).first(context)));
-  const ExactKeys keys(reference->impl());
+  const ExactKeys keys(Access::impl(*reference));
   EXPECT_EQ(keys.n_context(), context);
-  MassKept mass(keys, session->impl());
+  MassKept mass(keys, Access::impl(*session));
   EXPECT_EQ(mass.mean(), 1);  // nothing was seen yet
 
   std::vector<float> k(static_cast<size_t>(context * width)), v(k.size());
-  reference->impl().cache->layer(layer).read(0, context, k.data(), v.data());
+  Access::impl(*reference).cache->layer(layer).read(0, context, k.data(), v.data());
   std::vector<std::vector<double>> exact;
   for (int64_t t = 0; t < context; ++t)
     exact.emplace_back(k.begin() + t * width, k.begin() + (t + 1) * width);
@@ -220,10 +220,10 @@ TEST(MassKept, IsTheShareOfTheExactSoftmax) {
     const std::vector<float>& step_q = mass.step_q(layer);
     exact.emplace_back(mass.step_k(layer).begin(), mass.step_k(layer).end());
     for (int64_t h = 0; h < 2; ++h) rotate(exact.back().data() + h * d, d, t);
-    const auto selected = session->impl().cache->layer(static_cast<int64_t>(layer)).last_selection(0);
+    const auto selected = Access::impl(*session).cache->layer(static_cast<int64_t>(layer)).last_selection(0);
     ASSERT_TRUE(selected.has_value());
     ASSERT_EQ(selected->size(), 40U);
-    const int64_t in_pages = session->impl().cache->layer(layer).bytes().n_tokens_in_pages;
+    const int64_t in_pages = Access::impl(*session).cache->layer(layer).bytes().n_tokens_in_pages;
     for (int64_t h = 0; h < 4; ++h) {
       std::vector<double> q(step_q.begin() + h * d, step_q.begin() + (h + 1) * d);
       rotate(q.data(), d, t);

@@ -97,7 +97,7 @@ Doubles layer_in_double(const LayerPlan& layer, Doubles x) {
 }
 
 struct Layered {
-  explicit Layered(const TinyModel& m, int n_threads = 1) : loaded(m), parts(loaded.model->parts()) {
+  explicit Layered(const TinyModel& m, int n_threads = 1) : loaded(m), parts(parts_of(*loaded.model)) {
     auto made = CpuExecutor::create(parts.spec(), parts.plan, n_threads);
     EXPECT_TRUE(made.ok());
     executor = std::move(*made);

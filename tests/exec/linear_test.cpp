@@ -36,7 +36,7 @@ std::vector<const Matrix*> matrices(const ModelWeights& weights) {
 
 TEST_P(EveryType, IsNearTheSumInDouble) {
   const LoadedTiny loaded = load();
-  const ModelWeights& weights = *loaded.model->parts().weights;
+  const ModelWeights& weights = *parts_of(*loaded.model).weights;
   const int64_t n_row = 3;
   for (const Matrix* t : matrices(weights)) {
     const int64_t n_in = t->n_in, n_out = t->n_out;
@@ -68,7 +68,7 @@ TEST_P(EveryType, IsNearTheSumInDouble) {
 
 TEST_P(EveryType, PartsAreTheWhole) {
   const LoadedTiny loaded = load();
-  const ModelWeights& weights = *loaded.model->parts().weights;
+  const ModelWeights& weights = *parts_of(*loaded.model).weights;
   const int64_t n_row = 9;
   for (const Matrix* t : matrices(weights)) {
     const Linear whole(*t);

@@ -75,7 +75,7 @@ TEST(LoadedLayer, GivesSumsOfRoundedFactors) {
   int n_checked = 0;
   for (const TinyModel& tiny : {neighbours, mixed, wide, rare}) {
     const LoadedTiny loaded(tiny);
-    const ModelParts& parts = loaded.model->parts();
+    const ModelParts& parts = parts_of(*loaded.model);
     if (!LoadedLayer::supports(parts.plan.layers[0])) continue;
     for (const int n_threads : {1, 3}) {
       auto pool = ThreadPool::create(n_threads);
@@ -105,7 +105,7 @@ TEST(LoadedLayer, TilesStayTilesWithoutBfloat16) {
   TinyModel tiny;
   tiny.type = GGML_TYPE_Q8_0;
   const LoadedTiny packed(tiny);
-  EXPECT_EQ(LoadedLayer::supports(packed.model->parts().plan.layers[0]), LoadedLayer::has_bf16());
+  EXPECT_EQ(LoadedLayer::supports(parts_of(*packed.model).plan.layers[0]), LoadedLayer::has_bf16());
 }
 
 TEST(LoadedLayer, PromptsAreCloseToInt8) {

@@ -144,7 +144,7 @@ struct Runner {
   std::vector<float> logits;
 
   explicit Runner(const Model& model)
-      : parts(model.parts()),
+      : parts(parts_of(model)),
         ropes{{parts.spec().ropes.front(), 2048}},
         executor(lease(parts)),
         prefill(*parts.weights, parts.plan, ropes, *executor, {.attention = PrefillAttention::f32}),
@@ -213,7 +213,7 @@ TEST(Hooks, ReadThePastOfEveryLayerWholeAndOnce) {
     ASSERT_LE(first + count, n_past);
     for (int64_t i = first; i < first + count; ++i)
       ++asked[static_cast<size_t>(layer)][static_cast<size_t>(i)];
-    session->impl().cache->layer(layer).read(first, count, k, v);
+    Access::impl(*session).cache->layer(layer).read(first, count, k, v);
   };
   hooks.layer_done = [&](int64_t, const float*, const float*, int64_t rows) -> Status {
     EXPECT_EQ(rows, n);  // the new tokens alone
@@ -268,7 +268,7 @@ TEST(Progress, GrowsFromZeroToOne) {
 }
 
 TEST(Memory, NeedGrowsWithTokensAndCoversTheBuffers) {
-  const ModelParts& parts = fixture().tiny.model->parts();
+  const ModelParts& parts = parts_of(*fixture().tiny.model);
   const ModelInfo& hp = fixture().tiny.model->info();
   const auto needed = [&](int64_t n, int64_t n_past) {
     return Prefill::bytes_needed(parts.spec(), parts.plan, n, n_past, 1,

@@ -76,7 +76,7 @@ TEST(SpecialTokens, AreFoundAsLibllamaFindsThem) {
         Tokens theirs(200);
         const LlamaAbortGuard guard;
         const int32_t m =
-            llama_tokenize(tokenizer->impl().vocab, text.data(), static_cast<int32_t>(text.size()),
+            llama_tokenize(Access::impl(*tokenizer).vocab, text.data(), static_cast<int32_t>(text.size()),
                            theirs.data(), 200, false, control);
         ASSERT_GE(m, 0);
         theirs.resize(static_cast<size_t>(m));
