@@ -253,6 +253,7 @@ bool Listener::process_and_close_socket(socket_t socket) {
 bool Listener::answer(const Connection& c, SocketStream& stream) {
   const bool last = c.closes || c.n_answered >= kMostRequests;
   bool closed = false;
+  const SocketStream::OfThisThread current(stream);
   const bool done = serve_guarded([&] {
     return process_request(stream, c.remote_ip, c.remote_port, "", 0, last, closed,
                            [](httplib::Request& req) {

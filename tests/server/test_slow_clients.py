@@ -1,12 +1,14 @@
 """Clients that are silent, slow or many, beside others that want an answer."""
 
 import contextlib
+import http.client
 import json
 import socket
 import threading
 import time
 
 import conftest
+import pytest
 from watch import Watch
 
 CHAT = "/v1/chat/completions"
@@ -104,3 +106,55 @@ def test_few_descriptors_are_not_used_up(start, tmp_path, monkeypatch):
         assert time.monotonic() - begin < 8  # silent connections are closed after 10 s
         clients[0].settimeout(5)
         assert clients[0].recv(1) == b""
+
+
+def ask_and_shut(server, body, version="1.1"):
+    """A client that has sent its request and closed its side."""
+    body = json.dumps({"messages": [{"role": "user", "content": "Count to a hundred."}], "temperature": 0, "ignore_eos": True, **body})
+    s = socket.create_connection(server.address)
+    s.settimeout(60)
+    s.sendall(f"POST {CHAT} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+    s.shutdown(socket.SHUT_WR)
+    return s
+
+
+def text_of(response, stream):
+    content = response.read().decode("utf-8", "strict")
+    if not stream:
+        return json.loads(content)["choices"][0]["message"]["content"]
+    lines = [line[6:] for line in content.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return "".join(choice["delta"].get("content", "") for line in lines[:-1] for choice in json.loads(line)["choices"])
+
+
+# docs/server_api.md: "A client that has sent its request may close its side (shutdown, nc -N) and gets its whole answer; it has left when its connection is
+# closed or reset."
+# docs/server_api.md: "cannot be asked, and its answer is made to its end."
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_client_that_sends_no_more_gets_its_answer(server, stream, version):
+    server.wait_until_idle(60)
+    whole = server.chat("Count to a hundred.", max_tokens=150, ignore_eos=True)["choices"][0]["message"]["content"]
+    if (stream, version) == (True, "1.0"):
+        pytest.skip("HTTP/1.0 knows no chunks, which streams are sent in")
+    with ask_and_shut(server, {"max_tokens": 150, "stream": stream}, version) as s:
+        response = http.client.HTTPResponse(s)
+        response.begin()
+        assert response.status == 200
+        assert text_of(response, stream) == whole
+
+
+# docs/server_api.md: "To tell one from the other, such a client is written to: a : ping in a stream, else an interim 100 Continue, at most five of them."
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_sends_no_more_and_leaves(server, long_text, stream):
+    server.wait_until_idle(60)
+    s = ask_and_shut(server, {"max_tokens": 4000, "stream": stream, "messages": [{"role": "user", "content": f"{stream}, shut: " + long_text[:25000]}]})
+    seen = b""
+    while (b": ping" if stream else b"100 Continue") not in seen:
+        piece = s.recv(4096)
+        assert piece, seen
+        seen += piece
+        assert seen.count(b"HTTP/1.1 ") <= 5
+    assert server.slots_busy()
+    s.close()
+    assert server.wait_until_idle(20) < 8  # written to 2 s later, seen at the next look
