@@ -291,7 +291,7 @@ bool HttpServer::Impl::start_front() {
   };
   hooks.wants_body = [this](const RequestFrame& frame) { return wants_body(frame); };
   hooks.answer = [this](Connection& c) {
-    SocketStream stream(c.fd, std::move(c.request), options.io_timeout);
+    SocketStream stream(c.fd, std::move(c.request), options.io_timeout, &c.has_writer);
     return http.answer(c, stream);
   };
   hooks.answer_at_once = [this](Connection& c, std::string& reply) {
@@ -313,7 +313,7 @@ bool HttpServer::Impl::start_front() {
 
 HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-HttpServer::~HttpServer() { stop(std::chrono::milliseconds(0)); }
+HttpServer::~HttpServer() { (void)stop(std::chrono::milliseconds(0)); }
 
 Result<std::unique_ptr<HttpServer>> HttpServer::start(const HttpOptions& options, LogSink log) {
   auto impl = std::make_unique<Impl>(options, std::move(log));
@@ -345,15 +345,17 @@ void HttpServer::serve(std::shared_ptr<const Model> model, Scheduler* scheduler)
   impl_->scheduler = scheduler;
 }
 
-void HttpServer::stop(std::chrono::milliseconds patience) {
+bool HttpServer::stop(std::chrono::milliseconds patience) {
   impl_->stopping = true;
-  if (!impl_->thread.joinable()) return;
+  if (!impl_->thread.joinable()) return true;
+  const Clock::time_point end = Clock::now() + patience;
   impl_->front->refuse_new();
   if (Scheduler* scheduler = impl_->scheduler.load()) scheduler->stop(patience);
   // The listener last: cpp-httplib cuts streams as soon as it is closed.
-  impl_->front->end(kLastWords);
+  const bool ended = impl_->front->end(kLastWords, std::max(end, Clock::now() + kLastWords));
   impl_->http.stop();
   impl_->thread.join();
+  return ended;
 }
 
 }  // namespace narrows::server

@@ -71,6 +71,10 @@ void SocketStream::consume_buffered(size_t size) {
 ssize_t SocketStream::write(const char* from, size_t size) {
   const std::string_view text(from, size);
   if (!wrote_) {  // the first write is the whole head
+    if (has_writer_ != nullptr && has_writer_->exchange(true)) {
+      error_ = httplib::Error::Write;
+      return -1;
+    }
     says_close_ =
         text.substr(0, text.find("\r\n\r\n")).find("\r\nConnection: close") != std::string_view::npos;
     wrote_ = true;

@@ -4,6 +4,7 @@
 
 #include <httplib.h>
 
+#include <atomic>
 #include <chrono>
 #include <string>
 
@@ -15,8 +16,10 @@ class SocketStream : public httplib::Stream {
  public:
   /// Takes the request; reads end with it. Writes go to the socket: one that the client does not take within
   /// write_timeout, and 1 s more for each kBytesASecond of it, fails.
-  SocketStream(int fd, std::string request, std::chrono::milliseconds write_timeout)
-      : fd_(fd), request_(std::move(request)), write_timeout_(write_timeout) {}
+  /// The first one sets *has_writer; if that is set already, somebody else has answered, and it fails.
+  SocketStream(int fd, std::string request, std::chrono::milliseconds write_timeout,
+               std::atomic<bool>* has_writer)
+      : fd_(fd), request_(std::move(request)), has_writer_(has_writer), write_timeout_(write_timeout) {}
   /// The same, but writes go to *reply.
   SocketStream(int fd, std::string request, std::string* reply)
       : fd_(fd), request_(std::move(request)), reply_(reply) {}
@@ -73,6 +76,7 @@ class SocketStream : public httplib::Stream {
   std::string request_;
   size_t at_ = 0;
   std::string* reply_ = nullptr;
+  std::atomic<bool>* has_writer_ = nullptr;
   std::chrono::milliseconds write_timeout_{0};
   bool wrote_ = false;
   bool says_close_ = false;
