@@ -261,7 +261,7 @@ class Reader {
 };
 
 Result<Reader> open_reader(const std::string& path) {
-  if (Status s = check_readable(path); !s.ok()) return s;
+  if (Status s = check_readable(path, /*regular=*/true); !s.ok()) return s;
   File file(std::fopen(path.c_str(), "rb"));
   if (!file || fseeko(file.get(), 0, SEEK_END) != 0) {
     return Status{StatusCode::invalid_file, path + ": the basis file cannot be read as a file on disk"};

@@ -28,6 +28,9 @@ constexpr int kSendBuffer = 256 << 10;
 /// For a handler whose connection was cut to notice it.
 constexpr std::chrono::milliseconds kCut{500};
 
+ApiError too_many() {
+  return http_error(429, "more requests are at work and wait than this server takes; try again later");
+}
 ApiError ending() { return http_error(503, "the server is shutting down"); }
 
 const char* reason_phrase(int code) {
@@ -314,6 +317,11 @@ void Front::wait_for_body(Connection& c) {
   c.deadline = c.since + options_.body_timeout + more;
 }
 
+size_t Front::n_at_work() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return at_work_.size();
+}
+
 /// Gives the first n_bytes to a handler.
 void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
   c.closes = closes || refusing_;
@@ -323,6 +331,7 @@ void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
     return answer_at_once(c);
   }
   if (refusing_) return refuse(c, ending());
+  if (n_at_work() >= options_.max_at_work) return refuse(c, too_many());
   std::string rest = c.in.substr(n_bytes);
   c.in.resize(n_bytes);
   c.request = std::move(c.in);
@@ -345,7 +354,7 @@ void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
     give_back(own, goes_on);
   });
   if (taken) return;
-  refuse(c, http_error(429, "more requests are at work and wait than this server takes; try again later"));
+  refuse(c, too_many());
   give_back(own, false);
 }
 

@@ -26,6 +26,7 @@ struct FrontOptions {
   size_t max_waiting = 256;                   ///< connections without a request that is answered
   size_t n_threads = 84;                      ///< requests that are answered at a time
   size_t max_queued = 64;                     ///< whole requests that wait for a thread
+  size_t max_at_work = 148;                   ///< both together, of which each keeps a descriptor
   size_t max_body_bytes = size_t{64} << 20;   ///< of one request
   size_t max_held_bytes = size_t{256} << 20;  ///< of all requests that are here or answered
   std::chrono::milliseconds head_timeout{
@@ -120,6 +121,7 @@ class Front {
   void drop_oldest();
   void hold(Connection& c, size_t n_bytes);
   bool hold_no_more(Connection& c);
+  size_t n_at_work();
   void give_back(const std::shared_ptr<Connection>& c, bool goes_on);
   void wake() const;
 

@@ -3,6 +3,8 @@
 import contextlib
 import http.client
 import json
+import os
+import resource
 import socket
 import threading
 import time
@@ -106,6 +108,62 @@ def test_few_descriptors_are_not_used_up(start, tmp_path, monkeypatch):
         assert time.monotonic() - begin < 8  # silent connections are closed after 10 s
         clients[0].settimeout(5)
         assert clients[0].recv(1) == b""
+
+
+# docs/server_api.md: "and as many requests may be at work or wait: of more each gets 429."
+def test_requests_at_work_leave_descriptors(start, tmp_path, monkeypatch):
+    few = tmp_path / "few"
+    few.write_text(f'#!/bin/bash\nulimit -n 64\nexec "{conftest.PROGRAM}" "$@"\n')
+    few.chmod(0o755)
+    monkeypatch.setattr(conftest, "PROGRAM", str(few))
+    server = start("--slots", "1", "--queue", "100")
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 7000, "ignore_eos": True})
+    request = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(server.address)) for _ in range(80)]
+        for s in clients:
+            with contextlib.suppress(ConnectionError):  # 16 may wait without a request
+                s.sendall(request)
+        late = [stack.enter_context(socket.create_connection(server.address)) for _ in range(20)]
+        for s in late:
+            s.sendall(request)
+        late[-1].settimeout(10)
+        assert late[-1].recv(1000).startswith(b"HTTP/1.1 429 ")
+        for _ in range(20):
+            begin = time.monotonic()
+            assert server.get("/health", timeout=10)[0] == 200
+            assert time.monotonic() - begin < 1
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 60
+    deadline = time.monotonic() + 60
+    while server.get("/slots")[0] != 200:  # until it is noticed that they have left
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.wait_until_idle(60)
+    server.chat("Hello", max_tokens=2)
+
+
+def cpu_seconds(server):
+    with open(f"/proc/{server.process.pid}/stat", encoding="utf-8") as f:
+        fields = f.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# docs/server_api.md: "While no descriptor is left at all, new connections wait in the system's queue."
+def test_no_descriptor_at_all(start):
+    server = start()
+    pid = server.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    n_open = max(int(fd) for fd in os.listdir(f"/proc/{pid}/fd")) + 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (n_open, hard))
+    with socket.create_connection(server.address) as s:
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        before = cpu_seconds(server)
+        time.sleep(2)
+        assert cpu_seconds(server) - before < 0.2  # 0.8 where each accept() is followed by the next
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        s.settimeout(20)
+        assert s.recv(1000).startswith(b"HTTP/1.1 200 ")
+    server.chat("Hello", max_tokens=2)
 
 
 def ask_and_shut(server, body, version="1.1"):
