@@ -35,6 +35,8 @@ ApiError ending() { return http_error(503, "the server is shutting down"); }
 
 const char* reason_phrase(int code) {
   switch (code) {
+    case 400:
+      return "Bad Request";
     case 408:
       return "Request Timeout";
     case 413:
@@ -296,7 +298,7 @@ void Front::advance(Connection& c) {
     case RequestFrame::State::whole:
       return dispatch(c, c.frame.end(), false);
     case RequestFrame::State::odd:
-      return dispatch(c, c.in.size(), true);
+      return refuse(c, http_error(400, "the request is no well-formed HTTP"));
     case RequestFrame::State::head_too_large:
       return refuse(c, http_error(431, "the headers are larger than this server takes"));
     case RequestFrame::State::body_too_large:

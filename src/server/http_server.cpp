@@ -51,10 +51,11 @@ bool is_loopback(const std::string& host) {
   return is_v4 || host == "localhost" || host == "::1" || host == "[::1]";
 }
 
-/// "name:80" and "[::1]:80" without the port.
+/// "name:80" and "[::1]:80" without the port; "localhost:1@evil" is no name with a port.
 std::string without_port(const std::string& host) {
   const size_t colon = host.rfind(':');
-  const bool has_port = colon != std::string::npos && host.find(']', colon) == std::string::npos;
+  const bool has_port =
+      colon != std::string::npos && host.find_first_not_of("0123456789", colon + 1) == std::string::npos;
   return has_port ? host.substr(0, colon) : host;
 }
 
