@@ -327,6 +327,8 @@ TEST(Schema, WhatIsNotEnforcedIsTheSameGrammar) {
 // docs/server_api.md: "whatever stands beside $ref, anyOf or oneOf"
 // docs/server_api.md: "number bounds, required, minItems and maxItems of a schema that has no type"
 // docs/server_api.md: "in an allOf of several all but their properties"
+// docs/server_api.md: "lengths and format beside pattern, lengths beside those formats"; "that only one of
+// oneOf matches"; "allOf beside properties or additionalProperties"
 // docs/server_api.md: "$anchor, $id and $dynamicRef are not followed."
 TEST(Schema, WhatElseIsNotEnforcedIsTheSameGrammar) {
   const auto same = [](const std::string& schema, const std::string& words) {
