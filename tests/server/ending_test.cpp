@@ -107,7 +107,8 @@ TEST(Ending, TheRestIsTold) {
   }
 }
 
-// docs/server_api.md: "clients that do not take their last bytes within 2 s are cut"
+// docs/server_api.md: "Connections are closed when their last byte is written; clients that do not take their
+// last bytes within 2 s are cut"
 TEST(Ending, WaitsForNobodyWhoDoesNotRead) {
   Served s({}, 1);
   s.load();

@@ -153,6 +153,7 @@ def test_queue_is_bounded(start):
     assert sum(r[-1] == "[DONE]" for r in results) == 4 - len(refused)
 
 
+# docs/server_api.md: "503 while the model is loaded and while the server ends; needs no key"
 # docs/server_api.md: "no key, or a wrong one"; "--api-key-file (one a line) asks for"
 def test_keys(start, tmp_path):
     keys = tmp_path / "keys.txt"

@@ -82,7 +82,7 @@ def test_the_default_queue_is_full_at_68(server):
     server.wait_until_idle(60)
 
 
-# docs/server_api.md: "of more, the one that has waited longest is closed"
+# docs/server_api.md: "--connections (256) may wait for a request; of more, the one that has waited longest is closed"
 def test_connections_are_bounded(start):
     server = start("--connections", "10")
     with contextlib.ExitStack() as stack:
