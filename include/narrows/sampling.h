@@ -1,8 +1,10 @@
 // Logits to token id, by libllama's samplers. The seed is always explicit.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -46,6 +48,10 @@ class Sampler {
   /// logits [n_vocab]. non_finite if any is NaN or +infinity; invalid_argument if the grammar has no token
   /// left to go on with. Does not accept() the token.
   Result<Token> sample(std::span<const float> logits);
+  /// The same for callers that draw for several answers at a time: their grammars take the steps that they
+  /// need (a nanosecond or two each) from `steps` together. Nothing: those are used up; to be called again,
+  /// with the same logits, and goes on from where it was. The token does not depend on that.
+  Result<std::optional<Token>> sample(std::span<const float> logits, std::atomic<int64_t>& steps);
   /// Tells the penalties that the token was emitted, and takes the grammar a step further.
   void accept(Token token);
   /// Tells the penalties that the token was in the prompt.
@@ -53,6 +59,7 @@ class Sampler {
 
  private:
   struct Impl;
+  Result<std::optional<Token>> draw(std::span<const float> logits, std::atomic<int64_t>* steps);
   explicit Sampler(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -207,8 +207,10 @@ Outcome serve(const ServeFlags& flags) {
 
   const int number = signals.wait();
   say({{"event", "ending"}, {"signal", number}});
-  web.stop(kPatience);
+  const bool all_ended = web.stop(kPatience);
   say({{"event", "ended"}});
+  // Nobody waits for what the threads do that are still at work, and nothing that they could leave half done.
+  if (!all_ended) ::_exit(0);
   return {};
 }
 

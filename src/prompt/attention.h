@@ -1,5 +1,5 @@
 // Attention of a prompt over one layer: packed keys and values of all KV heads, and the work of a chunk of
-// queries split into tasks that threads take. Between prefill.cpp (ggml's graphs) and the kernels of
+// queries split into tasks that threads take. Between prefill.cpp and the kernels of
 // kernels/prefill_kernel.h (one head, raw pointers).
 #pragma once
 

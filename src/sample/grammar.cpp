@@ -186,6 +186,9 @@ Status parse(const std::string& gbnf, llama_grammar_parser& parser) {
       for (const llama_grammar_element& e : rule) {
         if (e.type == LLAMA_GRETYPE_TOKEN || e.type == LLAMA_GRETYPE_TOKEN_NOT)
           return wrong("it refers to a token, only characters are taken");
+        // Such a set has no character, and the answer that comes to it could not go on.
+        if (e.type == LLAMA_GRETYPE_CHAR_RNG_UPPER && e.value < (&e)[-1].value)
+          return wrong("a range of characters ends before it begins");
       }
     }
     if (!parser.symbol_ids.contains("root")) return wrong("it has no rule called root");
@@ -216,8 +219,10 @@ Result<std::unique_ptr<GrammarMatcher>> make_grammar(const std::string& gbnf) {
 }
 
 Result<std::string> grammar_of_schema(const std::string& schema_json) {
-  const auto cannot = [](const char* why) {
-    return Status(StatusCode::invalid_argument, short_reason(without_heading(why)));
+  SchemaReferences references;
+  const auto cannot = [&](const char* why) {
+    const std::string reason = references.with_originals(without_heading(why));
+    return Status(StatusCode::invalid_argument, short_reason(reason.c_str()));
   };
   if (schema_json.size() > kMaxGrammarBytes)
     return Status(StatusCode::invalid_argument, fmt::format("the schema has {} bytes", schema_json.size()));
@@ -226,10 +231,11 @@ Result<std::string> grammar_of_schema(const std::string& schema_json) {
                   fmt::format("the schema is nested deeper than {} levels", kMaxNesting));
   const LlamaAbortGuard guard;
   try {
-    const common_json schema = common_json::parse(schema_json);
+    common_json schema = common_json::parse(schema_json);
+    if (Status s = plain_schema(schema, references); !s.ok()) return s;
     if (Status s = check_schema(schema); !s.ok()) return s;
     common_chat_schema_document document = common_chat_schema_from_json(schema);
-    if (Status s = prepare_schema(document); !s.ok()) return s;
+    if (Status s = prepare_schema(document, references); !s.ok()) return s;
     std::string gbnf = json_schema_to_grammar(document);
     if (Status s = check_grammar(gbnf); !s.ok()) return s;
     return gbnf;

@@ -13,6 +13,7 @@ namespace {
 // Prices in steps; one is about a nanosecond.
 constexpr int64_t kStepsOfAStack = 100;
 constexpr int64_t kStepsOfAState = 2000;
+constexpr int64_t kSharedPiece = 50'000;  ///< steps that are taken at once, for the sake of threads
 // What is kept from draw to draw: some 64, 50 and 30 MB.
 constexpr size_t kMaxStacks = 1'000'000;
 constexpr size_t kMaxWaysKept = 4'000'000;
@@ -64,10 +65,35 @@ void GrammarMatcher::begin_draw() {
   at_.state = intern(std::move(now));
 }
 
-bool GrammarMatcher::pay(int64_t steps) {
+void GrammarMatcher::begin_sharing(std::atomic<int64_t>& steps) {
+  shared_ = &steps;
+  taken_ = 0;
+  paused_ = false;
+}
+
+void GrammarMatcher::end_sharing() {
+  if (shared_ != nullptr && taken_ > 0) *shared_ += taken_;
+  shared_ = nullptr;
+  paused_ = false;
+}
+
+bool GrammarMatcher::pay_alone(int64_t steps) {
   budget_ -= steps;
   if (budget_ < 0) too_long_ = true;
   return budget_ >= 0;
+}
+
+bool GrammarMatcher::pay(int64_t steps) {
+  if (shared_ != nullptr && (taken_ -= steps) < 0) {
+    const int64_t more = std::max(kSharedPiece, -taken_);
+    if (shared_->fetch_sub(more) <= 0) {
+      *shared_ += more;
+      paused_ = true;
+      return false;
+    }
+    taken_ += more;
+  }
+  return pay_alone(steps);
 }
 
 bool GrammarMatcher::ends(uint32_t at) const {
@@ -141,7 +167,7 @@ GrammarMatcher::StateId GrammarMatcher::intern(std::vector<StackId> ways) {
   if (ways.empty()) return kDead;
   const auto [found, is_new] = state_ids_.try_emplace(std::move(ways), static_cast<StateId>(states_.size()));
   if (is_new) {
-    pay(kStepsOfAState + static_cast<int64_t>(found->first.size()));
+    pay_alone(kStepsOfAState + static_cast<int64_t>(found->first.size()));
     n_ways_ += found->first.size();
     states_.push_back(std::make_unique<State>());
     states_.back()->ways = found->first;
@@ -152,19 +178,28 @@ GrammarMatcher::StateId GrammarMatcher::intern(std::vector<StackId> ways) {
 /// kDead too once something is used up: fault() says so.
 GrammarMatcher::StateId GrammarMatcher::next(StateId from, uint32_t character) {
   State& state = *states_[static_cast<size_t>(from)];
+  const int64_t budget = budget_;
+  const auto find = [&](int64_t price_of_keeping) {
+    const StateId to = find_next(from, character);
+    if (!paused_) (void)pay(price_of_keeping);
+    if (paused_) budget_ = budget;  // it will be looked for again
+    return to;
+  };
   if (character < 128) {
     if (state.ascii == nullptr) {
       state.ascii = std::make_unique<std::array<StateId, 128>>();
       state.ascii->fill(kUnknown);
     }
     StateId& known = (*state.ascii)[character];
-    if (known == kUnknown) known = find_next(from, character);
-    return known;
+    if (known != kUnknown) return known;
+    const StateId to = find(0);
+    return paused_ ? kDead : known = to;
   }
   const auto found = state.others.find(character);
   if (found != state.others.end()) return found->second;
-  const StateId to = find_next(from, character);
-  if (pay(kStepsOfAStack)) state.others.emplace(character, to);
+  const StateId to = find(kStepsOfAStack);
+  if (paused_) return kDead;
+  if (!too_long_) state.others.emplace(character, to);
   return to;
 }
 
@@ -238,6 +273,7 @@ Status GrammarMatcher::fault() const {
   if (too_long_)
     return {StatusCode::invalid_argument,
             "the grammar is too ambiguous: finding what may come next takes too long"};
+  if (paused_) return {StatusCode::cancelled, "the steps that grammars share are used up"};
   return {};
 }
 
@@ -258,7 +294,7 @@ Status GrammarMatcher::each_allowed(const SortedPieces& pieces, const std::funct
     while (path.size() <= piece.size() && path.back().state >= 0)
       path.push_back(next(path.back(), static_cast<unsigned char>(piece[path.size() - 1])));
     if (path.size() > piece.size() && is_possible(path.back())) allowed(pieces.token(i));
-    if (too_many_ways_ || too_long_) return fault();
+    if (too_many_ways_ || too_long_ || paused_) return fault();
   }
   return {};
 }

@@ -7,6 +7,7 @@
 #include <llama-grammar.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -32,6 +33,13 @@ class GrammarMatcher {
 
   /// Before each draw: pays into the budget, and lets go of what only earlier draws needed.
   void begin_draw();
+  /// Until end_sharing() steps are taken from `steps` too, which others draw from at the same time. Where
+  /// they are used up, what was asked has failed and paused() is true: what was found stays, and the same
+  /// question goes on from there. The budget pays for what is done twice once, so that what an answer may
+  /// cost does not depend on others.
+  void begin_sharing(std::atomic<int64_t>& steps);
+  void end_sharing();
+  bool paused() const { return paused_; }
 
   /// Whether the answer may go on with these bytes, which may end within a character. invalid_argument if the
   /// grammar goes on in too many ways or the budget is used up, here and below.
@@ -69,6 +77,7 @@ class GrammarMatcher {
 
   void reset();
   bool pay(int64_t steps);
+  bool pay_alone(int64_t steps);
   bool ends(uint32_t at) const;
   bool takes(uint32_t& at, uint32_t low, uint32_t high) const;
   StackId push(uint32_t top, StackId below);
@@ -93,6 +102,9 @@ class GrammarMatcher {
   int64_t budget_ = kGrammarBudget;
   bool too_many_ways_ = false;
   bool too_long_ = false;
+  std::atomic<int64_t>* shared_ = nullptr;
+  int64_t taken_ = 0;  ///< of the shared steps, not used yet
+  bool paused_ = false;
 };
 
 }  // namespace narrows

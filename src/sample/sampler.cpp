@@ -101,6 +101,21 @@ std::optional<size_t> largest(std::span<const float> logits) {
 
 }  // namespace
 
+/// Steps of the grammar are taken from others' too while it lives.
+class Sharing {
+ public:
+  Sharing(GrammarMatcher& grammar, std::atomic<int64_t>* steps) : grammar_(grammar) {
+    if (steps != nullptr) grammar_.begin_sharing(*steps);
+    if (steps == nullptr) grammar_.end_sharing();
+  }
+  ~Sharing() { grammar_.end_sharing(); }
+  Sharing(const Sharing&) = delete;
+  Sharing& operator=(const Sharing&) = delete;
+
+ private:
+  GrammarMatcher& grammar_;
+};
+
 struct Sampler::Impl {
   Chain chain;
   std::unique_ptr<GrammarMatcher> grammar;  ///< null: free text
@@ -108,7 +123,8 @@ struct Sampler::Impl {
   bool has_penalties = false;
   bool plain_greedy = false;  ///< neither bias, penalty nor temperature: the largest logit is the answer
   std::vector<llama_token_data> candidates;
-  Status failed;  ///< of a grammar that could not take a token
+  Status failed;                ///< of a grammar that could not take a token
+  std::optional<Token> chosen;  ///< without regard to the grammar, of a draw that has not come to its end
 
   llama_token_data_array all_candidates(std::span<const float> logits);
   Result<bool> grammar_allows(Token token);
@@ -216,6 +232,17 @@ Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, 
 }
 
 Result<Token> Sampler::sample(std::span<const float> logits) {
+  const Result<std::optional<Token>> token = draw(logits, nullptr);
+  if (!token.ok()) return token.status();
+  return **token;
+}
+
+Result<std::optional<Token>> Sampler::sample(std::span<const float> logits, std::atomic<int64_t>& steps) {
+  return draw(logits, &steps);
+}
+
+/// With steps of its own, null, it always comes to an end.
+Result<std::optional<Token>> Sampler::draw(std::span<const float> logits, std::atomic<int64_t>* steps) {
   if (!impl_->failed.ok()) return impl_->failed;
   const std::optional<size_t> best = largest(logits);
   if (!best) {
@@ -227,13 +254,27 @@ Result<Token> Sampler::sample(std::span<const float> logits) {
   }
   const LlamaAbortGuard guard;
   try {
-    Result<Token> token =
-        impl_->plain_greedy ? Result<Token>(static_cast<Token>(*best)) : impl_->choose(logits, false);
-    if (!token.ok() || !impl_->grammar) return token;
-    impl_->grammar->begin_draw();
-    const Result<bool> allowed = impl_->grammar_allows(*token);
-    if (!allowed.ok()) return allowed.status();
-    return *allowed ? token : impl_->choose(logits, true);
+    const bool goes_on = impl_->chosen.has_value();
+    if (!goes_on) {
+      const Result<Token> token =
+          impl_->plain_greedy ? Result<Token>(static_cast<Token>(*best)) : impl_->choose(logits, false);
+      if (!token.ok()) return token.status();
+      if (!impl_->grammar) return std::optional<Token>(*token);
+      impl_->chosen = *token;
+      impl_->grammar->begin_draw();
+    }
+    const Sharing sharing(*impl_->grammar, steps);
+    Result<Token> token = *impl_->chosen;
+    const Result<bool> allowed = impl_->grammar_allows(*impl_->chosen);
+    if (!allowed.ok()) {
+      token = allowed.status();
+    } else if (!*allowed) {
+      token = impl_->choose(logits, true);
+    }
+    if (impl_->grammar->paused()) return std::optional<Token>();
+    impl_->chosen.reset();
+    if (!token.ok()) return token.status();
+    return std::optional<Token>(*token);
   } catch (const std::bad_alloc&) {
     return {StatusCode::out_of_memory, fmt::format("no memory to sample from {} logits", logits.size())};
   } catch (const std::exception& error) {

@@ -204,15 +204,9 @@ class Preparation {
     }
     if (std::vector<NodePtr>* children = children_of_union(*at)) return all(*children);
     switch (at->kind()) {
-      case Node::KIND_REF: {
-        auto& ref = as<common_chat_schema_ref>(*at);
-        const size_t number = names_.size();
-        const auto found = names_.try_emplace(ref.ref, fmt::format("#/narrows-reference-{}", number)).first;
-        original_[found->second] = ref.ref;
-        ref.ref = found->second;
-        references_.push_back(&ref);
+      case Node::KIND_REF:
+        references_.push_back(&as<common_chat_schema_ref>(*at));
         return {};
-      }
       case Node::KIND_STRING:
         return pattern(as<common_chat_schema_string>(*at).pattern);
       case Node::KIND_ARRAY:
@@ -245,9 +239,6 @@ class Preparation {
     }
   }
 
-  /// What the document called a reference.
-  std::string original(const common_chat_schema_ref& ref) const { return quote(original_.at(ref.ref), 100); }
-
  private:
   Status all(std::vector<NodePtr>& nodes) {
     for (NodePtr& n : nodes) {
@@ -266,8 +257,6 @@ class Preparation {
     return {};
   }
 
-  std::map<std::string, std::string> names_;     ///< by what the document calls them
-  std::map<std::string, std::string> original_;  ///< the other way
   std::map<std::string, Pattern> patterns_;
   std::vector<common_chat_schema_ref*> references_;
   std::unordered_map<const Node*, const Node*> moved_;
@@ -276,7 +265,7 @@ class Preparation {
 /// Finds circles of references, anyOf, oneOf, allOf and lists of types: no character comes between.
 class Circles {
  public:
-  explicit Circles(const Preparation& names) : names_(names) {}
+  explicit Circles(const SchemaReferences& names) : names_(names) {}
 
   /// Of what can be reached from this node without a character; follows references.
   Status from(Node& node, int depth = 0) {
@@ -322,7 +311,7 @@ class Circles {
  private:
   std::string what() const {
     return fmt::format("the reference {} leads back to itself with nothing in between",
-                       last_ != nullptr ? names_.original(*last_) : "");
+                       last_ != nullptr ? quote(names_.original(last_->ref), 100) : "");
   }
   Status all(std::vector<NodePtr>& nodes) {
     for (NodePtr& n : nodes) {
@@ -331,7 +320,7 @@ class Circles {
     return {};
   }
 
-  const Preparation& names_;
+  const SchemaReferences& names_;
   std::unordered_map<const Node*, bool> state_;  ///< false: being walked
   const common_chat_schema_ref* last_ = nullptr;
 };
@@ -462,14 +451,14 @@ class Work {
 
 Status check_schema(const common_json& schema) { return JsonWalk(schema).node(schema, 0); }
 
-Status prepare_schema(common_chat_schema_document& document) {
+Status prepare_schema(common_chat_schema_document& document, const SchemaReferences& references) {
   Preparation preparation;
   if (Status s = preparation.node(document.root); !s.ok()) return s;
   for (auto& [name, target] : document.refs) {
     if (Status s = preparation.target(target); !s.ok()) return s;
   }
   preparation.mend_targets();
-  Circles circles(preparation);
+  Circles circles(references);
   if (Status s = circles.within(*document.root); !s.ok()) return s;
   for (auto& [name, target] : document.refs) {
     if (Status s = circles.within(*target); !s.ok()) return s;

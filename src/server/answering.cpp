@@ -46,6 +46,7 @@ Status Scheduler::begin(Slot& slot, const Waiting& waiting, int64_t n_cached) {
   slot.result.kv = waiting.job->profile.name;
   slot.begun = slot.last_progress = Clock::now();
   slot.state = SlotState::reading;
+  slot.n_put_off = 0;
   metrics_->prompt_tokens += static_cast<uint64_t>(slot.result.n_prompt);
   metrics_->cached_tokens += static_cast<uint64_t>(n_cached);
   return {};
@@ -73,16 +74,23 @@ void Scheduler::prompt_is_read(Slot& slot) {
   if (slot.job->request.max_tokens == 0) {
     finish(slot, "length");
   } else {
-    pass_on(slot, draw(slot));
+    pass_on(slot, draw(slot, nullptr));
   }
 }
 
 /// The next token from the session's logits and its text. Touches nothing but the slot: several slots draw at
-/// a time.
-Scheduler::Drawn Scheduler::draw(Slot& slot) const {
+/// a time, whose grammars share the steps; null: it needs no others'.
+Scheduler::Drawn Scheduler::draw(Slot& slot, std::atomic<int64_t>* grammar_steps) const {
   Drawn drawn;
   const std::span<const float> logits = slot.held.session->logits();
-  drawn.token = slot.sampler->sample(logits);
+  if (grammar_steps == nullptr) {
+    drawn.token = slot.sampler->sample(logits);
+  } else {
+    const Result<std::optional<Token>> token = slot.sampler->sample(logits, *grammar_steps);
+    drawn.later = token.ok() && !token->has_value();
+    if (drawn.later) return drawn;
+    drawn.token = token.ok() ? Result<Token>(**token) : token.status();
+  }
   if (!drawn.token.ok()) return drawn;
   drawn.is_end = model_->tokenizer().is_end(*drawn.token) && !slot.job->request.ignore_eos;
   if (drawn.is_end) return drawn;
@@ -94,6 +102,8 @@ Scheduler::Drawn Scheduler::draw(Slot& slot) const {
 
 /// What comes of it.
 void Scheduler::pass_on(Slot& slot, Drawn drawn) {
+  slot.n_put_off = drawn.later ? slot.n_put_off + 1 : 0;
+  if (drawn.later) return;
   if (!drawn.token.ok()) {
     fail(slot, drawn.token.status());
     return;

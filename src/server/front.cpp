@@ -25,8 +25,18 @@ constexpr size_t kMostDiscarded = size_t{8} << 20;
 /// Enough for a page; a client that does not read does not fill the machine's memory.
 constexpr int kSendBuffer = 256 << 10;
 
+/// For a handler whose connection was cut to notice it.
+constexpr std::chrono::milliseconds kCut{500};
+
+ApiError too_many() {
+  return http_error(429, "more requests are at work and wait than this server takes; try again later");
+}
+ApiError ending() { return http_error(503, "the server is shutting down"); }
+
 const char* reason_phrase(int code) {
   switch (code) {
+    case 400:
+      return "Bad Request";
     case 408:
       return "Request Timeout";
     case 413:
@@ -78,7 +88,8 @@ std::unique_ptr<Front> Front::start(const FrontOptions& options, Hooks hooks) {
 }
 
 Front::~Front() {
-  end(std::chrono::milliseconds(0));
+  (void)end(std::chrono::milliseconds(0), Clock::now());
+  close_all();
   if (wake_ >= 0) ::close(wake_);
   if (epoll_ >= 0) ::close(epoll_);
 }
@@ -114,14 +125,38 @@ void Front::add(int fd) noexcept {
   }
 }
 
-void Front::end(std::chrono::milliseconds patience) {
+void Front::refuse_new() {
   refusing_ = true;
+  wake();
+}
+
+/// Shuts the connections that handlers are at work on: all, or those that are being written to. One that
+/// nothing was written to is told why. With the lock.
+void Front::cut(bool all) {
+  for (const auto& [fd, c] : at_work_) {
+    if (!all && !c->has_writer) continue;
+    if (!c->has_writer.exchange(true)) send_refusal(fd, ending());
+    (void)::shutdown(fd, SHUT_RDWR);
+  }
+}
+
+bool Front::end(std::chrono::milliseconds patience, Clock::time_point until) {
+  refuse_new();
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (!none_at_work_.wait_for(lock, patience, [this] { return at_work_.empty(); })) {
-      for (const int fd : at_work_) (void)::shutdown(fd, SHUT_RDWR);
-      none_at_work_.wait(lock, [this] { return at_work_.empty(); });
-    }
+    const auto none = [this] { return at_work_.empty(); };
+    if (!none_at_work_.wait_for(lock, patience, none)) cut(false);
+    if (!none_at_work_.wait_until(lock, until, none)) cut(true);
+    if (!none_at_work_.wait_for(lock, kCut, none)) return false;
+  }
+  close_all();
+  return true;
+}
+
+void Front::close_all() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    none_at_work_.wait(lock, [this] { return at_work_.empty(); });
     ended_ = true;
   }
   if (thread_.joinable()) {
@@ -166,6 +201,7 @@ void Front::run() {
     }
     drop_late();
     adopt_arrivals();
+    if (refusing_ && !told_) refuse_unfinished();
     const std::lock_guard<std::mutex> lock(mutex_);
     if (ended_) break;
   }
@@ -262,7 +298,7 @@ void Front::advance(Connection& c) {
     case RequestFrame::State::whole:
       return dispatch(c, c.frame.end(), false);
     case RequestFrame::State::odd:
-      return dispatch(c, c.in.size(), true);
+      return refuse(c, http_error(400, "the request is no well-formed HTTP"));
     case RequestFrame::State::head_too_large:
       return refuse(c, http_error(431, "the headers are larger than this server takes"));
     case RequestFrame::State::body_too_large:
@@ -283,6 +319,11 @@ void Front::wait_for_body(Connection& c) {
   c.deadline = c.since + options_.body_timeout + more;
 }
 
+size_t Front::n_at_work() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return at_work_.size();
+}
+
 /// Gives the first n_bytes to a handler.
 void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
   c.closes = closes || refusing_;
@@ -291,7 +332,8 @@ void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
     c.in.erase(0, n_bytes);
     return answer_at_once(c);
   }
-  if (refusing_) return refuse(c, http_error(503, "the server is shutting down"));
+  if (refusing_) return refuse(c, ending());
+  if (n_at_work() >= options_.max_at_work) return refuse(c, too_many());
   std::string rest = c.in.substr(n_bytes);
   c.in.resize(n_bytes);
   c.request = std::move(c.in);
@@ -300,7 +342,8 @@ void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
   const std::shared_ptr<Connection> own = waiting_.at(c.fd);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    at_work_.insert(c.fd);
+    c.has_writer = false;
+    at_work_.emplace(c.fd, &c);
   }
   (void)::epoll_ctl(epoll_, EPOLL_CTL_DEL, c.fd, nullptr);
   waiting_.erase(c.fd);
@@ -313,7 +356,7 @@ void Front::dispatch(Connection& c, size_t n_bytes, bool closes) {
     give_back(own, goes_on);
   });
   if (taken) return;
-  refuse(c, http_error(429, "more requests are at work and wait than this server takes; try again later"));
+  refuse(c, too_many());
   give_back(own, false);
 }
 
@@ -343,14 +386,29 @@ void Front::answer_at_once(Connection& c) {
   }
 }
 
-void Front::refuse(Connection& c, const ApiError& error) {
+/// What is left of a request that comes now would be refused when it is there.
+void Front::refuse_unfinished() {
+  told_ = true;
+  std::vector<std::shared_ptr<Connection>> unfinished;
+  for (const auto& [fd, c] : waiting_) {
+    const bool begun = c->phase == Connection::Phase::request || c->phase == Connection::Phase::body;
+    if (begun && !hooks_.at_once(c->frame)) unfinished.push_back(c);
+  }
+  for (const std::shared_ptr<Connection>& c : unfinished) refuse(*c, ending());
+}
+
+void Front::send_refusal(int fd, const ApiError& error) const {
   const std::string body = to_json(error) + "\n";
   (void)send_at_once(
-      c.fd,
+      fd,
       fmt::format("HTTP/1.1 {} {}\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: {}\r\n"
                   "X-Content-Type-Options: nosniff\r\n{}{}Connection: close\r\n\r\n{}",
                   error.http_code, reason_phrase(error.http_code), body.size(), options_.headers_of_refusals,
                   error.http_code == 429 ? "Retry-After: 1\r\n" : "", body));
+}
+
+void Front::refuse(Connection& c, const ApiError& error) {
+  send_refusal(c.fd, error);
   hooks_.refused(c, c.frame, error);
   begin_closing(c);
 }

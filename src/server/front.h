@@ -13,7 +13,6 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "server/api_error.h"
@@ -27,6 +26,7 @@ struct FrontOptions {
   size_t max_waiting = 256;                   ///< connections without a request that is answered
   size_t n_threads = 84;                      ///< requests that are answered at a time
   size_t max_queued = 64;                     ///< whole requests that wait for a thread
+  size_t max_at_work = 148;                   ///< both together, of which each keeps a descriptor
   size_t max_body_bytes = size_t{64} << 20;   ///< of one request
   size_t max_held_bytes = size_t{256} << 20;  ///< of all requests that are here or answered
   std::chrono::milliseconds head_timeout{
@@ -49,6 +49,9 @@ struct Connection {
   std::string request;  ///< for the handler: one whole request, or all there is
   bool closes = false;  ///< after this request
   int n_answered = 0;
+  /// Who writes to the socket while a handler is at work: the handler from its first byte on, or the front,
+  /// which then ends it.
+  std::atomic<bool> has_writer{false};
 
  private:
   friend class Front;
@@ -79,7 +82,7 @@ class Front {
 
   /// Null if the system gives no descriptors or thread.
   static std::unique_ptr<Front> start(const FrontOptions& options, Hooks hooks);
-  /// As end() without patience.
+  /// As end() without patience; waits for all handlers.
   ~Front();
   Front(const Front&) = delete;
   Front& operator=(const Front&) = delete;
@@ -87,11 +90,13 @@ class Front {
   /// Takes the socket of a new connection. From any thread.
   void add(int fd) noexcept;
 
-  /// From now on all requests but those that are answered at once are refused.
-  void refuse_new() { refusing_ = true; }
-  /// Waits until what handlers have begun is written; cuts what is not after `patience`, and closes
-  /// everything. After refuse_new(), when no handler waits for anything but its client.
-  void end(std::chrono::milliseconds patience);
+  /// From now on all requests but those that are answered at once are refused, and those that are not whole
+  /// yet.
+  void refuse_new();
+  /// Cuts clients that do not take what is written to them within `patience`; at `until` those whose answer
+  /// has not begun get 503. Then closes everything. After refuse_new(). False if a handler is still at
+  /// work, on something that cannot be interrupted: only the destructor waits for it.
+  bool end(std::chrono::milliseconds patience, Clock::time_point until);
 
  private:
   Front(const FrontOptions& options, Hooks hooks);
@@ -105,13 +110,18 @@ class Front {
   void dispatch(Connection& c, size_t n_bytes, bool closes);
   void answer_at_once(Connection& c);
   void next_request(Connection& c);
+  void refuse_unfinished();
   void refuse(Connection& c, const ApiError& error);
+  void send_refusal(int fd, const ApiError& error) const;
+  void cut(bool all);
+  void close_all();
   void begin_closing(Connection& c);
   void drop(Connection& c);
   void drop_late();
   void drop_oldest();
   void hold(Connection& c, size_t n_bytes);
   bool hold_no_more(Connection& c);
+  size_t n_at_work();
   void give_back(const std::shared_ptr<Connection>& c, bool goes_on);
   void wake() const;
 
@@ -124,12 +134,13 @@ class Front {
   std::unordered_map<int, std::shared_ptr<Connection>> waiting_;
   std::vector<int> ready_;  ///< connections whose next request may be there already
   size_t n_held_ = 0;
+  bool told_ = false;  ///< unfinished requests that they are refused
 
   std::atomic<bool> refusing_{false};
   std::mutex mutex_;  ///< of what follows
   std::condition_variable none_at_work_;
   std::vector<std::shared_ptr<Connection>> arrivals_;
-  std::unordered_set<int> at_work_;
+  std::unordered_map<int, Connection*> at_work_;
   bool ended_ = false;
 
   std::unique_ptr<HandlerPool> pool_;

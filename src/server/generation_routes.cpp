@@ -2,6 +2,8 @@
 // stream.
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "base/guarded.h"
 #include "server/http_impl.h"
 #include "server/replies.h"
@@ -12,6 +14,8 @@ namespace {
 
 /// How soon a client that has gone is noticed.
 constexpr std::chrono::milliseconds kLook{200};
+/// For the connection to be reset by a client that is not there any more.
+constexpr std::chrono::milliseconds kAnswer{10};
 /// A comment that keeps proxies and clients from giving up while a long prompt is read.
 constexpr double kPingEvery_s = 2;
 /// An error that comes this early is told by the HTTP code; later, the stream has begun.
@@ -20,6 +24,12 @@ constexpr std::chrono::milliseconds kEarly{150};
 constexpr const char* kTooLong = "the answer took longer than this server allows";
 
 std::string sse(const std::string& data) { return "data: " + data + "\n\n"; }
+
+/// The client of the request that this thread answers.
+bool has_left(const httplib::Request& req) {
+  SocketStream* const client = SocketStream::of_this_thread();
+  return client != nullptr && client->has_left(req.version == "HTTP/1.1");
+}
 
 /// A content provider; httplib catches nothing that is thrown from one, the program would end.
 template <class Provider>
@@ -60,6 +70,8 @@ struct Streaming {
   std::optional<Event> next;  ///< to be sent before what the channel gives
   int n_open;                 ///< choices that have not ended
   Clock::time_point last_write = Clock::now();
+  bool asked = false;  ///< a client that sends no more was written to, which tells whether it is there
+  std::chrono::milliseconds look = kLook;
 };
 
 }  // namespace
@@ -128,7 +140,7 @@ std::shared_ptr<Job> HttpServer::Impl::make_job(const httplib::Request& req, boo
 TokenLimits HttpServer::Impl::token_limits(const httplib::Request& req) const {
   return {scheduler.load()->n_ctx(), [this, &req]() -> std::optional<ApiError> {
             if (stopping) return http_error(503, "the server is shutting down");
-            if (req.is_connection_closed()) return http_error(499, "the client has left");
+            if (has_left(req)) return http_error(499, "the client has left");
             return std::nullopt;
           }};
 }
@@ -181,7 +193,7 @@ void HttpServer::Impl::answer_whole(const std::shared_ptr<Job>& job, const httpl
     const std::optional<Event> event = job->channel.pop(kLook);
     if (Clock::now() - looked >= kLook) {
       looked = Clock::now();
-      if (req.is_connection_closed()) {
+      if (has_left(req)) {
         log_job(*job, {}, "client gone");
         res.status = 499;
         return;
@@ -229,7 +241,7 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
         };
         std::optional<Event> event = std::move(s.next);
         s.next.reset();
-        if (!event) event = s.job->channel.pop(kLook);
+        if (!event) event = s.job->channel.pop(std::exchange(s.look, kLook));
         if (took_too_long(of)) {
           log_job(of, {}, "timeout");
           (void)write(sse(to_json(http_error(504, kTooLong))));
@@ -241,7 +253,14 @@ void HttpServer::Impl::stream(std::shared_ptr<Job> job, const httplib::Request& 
             log_job(of, {}, "client gone");
             return false;
           }
-          return seconds_since(s.last_write) < kPingEvery_s || write(": ping\n\n");
+          const SocketStream* client = SocketStream::of_this_thread();
+          if (!s.asked && client != nullptr && client->peer_sends_no_more()) {
+            s.asked = true;
+            s.look = kAnswer;
+          } else if (seconds_since(s.last_write) < kPingEvery_s) {
+            return true;
+          }
+          return write(": ping\n\n");
         }
         if (event->kind == Event::Kind::failed) {
           log_job(of, {}, "failed");

@@ -18,16 +18,16 @@
 
 namespace narrows::server {
 
-/// cpp-httplib without its connections: it accepts them, and parses and answers requests that the front has
-/// read.
+/// cpp-httplib without its connections: it parses and answers requests that the front has read.
 class Listener : public httplib::Server {
  public:
-  std::function<void(int socket)> accepted;
+  /// Gives `accepted` every new connection until close(), after bind_to_port(). cpp-httplib's own loop spins
+  /// while the process has no descriptor left.
+  void accept_all(const std::function<void(int socket)>& accepted);
+  /// Last of all: from then on cpp-httplib cuts streams.
+  void close();
   /// True if the connection may go on.
   bool answer(const Connection& connection, SocketStream& stream);
-
- private:
-  bool process_and_close_socket(socket_t socket) override;
 };
 
 struct HttpServer::Impl {

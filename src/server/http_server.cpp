@@ -2,8 +2,11 @@
 #include "server/http_server.h"
 
 #include <fmt/format.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <random>
@@ -15,14 +18,15 @@ namespace narrows::server {
 
 namespace {
 
-/// Half of the descriptors that may be open, but for those of files: the rest is for requests at work.
-size_t waiting_connections(int wanted) {
+/// Half of the descriptors that may be open, but for those of files: connections that wait get it, and those
+/// whose request is at work the other half, so that there always is one for a connection that asks for
+/// /health.
+size_t within_descriptors(size_t wanted) {
   constexpr rlim_t kFiles = 32;
   rlimit limit{};
-  const auto most = static_cast<size_t>(wanted);
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return most;
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return wanted;
   const rlim_t free = limit.rlim_cur > kFiles ? limit.rlim_cur - kFiles : 0;
-  return std::min(most, static_cast<size_t>(std::max<rlim_t>(free / 2, 4)));
+  return std::min(wanted, static_cast<size_t>(std::max<rlim_t>(free / 2, 4)));
 }
 
 /// Requests of a connection.
@@ -32,15 +36,8 @@ constexpr size_t kOtherRequests = 16;
 /// What clients have to take the last bytes in when the server ends.
 constexpr std::chrono::milliseconds kLastWords{2000};
 
-/// Runs what cpp-httplib would give to a thread at once: it only hands the socket on.
-class Inline : public httplib::TaskQueue {
- public:
-  bool enqueue(std::function<void()> work) override {
-    work();
-    return true;
-  }
-  void shutdown() override {}
-};
+/// While there is no descriptor for a new connection; it waits in the system's queue.
+constexpr std::chrono::milliseconds kNoDescriptor{20};
 
 /// Paths that need no key: whether the server lives, and the page that asks for one.
 bool is_public(const std::string& path) {
@@ -54,10 +51,11 @@ bool is_loopback(const std::string& host) {
   return is_v4 || host == "localhost" || host == "::1" || host == "[::1]";
 }
 
-/// "name:80" and "[::1]:80" without the port.
+/// "name:80" and "[::1]:80" without the port; "localhost:1@evil" is no name with a port.
 std::string without_port(const std::string& host) {
   const size_t colon = host.rfind(':');
-  const bool has_port = colon != std::string::npos && host.find(']', colon) == std::string::npos;
+  const bool has_port =
+      colon != std::string::npos && host.find_first_not_of("0123456789", colon + 1) == std::string::npos;
   return has_port ? host.substr(0, colon) : host;
 }
 
@@ -187,7 +185,6 @@ void HttpServer::Impl::allow_cors(const httplib::Request& req, httplib::Response
 }
 
 void HttpServer::Impl::set_up() {
-  http.new_task_queue = [] { return new Inline; };
   // Not httplib's default, SO_REUSEPORT: another process could then listen on our port beside us.
   http.set_socket_options([](socket_t socket) {
     const int yes = 1;
@@ -195,7 +192,6 @@ void HttpServer::Impl::set_up() {
   });
   http.set_payload_max_length(options.max_body_bytes);
   http.set_keep_alive_timeout(5);
-  http.set_tcp_nodelay(true);  // a token should not wait for the next
   http.set_pre_routing_handler([this](const httplib::Request& req, httplib::Response& res) {
     allow_cors(req, res);
     res.set_header("X-Content-Type-Options", "nosniff");
@@ -245,14 +241,30 @@ void HttpServer::Impl::set_up() {
   add_slot_routes();
 }
 
-bool Listener::process_and_close_socket(socket_t socket) {
-  accepted(socket);
-  return true;
+void Listener::accept_all(const std::function<void(int socket)>& accepted) {
+  const int listening = svr_sock_;
+  while (svr_sock_ != INVALID_SOCKET) {
+    const int socket = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC);
+    if (socket >= 0) {
+      const int yes = 1;  // a token should not wait for the next
+      (void)::setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
+      accepted(socket);
+    } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+      std::this_thread::sleep_for(kNoDescriptor);
+    }  // else only that one connection has gone, or close() was called
+  }
+  ::close(listening);
+}
+
+void Listener::close() {
+  const int listening = svr_sock_.exchange(INVALID_SOCKET);
+  if (listening != INVALID_SOCKET) (void)::shutdown(listening, SHUT_RDWR);  // ends accept4()
 }
 
 bool Listener::answer(const Connection& c, SocketStream& stream) {
   const bool last = c.closes || c.n_answered >= kMostRequests;
   bool closed = false;
+  const SocketStream::OfThisThread current(stream);
   const bool done = serve_guarded([&] {
     return process_request(stream, c.remote_ip, c.remote_port, "", 0, last, closed,
                            [](httplib::Request& req) {
@@ -273,8 +285,9 @@ bool HttpServer::Impl::wants_body(const RequestFrame& frame) const {
 
 bool HttpServer::Impl::start_front() {
   FrontOptions o;
-  o.max_waiting = waiting_connections(options.max_connections);
+  o.max_waiting = within_descriptors(static_cast<size_t>(options.max_connections));
   o.n_threads = static_cast<size_t>(options.n_generations) + kOtherRequests;
+  o.max_at_work = within_descriptors(o.n_threads + o.max_queued);
   o.max_body_bytes = options.max_body_bytes;
   o.max_held_bytes = 4 * options.max_body_bytes;
   o.head_timeout = options.head_timeout;
@@ -290,7 +303,7 @@ bool HttpServer::Impl::start_front() {
   };
   hooks.wants_body = [this](const RequestFrame& frame) { return wants_body(frame); };
   hooks.answer = [this](Connection& c) {
-    SocketStream stream(c.fd, std::move(c.request), options.io_timeout);
+    SocketStream stream(c.fd, std::move(c.request), options.io_timeout, &c.has_writer);
     return http.answer(c, stream);
   };
   hooks.answer_at_once = [this](Connection& c, std::string& reply) {
@@ -306,13 +319,12 @@ bool HttpServer::Impl::start_front() {
   };
   front = Front::start(o, std::move(hooks));
   if (front == nullptr) return false;
-  http.accepted = [this](int socket) { front->add(socket); };
   return true;
 }
 
 HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-HttpServer::~HttpServer() { stop(std::chrono::milliseconds(0)); }
+HttpServer::~HttpServer() { (void)stop(std::chrono::milliseconds(0)); }
 
 Result<std::unique_ptr<HttpServer>> HttpServer::start(const HttpOptions& options, LogSink log) {
   auto impl = std::make_unique<Impl>(options, std::move(log));
@@ -331,8 +343,7 @@ Result<std::unique_ptr<HttpServer>> HttpServer::start(const HttpOptions& options
         "the system gives no more threads or open files for connections; raise its limits (ulimit)");
   }
   Impl* raw = impl.get();
-  impl->thread = std::thread([raw] { (void)raw->http.listen_after_bind(); });
-  impl->http.wait_until_ready();
+  impl->thread = std::thread([raw] { raw->http.accept_all([raw](int socket) { raw->front->add(socket); }); });
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
 }
 
@@ -344,15 +355,17 @@ void HttpServer::serve(std::shared_ptr<const Model> model, Scheduler* scheduler)
   impl_->scheduler = scheduler;
 }
 
-void HttpServer::stop(std::chrono::milliseconds patience) {
+bool HttpServer::stop(std::chrono::milliseconds patience) {
   impl_->stopping = true;
-  if (!impl_->thread.joinable()) return;
+  if (!impl_->thread.joinable()) return true;
+  const Clock::time_point end = Clock::now() + patience;
   impl_->front->refuse_new();
   if (Scheduler* scheduler = impl_->scheduler.load()) scheduler->stop(patience);
   // The listener last: cpp-httplib cuts streams as soon as it is closed.
-  impl_->front->end(kLastWords);
-  impl_->http.stop();
+  const bool ended = impl_->front->end(kLastWords, std::max(end, Clock::now() + kLastWords));
+  impl_->http.close();
   impl_->thread.join();
+  return ended;
 }
 
 }  // namespace narrows::server

@@ -40,7 +40,7 @@ class HttpServer {
   /// Binds and answers from now on: 503 until serve() is called. invalid_argument if the address cannot be
   /// had.
   static Result<std::unique_ptr<HttpServer>> start(const HttpOptions& options, LogSink log);
-  /// As stop().
+  /// As stop(), and waits for all threads.
   ~HttpServer();
   HttpServer(const HttpServer&) = delete;
   HttpServer& operator=(const HttpServer&) = delete;
@@ -52,8 +52,10 @@ class HttpServer {
 
   /// Refuses new requests with 503 (but /health and /metrics, which go on), lets those at work finish for
   /// `patience`, ends the rest with an error, closes everything when its last byte is written, and returns
-  /// when all threads have ended. Clients that do not take those bytes within 2 s are cut.
-  void stop(std::chrono::milliseconds patience);
+  /// when all threads have ended. Clients that do not take those bytes within 2 s are cut. False if a thread
+  /// is still at work after all that, on something that cannot be interrupted (a text that is cut into
+  /// tokens); its client has been told, and the destructor waits for it.
+  bool stop(std::chrono::milliseconds patience);
 
   struct Impl;
 

@@ -242,6 +242,9 @@ void read_common(Fields& f, const RequestDefaults& defaults, GenerationRequest& 
     if (const auto n = f.integer(name, 0, kMaxTokens)) r.max_tokens = *n;
   }
   r.stops = f.texts("stop", kMaxStops, kMaxStopBytes).value_or(std::vector<std::string>());
+  for (const std::string& stop : r.stops) {
+    if (stop.empty()) f.fail("stop", "must hold no empty string, which every answer would end with");
+  }
   r.ignore_eos = f.boolean("ignore_eos").value_or(false);
   r.cache_prompt = f.boolean("cache_prompt").value_or(true);
   r.stream = f.boolean("stream").value_or(false);

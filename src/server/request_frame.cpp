@@ -68,12 +68,14 @@ RequestFrame::State RequestFrame::read_head(std::string_view head) {
   path_ = target.substr(0, target.find_first_of(" ?"));
 
   std::optional<size_t> length;
-  bool odd = false;
+  bool odd = false, has_host = false;
+  size_t n_fields = 0;
   while (at < head.size()) {
     at += kLineEnd.size();
     const size_t line_end = std::min(head.find(kLineEnd, at), head.size());
     const std::string_view field = head.substr(at, line_end - at);
     at = line_end;
+    if (field.size() > kMaxLine || ++n_fields > kMaxFields) return State::head_too_large;
     const size_t colon = field.find(':');
     if (colon == std::string_view::npos) continue;
     std::string name = lower(field.substr(0, colon));
@@ -85,6 +87,9 @@ RequestFrame::State RequestFrame::read_head(std::string_view head) {
     } else if (name == "transfer-encoding") {
       odd = odd || chunked_ || lower(value) != "chunked";
       chunked_ = true;
+    } else if (name == "host") {
+      odd = odd || has_host;
+      has_host = true;
     } else if (name == "expect") {
       expects_continue_ = lower(value) == "100-continue";
     }

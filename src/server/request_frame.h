@@ -16,11 +16,13 @@ class RequestFrame {
     head,            ///< the head is not there yet
     body,            ///< the head is there, the body is not
     whole,           ///< end() bytes are one request
-    odd,             ///< no framing that can be followed: give the parser what is there and close then
-    head_too_large,  ///< more than kMaxHead bytes
+    odd,             ///< no framing that all would follow alike: refuse it and close
+    head_too_large,  ///< more than kMaxHead bytes, kMaxLine bytes of a line, kMaxFields lines
     body_too_large,  ///< it says that it is longer than max_body, or is
   };
   static constexpr size_t kMaxHead = size_t{64} << 10;
+  static constexpr size_t kMaxLine = 8190;   ///< without its end; what the parser takes
+  static constexpr size_t kMaxFields = 100;  ///< of them too
 
   explicit RequestFrame(size_t max_body) : max_body_(max_body) {}
 

@@ -2,6 +2,7 @@
 // wait get a slot when one is free and memory holds. Continuous batching, without HTTP or JSON.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -128,8 +129,9 @@ class Scheduler {
     bool is_end = false;
     bool goes_on = true;  ///< no stop string
     Event event;          ///< what of it can be shown
+    bool later = false;   ///< there is no token yet: see Slot::n_put_off
   };
-  Drawn draw(Slot& slot) const;
+  Drawn draw(Slot& slot, std::atomic<int64_t>* grammar_steps) const;
   void pass_on(Slot& slot, Drawn drawn);
   void finish(Slot& slot, const char* reason);
   /// The session stays as leave() keeps it, unless the failure may have left it in any state.

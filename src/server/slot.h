@@ -76,7 +76,8 @@ struct Slot {
   ChoiceResult result;
   std::unique_ptr<Sampler> sampler;
   std::unique_ptr<Writer> writer;
-  Token next = 0;              ///< writing: drawn, not yet decoded
+  Token next = 0;     ///< writing: drawn, not yet decoded
+  int n_put_off = 0;  ///< writing: steps since the last token was decoded, in which none could be drawn
   int64_t reserved_bytes = 0;  ///< what its cache may come to
   Clock::time_point begun;     ///< of reading, then of writing
   Clock::time_point last_progress;

@@ -4,12 +4,13 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <string_view>
 
-#include "server/job.h"
-
 namespace narrows::server {
+
+thread_local SocketStream* SocketStream::current_ = nullptr;
 
 bool SocketStream::wait_for(short events, std::chrono::milliseconds most) const {
   const Clock::time_point end = Clock::now() + most;
@@ -26,9 +27,26 @@ bool SocketStream::wait_writable() const { return reply_ != nullptr || wait_for(
 
 bool SocketStream::is_peer_alive() const {
   if (reply_ != nullptr) return true;
-  char byte = 0;
-  const ssize_t n = ::recv(fd_, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-  return n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR));
+  pollfd look{fd_, 0, 0};  // a reset or a closed connection is always told
+  const int n = ::poll(&look, 1, 0);
+  return n < 0 || (look.revents & (POLLHUP | POLLERR | POLLNVAL)) == 0;
+}
+
+bool SocketStream::peer_sends_no_more() const {
+  if (reply_ != nullptr) return false;
+  pollfd look{fd_, POLLRDHUP, 0};
+  return ::poll(&look, 1, 0) > 0 && (look.revents & POLLRDHUP) != 0;
+}
+
+bool SocketStream::has_left(bool may_ask) {
+  if (!is_peer_alive()) return true;
+  if (!may_ask || wrote_ || n_asked_ >= kMostAsked || !peer_sends_no_more() || Clock::now() < ask_again_)
+    return false;
+  ask_again_ = Clock::now() + kAskAgain * (1 << (2 * n_asked_++));
+  constexpr std::string_view kInterim = "HTTP/1.1 100 Continue\r\n\r\n";
+  (void)::send(fd_, kInterim.data(), kInterim.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  (void)wait_for(0, kAnswer);
+  return !is_peer_alive();
 }
 
 ssize_t SocketStream::read(char* to, size_t size) {
@@ -53,6 +71,10 @@ void SocketStream::consume_buffered(size_t size) {
 ssize_t SocketStream::write(const char* from, size_t size) {
   const std::string_view text(from, size);
   if (!wrote_) {  // the first write is the whole head
+    if (has_writer_ != nullptr && has_writer_->exchange(true)) {
+      error_ = httplib::Error::Write;
+      return -1;
+    }
     says_close_ =
         text.substr(0, text.find("\r\n\r\n")).find("\r\nConnection: close") != std::string_view::npos;
     wrote_ = true;

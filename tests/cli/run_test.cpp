@@ -1,7 +1,10 @@
 // `narrows run` with the model: repeatable answers, the JSON document, limits, Ctrl-C, an output that breaks
 // off.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 #include <string>
@@ -290,6 +293,13 @@ TEST(Run, CutOffModelsAndMissingBasesAreRefused) {
   }
   expect_refusal(run_model({"-p", "x", "--kv", "sals-25", "--basis", dir.path("none.gguf")}), 2,
                  {"none.gguf"});
+  // A pipe would be waited for; here both of its ends are open, so that nothing waits where it is read.
+  const std::string pipe = dir.path("pipe");
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  const int ends = ::open(pipe.c_str(), O_RDWR | O_CLOEXEC);
+  for (const std::string& path : {pipe, std::string("/dev/zero")})
+    expect_refusal(run_model({"-p", "x", "--kv", "sals-25", "--basis", path}), 2, {path, "device or pipe"});
+  ::close(ends);
 }
 
 }  // namespace

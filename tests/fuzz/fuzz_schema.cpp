@@ -60,8 +60,23 @@ class Builder {
     switch (kind) {
       case 1:
       case 2:
-      case 3:
         return std::string("{\"$ref\":\"#/$defs/") + static_cast<char>('a' + byte() % 8) + "\"}";
+      case 3: {
+        constexpr const char* kReferences[] = {"#",
+                                               "#/$defs/%61",
+                                               "#/%24defs/b",
+                                               "#/$defs/a/items",
+                                               "#/anyOf/1",
+                                               "#/$defs/~0",
+                                               "#/$defs/%7E1",
+                                               "#/$defs%2Fc",
+                                               "#/anyOf/01",
+                                               "#/prefixItems/0",
+                                               "#/$defs/a/properties/a~01",
+                                               "#/properties"};
+        return std::string("{\"$ref\":\"") +
+               kReferences[static_cast<size_t>(byte()) % std::size(kReferences)] + "\"}";
+      }
       case 4:
         return "{\"anyOf\":" + list(depth + 1) + "}";
       case 5:
@@ -75,7 +90,8 @@ class Builder {
         return "{\"items\":" + node(depth + 1) + ",\"minItems\":" + number() + ",\"maxItems\":" + number() +
                "}";
       case 9:
-        return "{\"prefixItems\":" + list(depth + 1) + "}";
+        return "{\"prefixItems\":" + list(depth + 1) + (byte() % 2 == 0 ? ",\"items\":false" : "") +
+               (byte() % 4 == 0 ? ",\"maxItems\":" + number() : "") + "}";
       case 10: {
         std::string all;
         for (int n = byte() % 12; n >= 0; --n)
@@ -86,7 +102,9 @@ class Builder {
       case 11:
         return R"({"type":"string","minLength":)" + number() + ",\"maxLength\":" + number() + "}";
       case 12:
-        return R"({"type":"integer","minimum":)" + number() + ",\"maximum\":" + number() + "}";
+        return R"({"type":"integer","minimum":)" + number() +
+               (byte() % 2 == 0 ? ",\"maximum\":" : ",\"exclusiveMinimum\":") + number() +
+               (byte() % 2 == 0 ? ",\"exclusiveMaximum\":" + number() : "") + "}";
       case 13: {
         constexpr const char* kParts[] = {"a",     "(",      ")",      "(b|c)", "*",       "+",  "?",
                                           "{2,5}", "{0,40}", "[^a-z]", "[]",    ".",       "|",  "(a?b?)*",

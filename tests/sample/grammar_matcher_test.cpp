@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <limits>
 #include <random>
@@ -183,34 +184,46 @@ TEST(GrammarMatcher, NoDrawTakesLong) {
   }
 }
 
-// Each character leaves another half of 3000 ways, which can be walked no faster than one by one.
-// docs/server_api.md: "A grammar that goes on in more than 4,000 ways at one place, or whose next token takes
-// more than about half a second to find, ends the request with an error"
-TEST(GrammarMatcher, ADrawEndsWithItsBudget) {
+/// With all pairs of letters as tokens.
+std::unique_ptr<Tokenizer> pairs_of_letters(const std::string& letters) {
   const testing::TempDir dir;
   testing::TinyVocabulary vocabulary;
-  std::string letters;
-  for (char c = 'A'; c <= 'Z'; ++c) letters += {c, static_cast<char>(c - 'A' + 'a')};
   for (const char a : letters)
     for (const char b : letters) vocabulary.more.emplace_back(std::string{a, b}, 1);
   std::erase_if(vocabulary.more, [](const auto& word) { return word.first == "he"; });
-  ASSERT_TRUE(vocabulary.write(dir.path("v.gguf")));
-  const auto loaded = std::move(Tokenizer::load(dir.path("v.gguf")).value());
+  EXPECT_TRUE(vocabulary.write(dir.path("v.gguf")));
+  return std::move(Tokenizer::load(dir.path("v.gguf")).value());
+}
+
+std::string all_letters() {
+  std::string letters;
+  for (char c = 'A'; c <= 'Z'; ++c) letters += {c, static_cast<char>(c - 'A' + 'a')};
+  return letters;
+}
+
+/// Each character leaves another half of n ways, which can be walked no faster than one by one.
+SamplerOptions ways_of_letters(int n) {
   std::mt19937 random(1);
-  std::string gbnf = "root ::= ";
-  for (int i = 0; i < 3000; ++i) {
-    gbnf += i > 0 ? " | " : "";
-    for (int place = 0; place < 3; ++place) {
-      gbnf += "[";
-      for (const char c : letters)
-        if (random() % 2 == 0) gbnf += c;
-      gbnf += "]";
-    }
-  }
   SamplerOptions options;
   options.temperature = 0;
-  options.grammar = gbnf;
-  const auto sampler = Sampler::create(options, loaded.get());
+  options.grammar = "root ::= ";
+  for (int i = 0; i < n; ++i) {
+    options.grammar += i > 0 ? " | " : "";
+    for (int place = 0; place < 3; ++place) {
+      options.grammar += "[";
+      for (const char c : all_letters())
+        if (random() % 2 == 0) options.grammar += c;
+      options.grammar += "]";
+    }
+  }
+  return options;
+}
+
+// docs/server_api.md: "A grammar that goes on in more than 4,000 ways at one place, or whose next token takes
+// more than about half a second to find, ends the request with an error"
+TEST(GrammarMatcher, ADrawEndsWithItsBudget) {
+  const auto loaded = pairs_of_letters(all_letters());
+  const auto sampler = Sampler::create(ways_of_letters(3000), loaded.get());
   ASSERT_TRUE(sampler.ok()) << sampler.status().message();
   std::vector<float> logits(static_cast<size_t>(loaded->n_vocab()), 0.0F);
   logits['%'] = 9;
@@ -220,6 +233,44 @@ TEST(GrammarMatcher, ADrawEndsWithItsBudget) {
   EXPECT_EQ(token.status().code(), StatusCode::invalid_argument);
   EXPECT_THAT(token.status().message(), HasSubstr("takes too long"));
   EXPECT_FALSE((*sampler)->sample(logits).ok());  // it stays so
+}
+
+// Sixty-four slots could each spend a whole budget in one step of the engine.
+// docs/server_api.md: "The grammars of all slots share what a step may take"
+TEST(GrammarMatcher, DrawsOfAStepShareTheirSteps) {
+  const auto loaded = pairs_of_letters(all_letters());
+  std::vector<float> logits(static_cast<size_t>(loaded->n_vocab()), 0.0F);
+  logits['%'] = 9;
+  for (const int n : {200, 3000}) {  // one that comes to its end, one that does not
+    const auto alone = Sampler::create(ways_of_letters(n), loaded.get());
+    const Result<Token> wanted = (*alone)->sample(logits);
+    EXPECT_EQ(wanted.ok(), n == 200);
+    constexpr int kSlots = 8;
+    std::vector<std::unique_ptr<Sampler>> slots;
+    for (int i = 0; i < kSlots; ++i)
+      slots.push_back(std::move(Sampler::create(ways_of_letters(n), loaded.get()).value()));
+    constexpr int64_t kSteps = 1'000'000;
+    std::vector<bool> done(kSlots);
+    int n_put_off = 0, n_rounds = 0;
+    for (size_t next = 0; next < kSlots && n_rounds < 10'000; ++n_rounds) {
+      std::atomic<int64_t> steps{kSteps};
+      for (size_t i = 0; i < kSlots; ++i) {
+        if (done[i]) continue;
+        const Result<std::optional<Token>> token = slots[i]->sample(logits, steps);
+        done[i] = !token.ok() || token->has_value();
+        n_put_off += done[i] ? 0 : 1;
+        if (!done[i]) continue;
+        EXPECT_EQ(token.ok(), wanted.ok());
+        EXPECT_EQ(token.ok() ? **token : -1, wanted.ok() ? *wanted : -1);
+        EXPECT_EQ(token.status().message(), wanted.status().message());
+      }
+      EXPECT_GT(steps, -1'000'000);  // one piece of work beyond
+      while (next < kSlots && done[next]) ++next;
+    }
+    EXPECT_LT(n_rounds, 10'000) << n;
+    EXPECT_GT(n_put_off, kSlots) << n;
+    std::cerr << n << " ways: " << n_rounds << " rounds\n";
+  }
 }
 
 // 40,000 brackets deep, which nothing grows with but the stack itself.

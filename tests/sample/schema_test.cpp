@@ -178,6 +178,117 @@ TEST(Schema, ReferencesAreNotMixedUp) {
   EXPECT_THAT(*grammar, HasSubstr("second"));
 }
 
+/// Whether the answer may be the text.
+bool allows(const std::string& schema, const std::string& text) {
+  const Result<std::string> gbnf = grammar_of_schema(schema);
+  EXPECT_TRUE(gbnf.ok()) << schema << gbnf.status().message();
+  if (!gbnf.ok()) return false;
+  const auto grammar = make_grammar(*gbnf);
+  EXPECT_TRUE(grammar.ok()) << schema;
+  return grammar.ok() && (*grammar)->accept(text).ok() && (*grammar)->may_end();
+}
+
+// docs/server_api.md: "$ref may be # (the whole schema) or a JSON pointer with ~0, ~1 and %XX"
+TEST(Schema, TheRootRefersToItself) {
+  for (
+      const char* tree :
+      {R"({"type":"object","properties":{"kids":{"type":"array","items":{"$ref":"#"}}},"required":["kids"]})",
+       R"({"$defs":{"a":{"$ref":"#"}},"type":["object"],"properties":{"kids":{"items":{"$ref":"#/$defs/a"}}},"required":["kids"]})"}) {
+    EXPECT_TRUE(allows(tree, R"({"kids":[]})")) << tree;
+    EXPECT_TRUE(allows(tree, R"({"kids":[{"kids":[]},{"kids":[{"kids":[]}]}]})")) << tree;
+    EXPECT_FALSE(allows(tree, R"({"kids":[1]})")) << tree;
+  }
+  for (const char* circle : {R"({"$ref":"#"})", R"({"allOf":[{"$ref":"#"}]})",
+                             R"({"anyOf":[{"type":"null"},{"$ref":"#/anyOf/2"},{"$ref":"#"}]})",
+                             R"({"type":"array","items":{"$ref":"#/items"}})"})
+    EXPECT_THAT(refusal(circle), HasSubstr("leads back to itself")) << circle;
+}
+
+TEST(Schema, JsonPointersAreDecoded) {
+  // The names of definitions, as they are and as references to them are written.
+  for (const auto& [name, pointer] :
+       {std::pair{"a/b", "a~1b"}, std::pair{"a~b", "a~0b"}, std::pair{"~1", "~01"}, std::pair{"a b", "a%20b"},
+        std::pair{"ü", "%C3%BC"}, std::pair{"ü", "ü"}, std::pair{"a/b", "a%7E1b"}, std::pair{"", ""},
+        std::pair{"a%20b", "a%2520b"}, std::pair{"a%20b", "a%20b"}, std::pair{"100%", "100%"},
+        std::pair{"x~", "x~"}, std::pair{"narrows-references", "narrows-references"}}) {
+    const std::string definitions = std::string("{\"") + name + R"(":{"const":"here"}})";
+    const std::string references = std::string(R"("properties":{"v":{"$ref":"#/$defs/)") + pointer + "\"}}";
+    const std::string schema =
+        R"({"$defs":)" + definitions + "," + references + R"(,"required":["v"],"narrows-references":[1]})";
+    EXPECT_TRUE(allows(schema, R"({"v":"here"})")) << schema;
+    EXPECT_FALSE(allows(schema, R"({"v":"other"})")) << schema;
+  }
+  // Decoded before it is split.
+  EXPECT_TRUE(allows(R"({"$defs":{"a":{"b":{"const":1}}},"$ref":"#/$defs/a%2Fb"})", "1"));
+  // The decoded name goes before one that looks the same.
+  EXPECT_TRUE(allows(R"({"$defs":{"a b":{"const":1},"a%20b":{"const":2}},"$ref":"#/$defs/a%20b"})", "1"));
+  EXPECT_TRUE(allows(R"({"$defs":[{"const":1},{"const":2}],"$ref":"#/$defs/1"})", "2"));
+  // Reasons call references as the schema does.
+  EXPECT_THAT(refusal(R"({"$defs":{"a/b":{"type":"strin"}},"$ref":"#/$defs/a~1b"})"),
+              HasSubstr("at #/$defs/a~1b: unrecognized type strin"));
+}
+
+// docs/server_api.md: "Some schemas are taken more strictly than they must"; "a list of prefixItems (or
+// items) ends the array, whatever items or additionalItems say."
+TEST(Schema, PrefixItemsEndTheArray) {
+  for (const char* rest : {R"(,"items":false)", "", R"(,"items":true)", R"(,"items":{"type":"null"})"}) {
+    const std::string schema =
+        std::string(R"({"type":"array","prefixItems":[{"const":1},{"const":2}])") + rest + "}";
+    EXPECT_TRUE(allows(schema, "[1,2]")) << schema;
+    EXPECT_FALSE(allows(schema, "[1,2,2]")) << schema;
+    EXPECT_FALSE(allows(schema, "[null]")) << schema;
+  }
+  EXPECT_TRUE(allows(R"({"items":false})", "[]"));
+  EXPECT_FALSE(allows(R"({"items":false})", "[1]"));
+  EXPECT_TRUE(allows(R"({"type":"array","items":true})", "[1,\"a\"]"));
+  EXPECT_TRUE(allows(R"({"properties":{"a":true},"required":["a"]})", "{\"a\":[1]}"));
+  EXPECT_TRUE(allows(R"({"prefixItems":[{"const":1},{"const":2}],"maxItems":1})", "[1]"));
+  EXPECT_THAT(refusal(R"({"prefixItems":[{"const":1}],"minItems":2,"items":{"type":"null"}})"),
+              HasSubstr("minItems"));
+}
+
+TEST(Schema, TheStricterBoundOfASideHolds) {
+  for (const char* schema :
+       {R"({"type":"integer","minimum":0,"exclusiveMinimum":5,"maximum":9})",
+        R"({"type":"integer","minimum":6,"exclusiveMinimum":2,"maximum":20,"exclusiveMaximum":10})",
+        R"({"type":"integer","minimum":5,"exclusiveMinimum":true,"maximum":9,"exclusiveMaximum":false})"}) {
+    EXPECT_FALSE(allows(schema, "5")) << schema;
+    EXPECT_TRUE(allows(schema, "6")) << schema;
+    EXPECT_TRUE(allows(schema, "9")) << schema;
+  }
+}
+
+// They failed when the first token was drawn.
+// docs/server_api.md: "Bounds that leave nothing are refused."
+TEST(Schema, WhatLeavesNothingIsRefused) {
+  for (const char* schema : {
+           R"({"type":"integer","exclusiveMinimum":5,"exclusiveMaximum":5})",
+           R"({"type":"integer","exclusiveMinimum":5,"exclusiveMaximum":6})",
+           R"({"type":"integer","minimum":5,"exclusiveMaximum":5})",
+           R"({"type":"integer","exclusiveMinimum":5,"maximum":5})",
+           R"({"type":"integer","minimum":5.2,"maximum":5.8})",
+           R"({"type":"integer","minimum":5,"exclusiveMinimum":true,"maximum":5})",
+           R"({"type":"integer","exclusiveMinimum":9007199254740993,"exclusiveMaximum":9007199254740994})",
+           R"({"type":"number","exclusiveMinimum":5,"exclusiveMaximum":5})",
+           R"({"type":"number","minimum":5,"maximum":4.5})",
+           R"({"type":["integer"],"minimum":5,"maximum":4})",
+           R"({"type":"string","minLength":3,"maxLength":2})",
+           R"({"type":"array","minItems":1,"maxItems":0})",
+           R"({"type":"array","items":false,"minItems":1})",
+           R"({"type":"string","pattern":"^[z-a]$"})",
+           R"({"properties":{"a":false}})",
+       })
+    EXPECT_NE(refusal(schema), "") << schema;
+  EXPECT_THAT(refusal(R"({"type":"integer","exclusiveMinimum":5,"exclusiveMaximum":6})"),
+              HasSubstr("no integer is from above 5 to below 6"));
+  EXPECT_TRUE(allows(R"({"type":"integer","exclusiveMinimum":5,"exclusiveMaximum":7})", "6"));
+  EXPECT_TRUE(allows(R"({"type":"integer","exclusiveMinimum":4.5,"exclusiveMaximum":5.5})", "5"));
+  EXPECT_TRUE(
+      allows(R"({"type":"integer","exclusiveMinimum":9007199254740992,"exclusiveMaximum":9007199254740994})",
+             "9007199254740993"));
+  EXPECT_EQ(refusal(R"({"type":"number","minimum":5,"maximum":5})"), "");
+}
+
 // The root's own rule was replaced by that of the property.
 TEST(Schema, EmptyNamesAndEmptyRangesAreRefused) {
   EXPECT_THAT(refusal(R"({"type":"object","properties":{"":{"type":"null"},"z":{"type":"boolean"}}})"),
@@ -212,10 +323,66 @@ TEST(Schema, WhatIsNotEnforcedIsTheSameGrammar) {
          R"({"type":"object","properties":{"a":{"type":"integer"}}})");
 }
 
+// docs/server_api.md: "Nor are then, else, dependentSchemas"
+// docs/server_api.md: "whatever stands beside $ref, anyOf or oneOf"
+// docs/server_api.md: "number bounds, required, minItems and maxItems of a schema that has no type"
+// docs/server_api.md: "in an allOf of several all but their properties"
+// docs/server_api.md: "lengths and format beside pattern, lengths beside those formats"; "that only one of
+// oneOf matches"; "allOf beside properties or additionalProperties"
+// docs/server_api.md: "$anchor, $id and $dynamicRef are not followed."
+TEST(Schema, WhatElseIsNotEnforcedIsTheSameGrammar) {
+  const auto same = [](const std::string& schema, const std::string& words) {
+    const auto with = grammar_of_schema("{" + schema + "," + words + "}"),
+               without = grammar_of_schema("{" + schema + "}");
+    ASSERT_TRUE(with.ok() && without.ok()) << schema << words << with.status().message();
+    EXPECT_EQ(*with, *without) << schema << words;
+  };
+  const std::string object = R"("type":"object","properties":{"a":{"type":"integer"}})";
+  for (const char* word : {R"("then":{"required":["a"]})", R"("else":{"required":["a"]})",
+                           R"("dependentSchemas":{"a":{"required":["b"]}})", R"("dependencies":{"a":["b"]})",
+                           R"("unevaluatedProperties":{"type":"null"})", R"("allOf":[{"required":["a"]}])",
+                           R"("additionalProperties":false)"})
+    same(object, word);
+  for (const char* word : {R"("minContains":1)", R"("maxContains":1)", R"("unevaluatedItems":false)",
+                           R"("additionalItems":false)"})
+    same(R"("type":"array","items":{"type":"integer"})", word);
+  for (const char* word :
+       {R"("format":"email")", R"("contentEncoding":"base64")", R"("contentMediaType":"text/html")"})
+    same(R"("type":"string","maxLength":9)", word);
+  for (const char* word : {R"("minLength":9)", R"("maxLength":1)", R"("format":"date")"})
+    same(R"("type":"string","pattern":"^ab+$")", word);
+  same(R"("type":"string","format":"date")", R"("maxLength":1)");
+  for (const char* word :
+       {R"("minimum":1)", R"("exclusiveMaximum":1)", R"("multipleOf":2)", R"("required":["a"])",
+        R"("minItems":1)", R"("maxItems":1)", R"("$anchor":"a")", R"("$id":"a")", R"("$dynamicRef":"#a")"})
+    same(R"("title":"x")", word);
+  for (const char* first :
+       {R"("$defs":{"a":{"type":"object"}},"$ref":"#/$defs/a")",
+        R"("anyOf":[{"type":"object"},{"type":"null"}])", R"("oneOf":[{"type":"object"},{"type":"null"}])",
+        R"("enum":[{},null])", R"("const":{})"}) {
+    same(first, R"("properties":{"b":{"type":"null"}},"required":["b"])");
+    same(first, R"("allOf":[{"type":"null"}])");
+  }
+  same(R"("oneOf":[{"type":"object"},{"type":"null"}])", R"("anyOf":[{"type":"integer"}])");
+  same(R"("const":1)", R"("type":"string")");
+  same(R"("enum":[1])", R"("type":"string")");
+  EXPECT_EQ(*grammar_of_schema(R"({"oneOf":[{"type":"integer"},{"type":"number"}]})"),
+            *grammar_of_schema(R"({"anyOf":[{"type":"integer"},{"type":"number"}]})"));
+  const std::string parts = R"({"properties":{"a":{"const":1}}},{"properties":{"b":{"const":2}}})";
+  for (const char* more :
+       {R"({"required":["a"]})", R"({"minProperties":3})", R"({"type":"string"})", R"({"not":{}})"})
+    EXPECT_EQ(*grammar_of_schema("{\"allOf\":[" + parts + "," + more + "]}"),
+              *grammar_of_schema("{\"allOf\":[" + parts + "]}"))
+        << more;
+  EXPECT_FALSE(allows("{\"allOf\":[" + parts + "]}", R"({"a":1})"));  // both, though none is asked for
+  EXPECT_TRUE(allows("{\"allOf\":[" + parts + "]}", R"({"a":1,"b":2})"));
+}
+
 TEST(Schema, OddReferencesAreRefused) {
   for (const char* schema :
        {R"({"$ref":"#"})", R"({"$ref":""})", R"({"$ref":"#/"})", R"({"$ref":1})", R"({"$ref":"#/$defs"})",
-        R"({"$defs":{"a/b":{}},"$ref":"#/$defs/a~1b"})", R"({"$defs":[1],"$ref":"#/$defs/0"})",
+        R"({"$defs":{"a/b":{}},"$ref":"#/$defs/a~2b"})", R"({"$defs":[1],"$ref":"#/$defs/0"})",
+        R"({"$defs":{"a":{}},"$ref":"#/$defs/%6"})", R"({"$defs":{"a":{}},"$ref":"#a"})",
         R"({"$defs":[{}],"$ref":"#/$defs/18446744073709551615"})", R"({"$ref":"http://localhost/x"})"})
     EXPECT_NE(refusal(schema), "") << schema;
   EXPECT_THAT(refusal(R"({"$ref":"#/$defs/none"})"), HasSubstr("none"));

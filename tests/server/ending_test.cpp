@@ -1,5 +1,10 @@
 // The end of the server: what is at work finishes or is told, what is new is refused, nothing is cut.
+#include <atomic>
+#include <future>
+
+#include "server/front.h"
 #include "server/served.h"
+#include "server/socket_stream.h"
 
 namespace narrows::server {
 namespace {
@@ -102,7 +107,8 @@ TEST(Ending, TheRestIsTold) {
   }
 }
 
-// docs/server_api.md: "clients that do not take their last bytes within 2 s are cut"
+// docs/server_api.md: "Connections are closed when their last byte is written; clients that do not take their
+// last bytes within 2 s are cut"
 TEST(Ending, WaitsForNobodyWhoDoesNotRead) {
   Served s({}, 1);
   s.load();
@@ -122,8 +128,65 @@ TEST(Ending, BeforeTheModelIsThere) {
   Raw half(s.server().port());
   EXPECT_TRUE(half.send("POST /v1/completions HTTP/1.1\r\n"));
   EXPECT_EQ(s.client().Get("/health")->status, 503);
-  s.server().stop(milliseconds(10'000));
-  EXPECT_EQ(half.read(), "");
+  EXPECT_TRUE(s.server().stop(milliseconds(10'000)));
+  EXPECT_THAT(half.read(), HasSubstr("503 Service Unavailable"));
+}
+
+// docs/server_api.md: "requests that are not whole yet get 503 at once"
+TEST(Ending, HalfARequestIsRefused) {
+  Served s;
+  s.load();
+  Raw silent(s.server().port()), half(s.server().port()), body(s.server().port());
+  const std::string request = post(kChat, chat_body());
+  EXPECT_TRUE(half.send(request.substr(0, 20)));
+  EXPECT_TRUE(body.send(request.substr(0, request.size() - 5)));
+  InAnotherThread stream(s, chat_body(R"("stream":true,"max_tokens":8000)", "one"));
+  ASSERT_TRUE(Served::comes([&] { return s.n_busy() == 1; }, 20));
+  std::thread ender([&] { EXPECT_TRUE(s.server().stop(milliseconds(3000))); });
+  for (const Raw* one : {&half, &body}) {
+    const std::string reply = one->read();
+    EXPECT_THAT(reply, HasSubstr("503 Service Unavailable"));
+    EXPECT_THAT(reply, HasSubstr("unavailable_error"));
+    EXPECT_THAT(reply, Not(HasSubstr("...")));
+  }
+  ender.join();
+  EXPECT_EQ(silent.read(), "");
+}
+
+// Of any kind: here a handler that waits to be told.
+// docs/server_api.md: "what cannot be interrupted (a text that is cut into tokens) is left behind"
+TEST(Ending, IsNotKeptByWorkThatCannotBeInterrupted) {
+  std::promise<void> go_on;
+  const std::shared_future<void> told = go_on.get_future().share();
+  std::atomic<int> n_at_work{0};
+  Front::Hooks hooks;
+  hooks.at_once = [](const RequestFrame&) { return false; };
+  hooks.wants_body = [](const RequestFrame&) { return true; };
+  hooks.refused = [](const Connection&, const RequestFrame&, const ApiError&) {};
+  bool late = true;
+  hooks.answer = [&](Connection& c) {
+    ++n_at_work;
+    told.wait();
+    SocketStream stream(c.fd, "", milliseconds(1000), &c.has_writer);
+    late = stream.write("HTTP/1.1 200 OK\r\n\r\n", 19) > 0;
+    return false;
+  };
+  std::unique_ptr<Front> front = Front::start({}, std::move(hooks));
+  ASSERT_NE(front, nullptr);
+  int ends[2];
+  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+  front->add(ends[0]);
+  ASSERT_EQ(::send(ends[1], get("/x").data(), get("/x").size(), 0), static_cast<ssize_t>(get("/x").size()));
+  ASSERT_TRUE(Served::comes([&] { return n_at_work == 1; }, 20));
+  EXPECT_FALSE(front->end(milliseconds(100), Clock::now() + milliseconds(300)));
+  char reply[4096] = {};
+  EXPECT_GT(::recv(ends[1], reply, sizeof(reply) - 1, 0), 0);
+  EXPECT_THAT(reply, HasSubstr("503 Service Unavailable"));
+  EXPECT_EQ(::recv(ends[1], reply, sizeof(reply), 0), 0);
+  go_on.set_value();
+  front.reset();
+  EXPECT_FALSE(late);  // who was told is told once
+  ::close(ends[1]);
 }
 
 }  // namespace

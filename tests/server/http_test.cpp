@@ -195,6 +195,7 @@ TEST(Http, ARequestHasItsTime) {
 // A page of another site, and a name of another site that was pointed at this machine.
 // docs/server_api.md: "Without keys a server on this machine's own address answers to this machine's names
 // alone"
+// docs/server_api.md: "a proxy has to send Host: localhost or a key"
 TEST(Http, ForeignPages) {
   Served s;
   s.load();

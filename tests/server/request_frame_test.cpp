@@ -67,7 +67,9 @@ TEST(RequestFrame, WhatCannotBeFollowed) {
        {"Content-Length: x", "Content-Length:", "Content-Length: -1", "Content-Length: 1, 1",
         "Content-Length: 99999999999999999999", "Content-Length: 1\r\nContent-Length: 2",
         "Content-Length: 0x5", "Transfer-Encoding: gzip", "Transfer-Encoding: gzip, chunked",
-        "Transfer-Encoding: chunked\r\nContent-Length: 1"})
+        "Transfer-Encoding: chunked\r\nContent-Length: 1",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked, chunked",
+        "Host: localhost\r\nHost: localhost", "Host: a\r\nX: y\r\nhost:b"})
     EXPECT_EQ(look(post + field + "\r\n\r\n").first, State::odd) << field;
   const std::string chunked = post + "Transfer-Encoding: chunked\r\n\r\n";
   for (const std::string& body :
@@ -77,6 +79,12 @@ TEST(RequestFrame, WhatCannotBeFollowed) {
   EXPECT_EQ(look(std::string(RequestFrame::kMaxHead + 1, 'a'), 1000).first, State::head_too_large);
   EXPECT_EQ(look(post + "X: " + std::string(RequestFrame::kMaxHead, 'a') + "\r\n\r\n", 1000).first,
             State::head_too_large);
+  EXPECT_EQ(look(post + "X: " + std::string(8188, 'a') + "\r\n\r\n", 1000).first, State::head_too_large);
+  EXPECT_EQ(look(post + "X: " + std::string(8187, 'a') + "\r\n\r\n", 1000).first, State::whole);
+  std::string fields;
+  for (int i = 0; i < 100; ++i) fields += "A: b\r\n";
+  EXPECT_EQ(look(post + fields + "\r\n", 100).first, State::whole);
+  EXPECT_EQ(look(post + fields + "A: b\r\n\r\n", 100).first, State::head_too_large);
   EXPECT_EQ(look(post + "Content-Length: 1001\r\n\r\n").first, State::body_too_large);
   EXPECT_EQ(look(post + "Content-Length: 1000\r\n\r\n").first, State::body);
   EXPECT_EQ(look(chunked + "3e9\r\n").first, State::body_too_large);

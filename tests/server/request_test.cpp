@@ -179,6 +179,8 @@ TEST(ChatRequest, RefusesFieldsThatAreWrong) {
       {R"("seed":-2)", "seed"},
       {R"("seed":1.5)", "seed"},
       {R"("stop":5)", "stop"},
+      {R"("stop":"")", "stop"},
+      {R"("stop":["a",""])", "stop"},
       {R"("stop":["a",5])", "stop"},
       {R"("stop":["1","2","3","4","5","6","7","8","9","10","11","12","13","14","15","16","17"])", "stop"},
       {R"("stream":"yes")", "stream"},

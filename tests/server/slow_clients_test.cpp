@@ -92,7 +92,8 @@ TEST(SlowClients, AreBoundedInNumber) {
   EXPECT_LE(n_open, 8);
 }
 
-// docs/server_api.md: "All requests together hold four times --body-mb"
+// docs/server_api.md: "All requests together hold four times --body-mb"; "beyond, the one that has been on
+// its way longest gets 429."
 TEST(SlowClients, BodiesTogetherAreBounded) {
   HttpOptions http;
   http.max_body_bytes = 1'000'000;

@@ -1,8 +1,11 @@
 """How the server ends, and what it writes to standard error."""
 
+import http.client
 import json
+import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -46,6 +49,36 @@ def test_what_takes_longer_is_told(start):
         assert event == "[DONE]" or event["error"]["code"] == 503
     assert server.process.wait(30) == 0
     print(f"ended after {time.monotonic() - begin:.2f} s")
+
+
+# docs/server_api.md: "what cannot be interrupted (a text that is cut into tokens) is left behind"
+def test_tokenizing_does_not_keep_the_server(start):
+    """Sixteen words of 2 MB are some 5 s of work each; without a bound the server waited for all of it."""
+    server = start("--slots", "1")
+    word = "".join(chr(97 + i * 7 % 26) for i in range(2_000_000))
+    codes = []
+
+    def ask():
+        try:
+            codes.append(server.post("/tokenize", {"content": word})[0])
+        except (ConnectionError, http.client.HTTPException) as error:
+            codes.append(repr(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for t in threads:
+        t.start()
+    deadline = time.monotonic() + 60  # all are at work: their bodies have been read
+    while len(os.listdir(f"/proc/{server.process.pid}/task")) < 19 and not codes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    begin = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    seconds = time.monotonic() - begin
+    for t in threads:
+        t.join()
+    print(f"ended after {seconds:.2f} s: {codes}")
+    assert seconds < 18  # 10, 2 for last bytes, and a busy machine
+    assert set(codes) <= {200, 503}
 
 
 # docs/server_api.md: "A second signal ends the process at once"

@@ -18,7 +18,7 @@ def streamed(events):
     return text, [c["finish_reason"] for c in chunks if c["finish_reason"]], events
 
 
-# docs/server_api.md: "the model's own Jinja template is used"
+# docs/server_api.md: "/v1/chat/completions | a chat; the model's own Jinja template is used"
 def test_chat(server):
     reply = server.chat("What is the capital of France? Answer in one word.", max_tokens=30)
     assert "Paris" in text_of(reply)

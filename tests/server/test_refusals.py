@@ -1,6 +1,7 @@
 """What is wrong is refused with a sentence, whatever it is, and the server lives on."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -152,6 +153,7 @@ def test_queue_is_bounded(start):
     assert sum(r[-1] == "[DONE]" for r in results) == 4 - len(refused)
 
 
+# docs/server_api.md: "503 while the model is loaded and while the server ends; needs no key"
 # docs/server_api.md: "no key, or a wrong one"; "--api-key-file (one a line) asks for"
 def test_keys(start, tmp_path):
     keys = tmp_path / "keys.txt"
@@ -167,6 +169,47 @@ def test_keys(start, tmp_path):
     status, _ = server.post(CHAT, GOOD, headers={"Authorization": "Bearer sk-second"})
     assert status == 200
     assert "sk-second" not in "".join(server.log)
+
+
+def codes_of(server, text):
+    """The status codes of what the server says to these bytes, until it closes."""
+    with socket.create_connection(server.address) as s:
+        s.sendall(text)
+        s.settimeout(20)
+        reply = b""
+        try:
+            while piece := s.recv(65536):
+                reply += piece
+        except ConnectionResetError:
+            pass
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d+)", reply)]
+
+
+# docs/server_api.md: "A head that has a line of more than 8 KB or more than 100 of them gets 431"; "two Transfer-Encodings or Hosts are refused with 400."
+def test_heads_that_nobody_should_send(server):
+    get = b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n"
+    post = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    chunked = b"f\r\n{\"content\":\"a\"}\r\n0\r\n\r\n"
+    host = b"Host: localhost\r\n"
+    assert codes_of(server, get + host + b"X: " + b"a" * 8000 + b"\r\n\r\n") == [200]
+    assert codes_of(server, get + host + b"X: " + b"a" * 63_000 + b"\r\n\r\n") == [431]
+    assert codes_of(server, get + host + b"A: b\r\n" * 1000 + b"\r\n") == [431]
+    assert codes_of(server, post + b"Transfer-Encoding: chunked\r\n\r\n" + chunked) == [200]
+    assert codes_of(server, post + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n" + chunked) == [400]
+    assert codes_of(server, post + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + chunked) == [400]
+    assert codes_of(server, get + host + host + b"\r\n") == [400]
+    assert codes_of(server, get + host + b"Host: evil.example\r\n\r\n") == [400]
+    for name, code in (("localhost", 200), ("localhost:80", 200), ("127.0.0.1:", 200), ("[::1]:8080", 200), ("localhost:1@evil.example", 403),
+                       ("localhost@evil.example", 403), ("localhost:x", 403), ("localhost.evil.example:80", 403), ("[::1]:80@evil", 403)):
+        assert codes_of(server, get + f"Host: {name}\r\n\r\n".encode()) == [code], name
+
+
+# docs/server_api.md: "A stop string that is empty is refused."
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_an_empty_stop_string_is_refused(server, stop):
+    assert check_refusal(server.post(CHAT, {**GOOD, "stop": stop}), 400, "stop")["param"] == "stop"
+    for nothing in (None, []):
+        assert server.post(CHAT, {**GOOD, "stop": nothing})[0] == 200
 
 
 def test_no_cors_unless_told(server):

@@ -1,6 +1,8 @@
 """Caches: prefixes that hit, sessions on disk, slots that are freed, turns that are fair."""
 
 import os
+import random
+import string
 import threading
 import time
 
@@ -111,7 +113,7 @@ def test_bad_session_files(server, sessions_folder):
         os.remove(os.path.join(sessions_folder, name))
 
 
-# docs/server_api.md: "A client that goes away is noticed within 0.2 s, in a prompt too"
+# docs/server_api.md: "A client that goes away is noticed within 0.2 s, in a prompt too"; "the client has left; in the log alone"
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("in_prefill", [True, False])
 def test_a_client_that_leaves_frees_its_slot(server, long_text, stream, in_prefill):
@@ -130,6 +132,42 @@ def test_a_client_that_leaves_frees_its_slot(server, long_text, stream, in_prefi
     connection.sock.close()
     connection.close()
     assert server.wait_until_idle(20) < 2
+    deadline = time.monotonic() + 20
+    while not stream and not any('"status":499' in line for line in server.log):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def heavy_grammar(seed):
+    """Some 700 ways that each character halves: 64 KB, and a good part of a second where sixteen draw from theirs."""
+    draw = random.Random(seed)
+    some = lambda: "[" + "".join(c for c in string.ascii_letters if draw.random() < 0.5) + "]"
+    return "root ::= " + " | ".join(f"{some()} {some()} {some()}" for _ in range(700))
+
+
+# docs/server_api.md: "one that needs more goes on in the next step, and others' answers with it."
+def test_clients_that_leave_while_grammars_are_drawn_from(start):
+    import json
+    server = start("--slots", "17", "--ctx", "1024")
+    stream = server.begin_stream("Tell me a story.", max_tokens=900)
+    bodies = [{"prompt": f"x {i}", "max_tokens": 3, "temperature": 0, "grammar": heavy_grammar(i)} for i in range(16)]
+    connections = [server.connect() for _ in bodies]
+    for c, body in zip(connections, bodies):
+        c.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    begin = time.monotonic()
+    while server.slots_busy() < 4:
+        assert time.monotonic() - begin < 20
+    for c in connections[1:]:
+        c.sock.close()
+        c.close()
+    answer = json.loads(connections[0].getresponse().read())
+    begin = time.monotonic()
+    while server.slots_busy() > 1:  # the stream goes on
+        assert time.monotonic() - begin < 8
+        time.sleep(0.02)
+    stream.close()
+    # The answer is that of a grammar that is drawn from alone.
+    assert answer["choices"][0]["text"] == server.post("/v1/completions", bodies[0])[1]["choices"][0]["text"]
 
 
 # docs/server_api.md: "with stream: events with narrows.progress while the prompt is read"

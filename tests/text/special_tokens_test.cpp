@@ -93,7 +93,8 @@ TEST(SpecialTokens, ManyOfThemTakeTimeThatGrowsWithTheText) {
   EXPECT_EQ(tokenizer->encode(text, false, true)->size(), 600'000U);
 }
 
-// docs/server_api.md: "What looks like a control token"; "Only the template writes control tokens"
+// docs/server_api.md: "What looks like a control token"; "in a message it is text, whoever wrote it"; "Only
+// the template writes control tokens"
 TEST(ChatPrompt, MessagesWriteNoControlTokens) {
   const auto tokenizer = load(chat_vocabulary());
   const Tokens plain = chat_tokens(*tokenizer, {{"user", "hi"}});
