@@ -369,7 +369,24 @@ void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
   for_my_rows(run_->n, [&](int64_t r, int64_t m) { return project_rows(layer, r, m, t); });
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
-  for_my_rows(run_->n - from, [&](int64_t r, int64_t m) { return finish_rows(layer, from + r, m, t); });
+  using Step = Status (CpuExecutor::*)(const LayerPlan&, int64_t, int64_t, Thread&);
+  static constexpr Step kSteps[] = {&CpuExecutor::out_rows, &CpuExecutor::ffn_rows, &CpuExecutor::down_rows};
+  const int64_t n = run_->n - from;
+  if (n <= t.n_threads() * LoadedLayer::kBlock) {
+    // A block a thread: all read the same weights at the same time, which then come from memory once.
+    for (const Step step : kSteps) {
+      for_my_rows(n, [&](int64_t r, int64_t m) { return (this->*step)(layer, from + r, m, t); });
+      if (step != kSteps[2]) t.barrier();
+    }
+  } else {
+    for_my_rows(n, [&](int64_t r, int64_t m) {
+      Status status;
+      for (const Step step : kSteps) {
+        if (status.ok()) status = (this->*step)(layer, from + r, m, t);
+      }
+      return status;
+    });
+  }
   finish_stage(RunStage::down, t);
 }
 
@@ -391,24 +408,33 @@ Status CpuExecutor::project_rows(const LayerPlan& layer, int64_t first, int64_t 
   return {};
 }
 
-Status CpuExecutor::finish_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
-  const int64_t d = width_.embd, n_ff = layer.n_ff, width_q = layer.mix.attention.width_q();
-  Worker& w = t.worker;
+/// Rows [first, first + m) of x += norm(W from + b).
+Status CpuExecutor::add_rows(const LinearOp& linear, const NormOp& norm, const float* from, int64_t first,
+                             int64_t m, Thread& t) {
+  const int64_t d = width_.embd;
   float* const x = run_->x + first * d;
-  const auto add = [&](const LinearOp& linear, const NormOp& norm, const float* from) -> Status {
-    if (Status s = loaded_->multiply(*linear.w, from, m, w.wide.data(), t.ith()); !s.ok()) return s;
-    for (int64_t r = 0; r < m; ++r) {
-      float* y = w.wide.data() + r * d;
-      add_bias(linear.bias, d, y);
-      if (norm.weight != nullptr) {
-        add_normed(norm, d, y, x + r * d);
-      } else {
-        for (int64_t i = 0; i < d; ++i) x[r * d + i] += y[i];
-      }
+  float* const wide = t.worker.wide.data();
+  if (Status s = loaded_->multiply(*linear.w, from, m, wide, t.ith()); !s.ok()) return s;
+  for (int64_t r = 0; r < m; ++r) {
+    float* y = wide + r * d;
+    add_bias(linear.bias, d, y);
+    if (norm.weight != nullptr) {
+      add_normed(norm, d, y, x + r * d);
+    } else {
+      for (int64_t i = 0; i < d; ++i) x[r * d + i] += y[i];
     }
-    return {};
-  };
-  if (Status s = add(layer.out, layer.out_norm, mixed_.data() + first * width_q); !s.ok()) return s;
+  }
+  return {};
+}
+
+Status CpuExecutor::out_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
+  const float* mixed = mixed_.data() + first * layer.mix.attention.width_q();
+  return add_rows(layer.out, layer.out_norm, mixed, first, m, t);
+}
+
+Status CpuExecutor::ffn_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
+  const int64_t n_ff = layer.n_ff;
+  Worker& w = t.worker;
   norm_rows(layer.ffn.norm, first, m, w.norm.data());
   // Gate and up: rows of one matrix's outputs, or one matrix's after the other's.
   const bool joined = layer.ffn.linears.size() == 1;
@@ -423,7 +449,11 @@ Status CpuExecutor::finish_rows(const LayerPlan& layer, int64_t first, int64_t m
   const float* up = gate + (joined ? n_ff : m * n_ff);
   const auto gated = gated_by(layer.activation);
   for (int64_t r = 0; r < m; ++r) gated(gate + r * ld, up + r * ld, n_ff, w.act.data() + r * n_ff);
-  return add(layer.down, layer.down_norm, w.act.data());
+  return {};
+}
+
+Status CpuExecutor::down_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
+  return add_rows(layer.down, layer.down_norm, t.worker.act.data(), first, m, t);
 }
 
 void CpuExecutor::finish_stage(RunStage stage, Thread& t) {

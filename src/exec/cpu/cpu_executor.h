@@ -92,7 +92,11 @@ class CpuExecutor final : public Executor {
   void activate(const LayerPlan& layer, const Input& in, Thread& t);
   void norm_rows(const NormOp& norm, int64_t first, int64_t m, float* y) const;
   Status project_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
-  Status finish_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
+  Status add_rows(const LinearOp& linear, const NormOp& norm, const float* from, int64_t first, int64_t m,
+                  Thread& t);
+  Status out_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
+  Status ffn_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
+  Status down_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
   void finish_stage(RunStage stage, Thread& t);
 
   const ModelSpec& spec_;
