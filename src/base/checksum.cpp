@@ -32,6 +32,7 @@ void Checksum::take(const unsigned char* block) {
 }
 
 void Checksum::add(const void* bytes, size_t n) {
+  if (n == 0) return;  // of an empty vector, whose data() may be null
   const auto* from = static_cast<const unsigned char*>(bytes);
   size_t filled = size_ % kBlock;
   size_ += n;

@@ -21,6 +21,7 @@ class SnapshotWriter {
   explicit SnapshotWriter(std::FILE* file) : file_(file) {}
 
   void bytes(const void* data, size_t n) {
+    if (n == 0) return;
     sum_.add(data, n);
     size_ += n;
     (void)std::fwrite(data, 1, n, file_);
