@@ -49,6 +49,10 @@ KltTurns::KltTurns(const KltLayer& layer, int64_t block_tokens)
   }
 }
 
+bool KltTurns::serves(const KltLayer& layer) const {
+  return rope == &layer.rope() && n_coef == KltSizes::of(layer).n_coef;
+}
+
 void KltTurns::grow(int64_t n_block) {
   const int64_t had = static_cast<int64_t>(rows.size()) / std::max<int64_t>(1, n_coef);
   if (n_block <= had) return;
@@ -120,20 +124,23 @@ void KltWork::make_for(const KltSizes& most) {
 }
 
 const KltTurns& KltWork::turns_of(const KltLayer& layer) const {
-  return *std::find_if(turns.begin(), turns.end(), [&](const KltTurns& t) {
-    return t.rope == &layer.rope() && t.n_coef == KltSizes::of(layer).n_coef;
-  });
+  return *std::find_if(turns.begin(), turns.end(), [&](const KltTurns& t) { return t.serves(layer); });
 }
 
 void KltWork::fit(const KltLayer& layer, const KvProfile& profile, int64_t n, int64_t n_read) {
   const KltSizes own = KltSizes::of(layer);
+  // Layers that have begun the step already count on the room that they were given.
+  const int64_t had = ld, had_run = ld_run;
   if (const KltSizes most = KltSizes::most(sizes, own); !(most == sizes)) make_for(most);
-  const auto has_rope = [&](const KltTurns& t) { return t.rope == &layer.rope() && t.n_coef == own.n_coef; };
-  if (std::none_of(turns.begin(), turns.end(), has_rope)) turns.emplace_back(layer, profile.block);
+  n = std::max(n, had);
+  const auto serves = [&](const KltTurns& t) { return t.serves(layer); };
+  auto its_turns = std::find_if(turns.begin(), turns.end(), serves);
+  if (its_turns == turns.end()) its_turns = turns.emplace(its_turns, layer, profile.block);
   const int64_t n_page = ceil_div(n, kPageTokens);
   for (const auto& t : threads) t->per_page.resize(std::max(t->per_page.size(), static_cast<size_t>(n_page)));
   // A slice ends at the first page with which it has its share of all heads' tokens; they may be one head's.
-  const int64_t run = std::min(n_read, own.n_head_kv * (ceil_div(n_read, kAttendSlices) + 1 + kPageTokens));
+  const int64_t most_run = own.n_head_kv * (ceil_div(n_read, kAttendSlices) + 1 + kPageTokens);
+  const int64_t run = std::max(std::min(n_read, most_run), had_run);
   if (run > ld_run) {
     const int64_t room = run + run / 4;
     for (const auto& t : threads) t->weights.resize(static_cast<size_t>(sizes.n_head * room));
@@ -152,7 +159,7 @@ void KltWork::fit(const KltLayer& layer, const KvProfile& profile, int64_t n, in
     missing.resize(a_head_kv);
     ld = room;
   }
-  std::find_if(turns.begin(), turns.end(), has_rope)->grow(ld / profile.block);
+  its_turns->grow(ld / profile.block);
 }
 
 }  // namespace narrows

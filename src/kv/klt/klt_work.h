@@ -44,6 +44,7 @@ struct KltSizes {
 /// for all layers with one RoPE.
 struct KltTurns {
   KltTurns(const KltLayer& layer, int64_t block);
+  bool serves(const KltLayer& layer) const;
   /// Throws std::bad_alloc.
   void grow(int64_t n_block);
 

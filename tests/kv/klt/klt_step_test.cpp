@@ -368,5 +368,43 @@ INSTANTIATE_TEST_SUITE_P(Shapes, KltHistory,
                                          Case{"klt:budget=all", 4, 2, 32, 0},
                                          Case{"klt-10x:budget=300,mass=1", 4, 4, 128, 0}));
 
+// Layers of several shapes begin a step one after another, and then run in the same work: neither finds it
+// too small, whichever came first, nor gives other numbers than alone.
+TEST(KltWork, ServesLayersOfSeveralShapes) {
+  const Heads small(4, 2, 32), large(8, 4, 64, 48);
+  const Tokens few(small, 1010), more(large, 1010);
+  for (const bool large_has_pages : {false, true}) {
+    const auto make = [&](const Heads& s, const Tokens& tokens, int64_t n) {
+      auto cache = make_cache(s, "klt:budget=100");
+      EXPECT_TRUE(cache->layer(kCompressed).append(tokens.key(0), tokens.value(0), n).ok());
+      return cache;
+    };
+    const auto a = make(small, few, 1000), a_alone = make(small, few, 1000);
+    const auto b = make(large, more, large_has_pages ? 1000 : 100),
+               b_alone = make(large, more, large_has_pages ? 1000 : 100);
+    StepScratch shared(std::vector{small.shape, large.shape}, 2), own_a(small.shape, 2),
+        own_b(large.shape, 2);
+    for (int64_t t = 1000; t < 1010; ++t) {
+      const int64_t tb = b->layer(kCompressed).n_tokens();
+      const auto qa = random_query(small, static_cast<uint32_t>(t)),
+                 qb = random_query(large, static_cast<uint32_t>(t));
+      std::vector<float> out_a(qa.size()), out_b(qb.size());
+      KvLayer &la = a->layer(kCompressed), &lb = b->layer(kCompressed);
+      ASSERT_TRUE(la.begin_step(shared).ok() && lb.begin_step(shared).ok());
+      const DecodeStep steps[] = {{qa.data(), few.key(t), few.value(t), out_a.data()},
+                                  {qb.data(), more.key(tb), more.value(tb), out_b.data()}};
+      for (int l = 0; l < 2; ++l) {
+        KvLayer& layer = l == 0 ? la : lb;
+        for (int phase = 0; phase < layer.n_phase(); ++phase) {
+          for (int i = 0; i < 2; ++i) layer.run_phase(phase, steps[l], shared, i, 2);
+        }
+        layer.end_step();
+      }
+      ASSERT_EQ(out_a, run_step(a_alone->layer(kCompressed), own_a, few, t, qa)) << t;
+      ASSERT_EQ(out_b, run_step(b_alone->layer(kCompressed), own_b, more, tb, qb)) << t;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace narrows::test
