@@ -71,11 +71,8 @@ void MassKept::observe_layer(int64_t layer) {
   const KvProfile& profile = session_.options.kv;
   const KvLayer& cache = session_.cache->layer(layer);
   const int64_t in_pages = cache.bytes().n_tokens_in_pages;
-  const int64_t end = profile.n_sink + in_pages;
-  // Tokens of the pages that are read in any case, [in_pages].
-  std::vector<char> anchor(static_cast<size_t>(in_pages), 0);
-  for (int64_t t = 0; t < in_pages; ++t)
-    anchor[static_cast<size_t>(t)] = cache.always_reads(profile.n_sink + t);
+  std::vector<char> exact(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) exact[static_cast<size_t>(i)] = cache.always_reads(i);
 
   std::vector<float> score(static_cast<size_t>(group * n));
   const std::vector<float>& own = decoded_keys_[static_cast<size_t>(layer)];
@@ -106,8 +103,7 @@ void MassKept::observe_layer(int64_t layer) {
     for (int64_t g = 0; g < group; ++g) {
       const float* p = score.data() + g * n;
       for (int64_t i = 0; i < n; ++i) {
-        const bool exact = i < profile.n_sink || i >= end || anchor[static_cast<size_t>(i - profile.n_sink)];
-        if (exact) {
+        if (exact[static_cast<size_t>(i)]) {
           kept += static_cast<double>(p[i]);
         } else {
           pooled[static_cast<size_t>(i - profile.n_sink)] += p[i];

@@ -8,19 +8,12 @@
 #include <random>
 
 #include "engine/model_parts.h"
+#include "exec/random_rows.h"
 #include "support/session.h"
 #include "support/tiny_cases.h"
 
 namespace narrows::testing {
 namespace {
-
-std::vector<float> random_rows(int64_t n) {
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(static_cast<size_t>(n));
-  for (float& v : x) v = normal(random);
-  return x;
-}
 
 class EveryType : public ::testing::TestWithParam<std::tuple<TinyCase, bool>> {
  protected:

@@ -11,6 +11,7 @@
 
 #include "base/thread_pool.h"
 #include "engine/model_parts.h"
+#include "exec/random_rows.h"
 #include "support/session.h"
 
 namespace narrows::testing {
@@ -51,14 +52,6 @@ void check(const Matrix& weight, const std::vector<float>& y, const std::vector<
       ASSERT_NEAR(static_cast<double>(y[static_cast<size_t>(r * n_out + o)]), sum, bound) << r << ", " << o;
     }
   }
-}
-
-std::vector<float> random_rows(int64_t n) {
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(static_cast<size_t>(n));
-  for (float& v : x) v = normal(random);
-  return x;
 }
 
 TEST(LoadedLayer, GivesSumsOfRoundedFactors) {

@@ -297,56 +297,43 @@ TEST_P(StepVectors, NormOfEveryLength) {
   }
 }
 
-TEST_P(StepVectors, SwigluOfEveryLengthAndSize) {
-  Random random(8);
+/// op against the oracle's; relative(gate): the error of a result, as a share of it.
+template <class Relative>
+void check_gated(decltype(Ops::swiglu) Ops::*op, uint32_t seed, Relative&& relative) {
+  Random random(seed);
   for (int64_t n = 1; n <= 100; ++n) {
     for (const float sigma : {0.1F, 5.0F, 1000.0F}) {
       Array<float> gate(n), up(n), y(n), want(n);
       fill_normal(gate, 1, n, n, random, sigma);
       fill_normal(up, 1, n, n, random);
       if (n > 4) gate[0] = 0, gate[1] = -0.0F, gate[2] = 3e38F, gate[3] = -3e38F;
-      ops().swiglu(gate.data(), up.data(), n, y.data());
-      available_targets().back()->swiglu(gate.data(), up.data(), n, want.data());
+      (ops().*op)(gate.data(), up.data(), n, y.data());
+      (available_targets().back()->*op)(gate.data(), up.data(), n, want.data());
       for (int64_t i = 0; i < n; ++i) {
         if (std::isinf(want[i])) {
           ASSERT_EQ(y[i], want[i]);
           continue;
         }
-        // exp: 2^-22; below e^-87 it is 0, and so then is gate times it, up to 88 e^-87.
-        ASSERT_NEAR(double{y[i]}, double{want[i]}, 0x1p-20 * std::fabs(double{want[i]}) + 1e-35)
-            << gate[i] << " " << up[i];
+        const double bound = relative(double{gate[i]}) * std::fabs(double{want[i]}) + 1e-35;
+        ASSERT_NEAR(double{y[i]}, double{want[i]}, bound) << gate[i] << " " << up[i];
       }
-      ops().swiglu(gate.data(), up.data(), n, gate.data());
+      (ops().*op)(gate.data(), up.data(), n, gate.data());
       for (int64_t i = 0; i < n; ++i) ASSERT_EQ(gate[i], y[i]);
     }
   }
 }
 
+TEST_P(StepVectors, SwigluOfEveryLengthAndSize) {
+  // exp: 2^-22; below e^-87 it is 0, and so then is gate times it, up to 88 e^-87.
+  check_gated(&Ops::swiglu, 8, [](double) { return 0x1p-20; });
+}
+
 TEST_P(StepVectors, GegluOfEveryLengthAndSize) {
-  Random random(9);
-  for (int64_t n = 1; n <= 100; ++n) {
-    for (const float sigma : {0.1F, 5.0F, 1000.0F}) {
-      Array<float> gate(n), up(n), y(n), want(n);
-      fill_normal(gate, 1, n, n, random, sigma);
-      fill_normal(up, 1, n, n, random);
-      if (n > 4) gate[0] = 0, gate[1] = -0.0F, gate[2] = 3e38F, gate[3] = -3e38F;
-      ops().geglu(gate.data(), up.data(), n, y.data());
-      available_targets().back()->geglu(gate.data(), up.data(), n, want.data());
-      for (int64_t i = 0; i < n; ++i) {
-        if (std::isinf(want[i])) {
-          ASSERT_EQ(y[i], want[i]);
-          continue;
-        }
-        // As swiglu, but the exponent is rounded itself: some 2^-23 of it.
-        const double g = gate[i], exponent = 1.5957691 * std::fabs(g + 0.044715 * g * g * g);
-        const double relative = 0x1p-20 + 0x1p-21 * std::min(exponent, 90.0);
-        ASSERT_NEAR(double{y[i]}, double{want[i]}, relative * std::fabs(double{want[i]}) + 1e-35)
-            << gate[i] << " " << up[i];
-      }
-      ops().geglu(gate.data(), up.data(), n, gate.data());
-      for (int64_t i = 0; i < n; ++i) ASSERT_EQ(gate[i], y[i]);
-    }
-  }
+  // As swiglu, but the exponent is rounded itself: some 2^-23 of it.
+  check_gated(&Ops::geglu, 9, [](double g) {
+    const double exponent = 1.5957691 * std::fabs(g + 0.044715 * g * g * g);
+    return 0x1p-20 + 0x1p-21 * std::min(exponent, 90.0);
+  });
 }
 
 NARROWS_EACH_TARGET(StepVectors);

@@ -1,6 +1,7 @@
 #include "exec/cpu/cpu_executor.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "base/clock.h"
 #include "base/part.h"
@@ -360,33 +361,23 @@ void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
 // --- by rows
 
 void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
-  const auto for_my_rows = [&](int64_t n, auto&& task) {
-    const int64_t block = n > 0 ? block_rows(n, t.n_threads()) : 1;
-    for (int64_t r = t.ith() * block; r < n; r += t.n_threads() * block) {
-      error_.run("a layer of the prompt", [&] { return task(r, std::min(block, n - r)); });
+  using Step = Status (CpuExecutor::*)(const LayerPlan&, int64_t, int64_t, Thread&);
+  // A block a thread at a time: all read the same weights at the same time, which then come from memory once.
+  const auto through = [&](int64_t first, std::initializer_list<Step> steps) {
+    const int64_t n = run_->n - first, block = n > 0 ? block_rows(n, t.n_threads()) : 1;
+    for (int64_t begin = 0; begin < n; begin += t.n_threads() * block) {
+      const int64_t r = begin + t.ith() * block, m = std::min(block, n - r);
+      for (const Step* step = steps.begin(); step != steps.end(); ++step) {
+        if (step != steps.begin()) t.barrier();
+        if (m > 0)
+          error_.run("a layer of the prompt", [&] { return (this->**step)(layer, first + r, m, t); });
+      }
     }
   };
-  for_my_rows(run_->n, [&](int64_t r, int64_t m) { return project_rows(layer, r, m, t); });
+  through(0, {&CpuExecutor::project_rows});
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
-  using Step = Status (CpuExecutor::*)(const LayerPlan&, int64_t, int64_t, Thread&);
-  static constexpr Step kSteps[] = {&CpuExecutor::out_rows, &CpuExecutor::ffn_rows, &CpuExecutor::down_rows};
-  const int64_t n = run_->n - from;
-  if (n <= t.n_threads() * LoadedLayer::kBlock) {
-    // A block a thread: all read the same weights at the same time, which then come from memory once.
-    for (const Step step : kSteps) {
-      for_my_rows(n, [&](int64_t r, int64_t m) { return (this->*step)(layer, from + r, m, t); });
-      if (step != kSteps[2]) t.barrier();
-    }
-  } else {
-    for_my_rows(n, [&](int64_t r, int64_t m) {
-      Status status;
-      for (const Step step : kSteps) {
-        if (status.ok()) status = (this->*step)(layer, from + r, m, t);
-      }
-      return status;
-    });
-  }
+  through(from, {&CpuExecutor::out_rows, &CpuExecutor::ffn_rows, &CpuExecutor::down_rows});
   finish_stage(RunStage::down, t);
 }
 

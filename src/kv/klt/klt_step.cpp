@@ -92,8 +92,6 @@ void KltLayer::score(const DecodeStep& step, StepScratch& scratch, int ith, int 
   StepScratch::Thread& thread = scratch.thread(ith);
   KltWork& work = klt_work(scratch);
   const Part slices = part_of(kSlices, ith, n_threads);
-  // The newest block always falls to the last slice, and that to the last thread.
-  if (ith == n_threads - 1) store_step(step.k, step.v);
   if (ith == 0) {
     // Until the end of the step: other layers' queries take its place by then.
     std::copy_n(step.q, query_.size(), query_.data());
@@ -101,8 +99,7 @@ void KltLayer::score(const DecodeStep& step, StepScratch& scratch, int ith, int 
     work.next_slice = 0;
     for (std::atomic<bool>& chosen : work.chosen) chosen = false;
   }
-  rotate_query(shape, rope(), step.q, n_tokens(), thread);
-  attend_exact_slices(shape, {&sinks(), &window()}, scratch, kSlices, slices, thread);
+  begin_attention(*this, {&sinks(), &window()}, step, scratch, kSlices, ith, n_threads);
   if (way_ != Way::sparse || slices.begin == slices.end) return;
   thread.clock.enter(AttentionStage::score);
   klt_note_exact(shape, slices, scratch, work);
