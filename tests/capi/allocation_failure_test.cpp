@@ -2,52 +2,10 @@
 // calls after it give what they give. operator new of the whole program is replaced here; what C code takes
 // with malloc does not count.
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <functional>
-#include <new>
 
 #include "capi.h"
-
-namespace {
-
-/// Allocations from now on until one fails, on all threads; below 0: none does.
-std::atomic<int64_t> g_left{-1};
-std::atomic<bool> g_failed{false};
-
-void* take(size_t n, size_t alignment) {
-  if (g_left.load(std::memory_order_relaxed) >= 0 && g_left.fetch_sub(1) == 0) {
-    g_failed = true;
-    throw std::bad_alloc();
-  }
-  n = std::max<size_t>(n, 1);
-  void* p = alignment > alignof(std::max_align_t)
-                ? std::aligned_alloc(alignment, (n + alignment - 1) / alignment * alignment)
-                : std::malloc(n);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-
-}  // namespace
-
-void* operator new(size_t n) { return take(n, 0); }
-void* operator new[](size_t n) { return take(n, 0); }
-void* operator new(size_t n, std::align_val_t a) { return take(n, static_cast<size_t>(a)); }
-void* operator new[](size_t n, std::align_val_t a) { return take(n, static_cast<size_t>(a)); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t, std::align_val_t) noexcept { std::free(p); }
-
-// C code loses what it holds when the C++ that it calls throws: no leaks of ours.
-extern "C" const char* __lsan_default_suppressions();
-extern "C" const char* __lsan_default_suppressions() {
-  return "leak:ggml_\nleak:gguf_\nleak:llama_\nleak:libdnnl\n";
-}
+#include "support/failing_new.h"
 
 namespace narrows::testing {
 namespace {

@@ -5,63 +5,19 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <new>
 
 #include "server/scheduler.h"
+#include "support/failing_new.h"
 #include "support/session.h"
-
-namespace {
-
-/// Allocations from now on until one fails; below 0: none does. Counted on all threads.
-std::atomic<int64_t> g_left{-1};
-std::atomic<bool> g_armed{false};
-std::atomic<bool> g_failed{false};
-thread_local bool t_is_test = false;  ///< the test's own thread has its memory
-
-void maybe_fail() {
-  if (t_is_test || !g_armed.load(std::memory_order_relaxed)) return;
-  if (g_left.fetch_sub(1) != 0) return;
-  g_failed = true;
-  throw std::bad_alloc();
-}
-
-void* take(size_t n, size_t alignment) {
-  maybe_fail();
-  void* p =
-      alignment > alignof(std::max_align_t)
-          ? std::aligned_alloc(alignment, (std::max<size_t>(n, 1) + alignment - 1) / alignment * alignment)
-          : std::malloc(std::max<size_t>(n, 1));
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-
-}  // namespace
-
-void* operator new(size_t n) { return take(n, 0); }
-void* operator new[](size_t n) { return take(n, 0); }
-void* operator new(size_t n, std::align_val_t a) { return take(n, static_cast<size_t>(a)); }
-void* operator new[](size_t n, std::align_val_t a) { return take(n, static_cast<size_t>(a)); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t, std::align_val_t) noexcept { std::free(p); }
-
-// ggml's C code loses what it holds when the C++ that it calls throws, and oneDNN a primitive that it cannot finish
-// (dnnl_primitive_create): those are no leaks of ours. Our own would be seen in the other tests.
-extern "C" const char* __lsan_default_suppressions();
-extern "C" const char* __lsan_default_suppressions() { return "leak:ggml_\nleak:gguf_\nleak:llama_\nleak:libdnnl\n"; }
 
 namespace narrows::server {
 namespace {
 
+using narrows::testing::g_failed;
+using narrows::testing::g_left;
 using narrows::testing::LoadedTiny;
 using narrows::testing::random_tokens;
+using narrows::testing::t_is_test;
 using narrows::testing::TinyModel;
 
 const LoadedTiny& tiny() {
@@ -166,9 +122,8 @@ TEST_P(AllocationFailure, EndsOneRequestAtMost) {
     auto job = job_of(c);
     g_failed = false;
     g_left = k;
-    g_armed = true;
     const Answer a = serve(job);
-    g_armed = false;
+    g_left = -1;
     reached = g_failed;
     ASSERT_TRUE(a.ended) << "no end, allocation " << k;
     ++(a.failed ? n_failed : n_well);

@@ -3,12 +3,20 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/part.h"
 #include "kv/sals/sals_layer.h"
 #include "kv/step/stages.h"
 
 namespace narrows {
+
+/// What a step over SALS layers works in, beside StepScratch: shared by all layers of a session.
+struct SalsWork final : FamilyWork {
+  std::vector<float> scores;      ///< [tokens in pages]
+  std::vector<int32_t> selected;  ///< chosen tokens, ascending; indices into the pages, 0 = position n_sink
+  std::vector<uint64_t> select_work;
+};
 
 // --- sals_score.cpp ---
 

@@ -11,6 +11,9 @@ namespace {
 /// Selected tokens are cut into slices in runs of this many: finer than a tile, so that threads end together.
 constexpr int64_t kRun = 16;
 
+/// All layers of a session are of one family.
+SalsWork& sals_work(const StepScratch& scratch) { return static_cast<SalsWork&>(*scratch.work); }
+
 }  // namespace
 
 Status SalsLayer::begin_step(StepScratch& scratch) {
@@ -23,11 +26,13 @@ Status SalsLayer::begin_step(StepScratch& scratch) {
     const auto grow = [](auto& buffer, int64_t size) {
       if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
     };
+    if (!scratch.work) scratch.work = std::make_unique<SalsWork>();
+    SalsWork& work = sals_work(scratch);
     const int64_t room = n_page() * kPageTokens;  // whole pages: not every step grows them
-    grow(scratch.selected, room);
+    grow(work.selected, room);
     if (sparse_) {
-      grow(scratch.scores, room);
-      grow(scratch.select_work, ceil_div(kernels::select_scratch_bytes(room), int64_t{sizeof(uint64_t)}));
+      grow(work.scores, room);
+      grow(work.select_work, ceil_div(kernels::select_scratch_bytes(room), int64_t{sizeof(uint64_t)}));
       positions_.resize(static_cast<size_t>(n_selected_));
     }
   } catch (const std::bad_alloc&) {
@@ -43,15 +48,15 @@ void SalsLayer::run_phase(int phase, const DecodeStep& step, StepScratch& scratc
       if (!reads_all()) {
         scratch.thread(ith).clock.enter(AttentionStage::score);
         score_pages(*this, step.q, part_of(n_page(), ith, n_threads), scratch.thread(ith),
-                    scratch.scores.data());
+                    sals_work(scratch).scores.data());
       }
       break;
     case 1:
       scratch.thread(ith).clock.enter(AttentionStage::select);
       rotate_query(shape(), rope(), step.q, n_tokens(), scratch.thread(ith));
       if (ith == 0) {
-        select_tokens(scratch.scores.data(), n_in_pages(), n_selected_, scratch.selected.data(),
-                      scratch.select_work.data());
+        select_tokens(sals_work(scratch).scores.data(), n_in_pages(), n_selected_,
+                      sals_work(scratch).selected.data(), sals_work(scratch).select_work.data());
       }
       // Selection runs on one thread; the others see to the exact tokens meanwhile.
       if (n_threads == 1) {
@@ -76,7 +81,7 @@ std::span<const int32_t> SalsLayer::slice_of_selected(const StepScratch& scratch
   const Part runs = part_of(ceil_div(n_selected_, kRun), static_cast<int>(i), kSlices);
   const int64_t begin = runs.begin * kRun;
   const int64_t end = std::min(runs.end * kRun, n_selected_);
-  return {scratch.selected.data() + begin, static_cast<size_t>(std::max<int64_t>(0, end - begin))};
+  return {sals_work(scratch).selected.data() + begin, static_cast<size_t>(std::max<int64_t>(0, end - begin))};
 }
 
 void SalsLayer::attend_slices(StepScratch& scratch, Part slices, StepScratch::Thread& thread) {
@@ -87,7 +92,7 @@ void SalsLayer::attend_slices(StepScratch& scratch, Part slices, StepScratch::Th
     attend_selected(*this, tokens, thread);
     if (!sparse_) continue;
     // Positions outlive this layer's turn with the scratch.
-    int32_t* positions = positions_.data() + (tokens.data() - scratch.selected.data());
+    int32_t* positions = positions_.data() + (tokens.data() - sals_work(scratch).selected.data());
     for (const int32_t token : tokens) *positions++ = static_cast<int32_t>(n_sink()) + token;
   }
 }

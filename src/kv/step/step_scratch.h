@@ -33,10 +33,6 @@ class StepScratch {
   bool ok() const;
   ~StepScratch();
 
-  std::vector<float> scores;      ///< [tokens in pages], of SALS
-  std::vector<int32_t> selected;  ///< chosen tokens, ascending; indices into the pages, 0 = position n_sink
-  std::vector<uint64_t> select_work;
-
   /// A layer may make its transforms in this step: set before each step, taken back by the first that does.
   /// On an 8B model they take as long as a few steps a layer, so they are made one at a time.
   bool may_convert = true;
