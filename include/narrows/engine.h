@@ -79,6 +79,23 @@ struct SessionOptions {
 int64_t cache_bytes_estimate(const Model& model, const KvProfile& profile, int64_t n_tokens,
                              bool segments = false);
 
+/// What all models and sessions of the process have been promised of its memory, bytes, each counted once:
+/// pages that sessions share too. Loads, prompts, steps and restored sessions that do not fit beside the
+/// rest are refused with out_of_memory before they begin.
+struct MemoryStats {
+  int64_t weights = 0;
+  int64_t caches = 0;
+  int64_t scratch = 0;  ///< what steps work in
+  int64_t prompts = 0;  ///< what prompts that are being read work in
+  int64_t files = 0;    ///< session files that are being read
+  int64_t limit = 0;    ///< set_memory_limit()
+  int64_t free = 0;     ///< that may still be promised; INT64_MAX: unknown, and no limit
+};
+MemoryStats memory_stats();
+/// Most bytes of all that together, 0 (as it is): as many as the system, its control groups included, can
+/// give. What has been promised before stays.
+void set_memory_limit(int64_t bytes);
+
 /// Bytes as allocated, whole session.
 struct CacheStats {
   int64_t n_tokens = 0;

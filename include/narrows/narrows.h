@@ -188,6 +188,23 @@ typedef struct narrows_cache_stats {
 
 narrows_status narrows_session_get_cache_stats(const narrows_session* session, narrows_cache_stats* stats);
 
+/* What all models and sessions of the process have been promised of its memory, bytes, each counted once.
+ * What does not fit beside it is refused with NARROWS_OUT_OF_MEMORY before it begins. */
+typedef struct narrows_memory_stats {
+  size_t struct_size; /* of the caller's struct, set before narrows_memory_get_stats() */
+  int64_t weights;
+  int64_t caches;  /* pages that sessions share once */
+  int64_t scratch; /* what steps work in */
+  int64_t prompts; /* what prompts that are being read work in */
+  int64_t files;   /* session files that are being read */
+  int64_t limit;   /* narrows_memory_set_limit(); 0: none */
+  int64_t free;    /* that may still be promised; INT64_MAX: unknown, and no limit */
+} narrows_memory_stats;
+
+narrows_status narrows_memory_get_stats(narrows_memory_stats* stats);
+/* Most bytes of all that together; 0 (as it is): as many as the system and its control groups can give. */
+narrows_status narrows_memory_set_limit(int64_t bytes);
+
 /* Writes the session with the n_past tokens of its cache; the file is whole or not there. */
 narrows_status narrows_session_save(const narrows_session* session, const narrows_token* tokens,
                                     size_t n_tokens, const char* path);

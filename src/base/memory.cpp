@@ -37,6 +37,10 @@ int64_t available_memory_bytes() {
 }
 
 int64_t resident_bytes() { return read_kb_line("/proc/self/status", "VmRSS:"); }
+int64_t anonymous_resident_bytes() {
+  const int64_t bytes = read_kb_line("/proc/self/status", "RssAnon:");
+  return bytes > 0 ? bytes : -1;
+}
 int64_t peak_resident_bytes() { return read_kb_line("/proc/self/status", "VmHWM:"); }
 void forget_peak_resident_bytes() { std::ofstream("/proc/self/clear_refs") << 5; }
 

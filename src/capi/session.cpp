@@ -13,9 +13,10 @@ using capi::text_or;
 
 namespace {
 
-constexpr size_t kFirstOptions = 64, kFirstStats = 80;
-static_assert(sizeof(void*) != 8 || (sizeof(narrows_session_options) >= kFirstOptions &&
-                                     sizeof(narrows_cache_stats) >= kFirstStats));
+constexpr size_t kFirstOptions = 64, kFirstStats = 80, kFirstMemory = 64;
+static_assert(sizeof(void*) != 8 ||
+              (sizeof(narrows_session_options) >= kFirstOptions &&
+               sizeof(narrows_cache_stats) >= kFirstStats && sizeof(narrows_memory_stats) >= kFirstMemory));
 
 constexpr narrows_session_options default_options() {
   narrows_session_options o{};
@@ -185,6 +186,31 @@ narrows_status narrows_session_get_cache_stats(const narrows_session* session, n
     out.bytes_hot = c.bytes_hot;
     out.n_layer_compressed = c.n_layer_compressed;
     return capi::write_struct(out, kFirstStats, "narrows_cache_stats", stats);
+  });
+}
+
+narrows_status narrows_memory_get_stats(narrows_memory_stats* stats) {
+  return call("the memory's size", [&]() -> Status {
+    if (Status s = given({{stats, "stats"}}); !s.ok()) return s;
+    const MemoryStats m = memory_stats();
+    narrows_memory_stats out{};
+    out.weights = m.weights;
+    out.caches = m.caches;
+    out.scratch = m.scratch;
+    out.prompts = m.prompts;
+    out.files = m.files;
+    out.limit = m.limit;
+    out.free = m.free;
+    return capi::write_struct(out, kFirstMemory, "narrows_memory_stats", stats);
+  });
+}
+
+narrows_status narrows_memory_set_limit(int64_t bytes) {
+  return call("a limit of memory", [&]() -> Status {
+    if (bytes < 0)
+      return {StatusCode::invalid_argument, fmt::format("a limit of {} bytes of memory is below 0", bytes)};
+    set_memory_limit(bytes);
+    return {};
   });
 }
 

@@ -17,15 +17,23 @@ namespace {
 constexpr int64_t kMaxFileBytes = int64_t{256} << 20;  ///< about 60 million tokens: above any context
 constexpr int64_t kMaxContext = 1'000'000'000;
 constexpr int kMaxThreads = 4096;
+constexpr int64_t kMegabyte = 1'000'000, kMaxMegabytes = 1'000'000'000;
 constexpr uint32_t kMaxSeed = 0xFFFFFFFE;  ///< libllama takes the number above for "random"
 
 }  // namespace
 
 void ModelFlags::add_to(CLI::App& app) {
   app.add_option("-m,--model", path, "GGUF file of the model")->required()->type_name("FILE");
+  app.add_option(
+         "--memory-mb", memory_mb,
+         "most memory (MB) of weights, caches and what prompts and steps work in; what does not fit is "
+         "refused before it begins (default: what the system has free)")
+      ->type_name("N")
+      ->check(whole_number(1, kMaxMegabytes));
 }
 
 Result<std::shared_ptr<const Model>> ModelFlags::load(const LoadOptions& options) const {
+  set_memory_limit(memory_mb.value_or(0) * kMegabyte);
   return Model::load(path, options);
 }
 

@@ -15,8 +15,10 @@ namespace narrows::cli {
 
 struct ModelFlags {
   std::string path;
+  std::optional<int64_t> memory_mb;
 
   void add_to(CLI::App& app);
+  /// Limits the process's memory too.
   Result<std::shared_ptr<const Model>> load(const LoadOptions& options = {}) const;
 };
 

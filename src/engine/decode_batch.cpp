@@ -16,6 +16,7 @@ struct DecodeBatch::Impl {
   StepMixer mixer;
   AlignedArray<float> x;       ///< [max_sessions, n_embd]
   AlignedArray<float> logits;  ///< [max_sessions, n_vocab]
+  MemoryClaim claim{MemoryUse::scratch};
 
   Impl(std::shared_ptr<const Model> m, int n, ExecutorLease e)
       : model(std::move(m)),
@@ -56,7 +57,8 @@ Result<std::unique_ptr<DecodeBatch>> DecodeBatch::create(std::shared_ptr<const M
   if (!executor.ok()) return executor.status();
   if (Status s = (*executor)->reserve(max_sessions, false); !s.ok()) return s;
   auto impl = std::make_unique<Impl>(std::move(model), max_sessions, std::move(*executor));
-  if (!impl->x.ok() || !impl->logits.ok())
+  const int64_t floats = impl->x.size() + impl->logits.size();
+  if (!impl->x.ok() || !impl->logits.ok() || !impl->claim.resize(floats * int64_t{sizeof(float)}))
     return Status(StatusCode::out_of_memory, "no memory for the activations of a step");
   return std::unique_ptr<DecodeBatch>(new DecodeBatch(std::move(impl)));
 }

@@ -9,11 +9,13 @@ namespace narrows {
 Result<std::unique_ptr<Executor>> ExecutorPool::take(int n_threads) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found =
-        std::find_if(idle_.begin(), idle_.end(), [&](const auto& e) { return e->n_threads() == n_threads; });
-    if (found != idle_.end()) {
+    // The one that was given back last: its threads are awake, and those of others would wait for work, on
+    // cores that this one needs, at each turn.
+    const auto found = std::find_if(idle_.rbegin(), idle_.rend(),
+                                    [&](const auto& e) { return e->n_threads() == n_threads; });
+    if (found != idle_.rend()) {
       std::unique_ptr<Executor> taken = std::move(*found);
-      idle_.erase(found);
+      idle_.erase(std::next(found).base());
       return taken;
     }
   }

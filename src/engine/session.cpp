@@ -6,7 +6,7 @@
 
 #include "base/cgroup.h"
 #include "base/guarded.h"
-#include "base/memory.h"
+#include "base/memory_ledger.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
 #include "prompt/attention.h"
@@ -21,14 +21,6 @@ constexpr int kMaxThreads = 512;
 /// Tokens that a prompt keeps for its last segment: enough exact ones for the recent window, and more than
 /// make Prefill leave its products to another kernel.
 constexpr int64_t kLeastRest = 128;
-
-/// A session with segments takes a prompt in stripes of about this many tokens, whole segments: more, and a
-/// prompt that is given up loses more; fewer, and weights are unpacked, and the cache is read back, more
-/// often (docs/experiments.md).
-constexpr int64_t kStripeTokens = 4096;
-static_assert(kStripeTokens % kSegmentTokens == 0);
-
-double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
 Status check_prompt_options(const PromptOptions& options) {
   if (!(options.mass > 0 && options.mass <= 1)) {
@@ -63,10 +55,6 @@ std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernel
   return layers;
 }
 
-int64_t cache_bytes_estimate(const Model& model, const KvProfile& profile, int64_t n_tokens, bool segments) {
-  return kv_bytes_estimate(kv_layers(parts_of(model).spec()), profile, n_tokens, segments);
-}
-
 Result<int> threads_to_use(int n_threads) {
   if (n_threads < 0 || n_threads > kMaxThreads) {
     return {StatusCode::invalid_argument,
@@ -99,37 +87,9 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   cache->use_workers(&workers);
   std::vector<AttentionShape> shapes;
   for (int64_t i = 0; i < spec.n_layer(); ++i) shapes.push_back(attention_shape(spec, i));
+  if (!claim_cache(0)) return {StatusCode::out_of_memory, "no memory for what a step works in"};
   scratch = std::make_unique<StepScratch>(shapes, n_threads);
   own_logits.assign(static_cast<size_t>(spec.n_vocab), 0.0F);
-  return {};
-}
-
-Status Session::Impl::check_room(int64_t n_new) const {
-  const int64_t n_past = cache->n_tokens();
-  if (n_new > n_ctx - n_past) {
-    const std::string held = n_past > 0 ? fmt::format(" on top of {} in the cache", n_past) : std::string();
-    return {
-        StatusCode::context_full,
-        fmt::format("the prompt has {} tokens{} but the context holds {}; shorten it{}", n_new, held, n_ctx,
-                    n_ctx < model->info().n_ctx_train
-                        ? fmt::format(" or raise --ctx (the model allows {})", model->info().n_ctx_train)
-                        : std::string(" or use a model with a longer context"))};
-  }
-  const int64_t more_cache =
-      cache_bytes_estimate(*model, options.kv, n_past + n_new, options.segments) - cache->stats().bytes;
-  const int64_t at_once =
-      in_segments(n_past) ? std::min(n_new, options.kv.n_sink + kStripeTokens / 2 * 3) : n_new;
-  const int64_t need =
-      more_cache + Prefill::bytes_needed(parts_of(*model).spec(), parts_of(*model).plan, at_once,
-                                         n_past + n_new - at_once, n_threads, options.prompt);
-  const int64_t have = available_memory_bytes();
-  if (have > 0 && need > have) {
-    return {StatusCode::out_of_memory,
-            fmt::format(
-                "{} tokens need {:.2f} GB more memory ({:.2f} GB of it cache with --kv {}) and {:.2f} GB are "
-                "free; shorten the prompt or choose a smaller --kv profile",
-                n_new, gigabytes(need), gigabytes(more_cache), options.kv.name, gigabytes(have))};
-  }
   return {};
 }
 
@@ -155,16 +115,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
   if (Status s = check_prompt_options(options.prompt); !s.ok()) return s;
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
-    // A context that was asked for must fit as a whole; the model's own, often huge, is only a limit.
-    const int64_t need = cache_bytes_estimate(*model, options.kv, n_ctx, options.segments);
-    const int64_t have = available_memory_bytes();
-    if (have > 0 && need > have) {
-      return Status(
-          StatusCode::out_of_memory,
-          fmt::format("a cache of {} tokens with --kv {} needs {:.2f} GB and {:.2f} GB are free; lower --ctx "
-                      "or choose a smaller --kv profile",
-                      n_ctx, options.kv.name, gigabytes(need), gigabytes(have)));
-    }
+    if (Status s = Impl::check_context(*model, options); !s.ok()) return s;
   }
   std::shared_ptr<const BasisFile> basis;
   if (!options.basis_path.empty()) {
@@ -200,19 +151,34 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   const int64_t n_past = lead.cache->n_tokens();
   for (Session* s : sessions) {
     if (Status st = s->impl_->check_usable(); !st.ok()) return st;
-    if (Status st = s->impl_->check_room(static_cast<int64_t>(tokens.size())); !st.ok()) return st;
     if (s->impl_->model != lead.model || (sessions.size() > 1 && s->n_past() != 0)) {
       return {StatusCode::invalid_argument, "sessions that share a prefill must be empty and of one model"};
     }
   }
   const auto n_new = static_cast<int64_t>(tokens.size());
-  if (Status s = lead.take_executor(); !s.ok()) return s;
+  const auto give_back = [&] {
+    for (Session* s : sessions) {
+      s->impl_->prompt_claim.resize(0);
+      s->impl_->settle_claims();
+    }
+  };
+  Status claimed;
+  for (size_t i = 0; claimed.ok() && i < sessions.size(); ++i) {
+    claimed = sessions[i]->impl_->claim_prompt(n_new);
+    if (i > 0) sessions[i]->impl_->prompt_claim.resize(0);  // they share the work
+  }
+  if (claimed.ok()) claimed = lead.take_executor();
+  if (!claimed.ok()) {
+    give_back();
+    return claimed;
+  }
   Prefill prefill(*parts_of(*lead.model).weights, parts_of(*lead.model).plan, lead.ropes, *lead.executor,
                   lead.options.prompt);
   const Status status = guarded("the prompt", [&] {
     return prefill.run(tokens, n_past, lead.hooks_for(sessions, n_new), progress, lead.own_logits.data());
   });
   lead.give_executor_back();
+  give_back();
   for (Session* s : sessions) {
     if (s != sessions.front()) s->impl_->own_logits = lead.own_logits;
     s->impl_->broken = !status.ok();
@@ -301,6 +267,7 @@ Status Session::begin_prefill(std::span<const Token> tokens) {
   if (!status.ok() && !was_reading) {
     m.stop_reading();
     m.spare.reset();
+    m.settle_claims();
   }
   return status;
 }
@@ -309,7 +276,7 @@ Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens
   Impl& m = *this;
   if (tokens.empty()) return {StatusCode::invalid_argument, "the prompt is empty, give at least one token"};
   if (Status s = m.check_usable(); !s.ok()) return s;
-  if (Status s = m.check_room(static_cast<int64_t>(tokens.size())); !s.ok()) return s;
+  if (Status s = m.claim_prompt(static_cast<int64_t>(tokens.size())); !s.ok()) return s;
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
   m.stripe_begin = 0;
   if (Status s = m.take_executor(); !s.ok()) return s;
@@ -321,7 +288,11 @@ Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens
 Status Session::prefill_step() {
   Impl& m = *impl_;
   if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
-  Status status = guarded("a part of the prompt", [&] { return m.prefill->step(); });
+  Status status = guarded("a part of the prompt", [&] {
+    Status s = m.prefill->step();
+    m.claim_cache(m.n_claimed);  // pages that are there now count themselves
+    return s;
+  });
   if (status.ok() && !m.prefill->done()) return {};
   if (status.ok() && m.stripe_end < static_cast<int64_t>(m.prefill_tokens.size())) {
     m.spare.reset();
@@ -335,6 +306,7 @@ Status Session::prefill_step() {
   m.broken = !status.ok();
   if (!status.ok()) return status;
   m.spare.reset();
+  m.settle_claims();
   m.note_prompt(m.stripe_past, read_share);
   return {};
 }
@@ -369,6 +341,7 @@ int64_t Session::kept_prefix(int64_t n) const {
 void Session::keep_prefix(int64_t n) {
   impl_->cache->keep(n);
   impl_->sealed = n;
+  impl_->settle_claims();
 }
 
 int64_t Session::go_back(int64_t n) {
@@ -392,6 +365,7 @@ int64_t Session::go_back(int64_t n) {
   } else {
     m.cache->keep(n);
     if (m.options.segments) m.sealed = n;
+    m.settle_claims();
   }
   return n;
 }
@@ -405,7 +379,11 @@ Status Session::share_prefix(const Session& from, int64_t n) {
   if (!alike || n <= 0 || from.kept_prefix(n) != n)
     return {StatusCode::invalid_argument, "sessions that differ, or a prefix that is no segment's end"};
   reset();
-  const Status shared = guarded("the shared beginning", [&] { return m.cache->share(*other.cache, n); });
+  const Status shared = guarded("the shared beginning", [&] {
+    Status s = m.cache->share(*other.cache, n);
+    if (s.ok() && !m.claim_cache(n)) s = {StatusCode::out_of_memory, "no memory for a shared beginning"};
+    return s;
+  });
   if (!shared.ok()) {
     reset();
     return shared;
@@ -432,6 +410,7 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
     return {StatusCode::context_full, fmt::format("the context of {} tokens is full", n_ctx)};
   }
   if (Status s = parts_of(*model).weights->embed({&token, 1}, embedding); !s.ok()) return s;
+  if (Status s = claim_step(); !s.ok()) return s;
   scratch->may_convert = true;
   for (int64_t i = 0; i < cache->n_layer(); ++i) {
     if (Status s = cache->layer(i).begin_step(*scratch); !s.ok()) {
@@ -468,6 +447,7 @@ Status Session::Impl::run_step() {
 void Session::Impl::stop_reading() {
   prefill.reset();
   give_executor_back();
+  prompt_claim.resize(0);
 }
 
 Status Session::Impl::take_executor() {
@@ -509,6 +489,7 @@ void Session::reset() {
   impl_->cache->clear();
   impl_->sealed = 0;
   impl_->broken = false;
+  impl_->settle_claims();
 }
 
 }  // namespace narrows

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "base/file.h"
-#include "base/memory.h"
+#include "base/memory_ledger.h"
 #include "base/utf8.h"
 #include "engine/session_impl.h"
 #include "kv/snapshot.h"
@@ -107,9 +107,10 @@ Status save_session(const Session& session, std::span<const Token> tokens, const
 
 Result<SavedSession> load_session(std::shared_ptr<const Model> model, const SessionOptions& options,
                                   const std::string& path) {
-  const int64_t have = available_memory_bytes();
-  Result<std::string> file = read_file(path, have > 0 ? have : INT64_MAX, /*regular=*/true);
+  MemoryClaim claim(MemoryUse::file);
+  Result<std::string> file = read_file(path, MemoryLedger::process().free_bytes(), /*regular=*/true);
   if (!file.ok()) return file.status();
+  claim.resize(static_cast<int64_t>(file->size()));
   const Result<std::string_view> payload = checked_payload(path, *file);
   if (!payload.ok()) return payload.status();
   SnapshotReader in(*payload);
@@ -131,6 +132,10 @@ Result<SavedSession> load_session(std::shared_ptr<const Model> model, const Sess
                   fmt::format("{} holds {} tokens but the context holds {}; raise --ctx", quote(path),
                               n_token, m.n_ctx));
   }
+  if (!m.claim_cache(n_token)) {
+    return Status(StatusCode::out_of_memory,
+                  fmt::format("no memory for the {} tokens of {}; end other work", n_token, quote(path)));
+  }
   for (int64_t i = 0; i < m.cache->n_layer(); ++i) {
     const Status s = m.cache->layer(i).load(in);
     if (s.code() == StatusCode::out_of_memory) return s;
@@ -140,6 +145,7 @@ Result<SavedSession> load_session(std::shared_ptr<const Model> model, const Sess
   if (in.left() != 0) return wrong(path, "is longer than what it says it holds");
   m.own_logits = std::move(head->logits);
   m.sealed = head->sealed;
+  m.settle_claims();
   return saved;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/aligned.h"
+#include "base/memory_ledger.h"
 #include "engine/model_parts.h"
 #include "engine/step_mixer.h"
 #include "kernels/rope_table.h"
@@ -15,12 +16,30 @@
 
 namespace narrows {
 
+/// A session with segments takes a prompt in stripes of about this many tokens, whole segments: more, and a
+/// prompt that is given up loses more; fewer, and weights are unpacked, and the cache is read back, more
+/// often (docs/experiments.md).
+constexpr int64_t kStripeTokens = 4096;
+static_assert(kStripeTokens % kSegmentTokens == 0);
+
 class Session::Impl {
  public:
   Impl(std::shared_ptr<const Model> model, const SessionOptions& options, int n_threads, int64_t n_ctx);
 
   Status init(std::shared_ptr<const BasisFile> basis);
-  Status check_room(int64_t n_new) const;
+  /// Claims what n_new more tokens of a prompt take, cache and work; out_of_memory with the figures, and
+  /// nothing is claimed, if they do not fit.
+  Status claim_prompt(int64_t n_new);
+  /// Claims what the cache takes with n_tokens, and steps over it; false if that does not fit. More than it
+  /// holds for what is to come, as many as it holds to give back what did not come.
+  bool claim_cache(int64_t n_tokens);
+  /// The same for one more token of a step, and some more than one at a time: out_of_memory if not one fits.
+  Status claim_step();
+  /// out_of_memory if a context that was asked for cannot fit as a whole; the model's own, often huge, is
+  /// only a limit.
+  static Status check_context(const Model& model, const SessionOptions& options);
+  /// The cache has become another one: claims for the tokens that it holds. Throws nothing.
+  void settle_claims() noexcept;
   Status check_usable() const;
 
   /// What connects the layers of a prompt of n_new tokens with the caches, this one's first.
@@ -61,9 +80,13 @@ class Session::Impl {
   SessionOptions options;
   int64_t n_ctx;
   int n_threads;
-  std::vector<kernels::RopeTable> ropes;  ///< one for each of the model's
-  ExecutorLease executor;                 ///< while a prompt is on its way, and in a step of decode()
-  LentWorkers workers;                    ///< for the cache
+  std::vector<kernels::RopeTable> ropes;      ///< one for each of the model's
+  MemoryClaim cache_claim{MemoryUse::cache};  ///< of the cache what is not in stores of pages, or not yet
+  MemoryClaim scratch_claim{MemoryUse::scratch};
+  MemoryClaim prompt_claim{MemoryUse::prompt};  ///< while one is being read
+  int64_t n_claimed = 0;                        ///< tokens that cache_claim is for
+  ExecutorLease executor;                       ///< while a prompt is on its way, and in a step of decode()
+  LentWorkers workers;                          ///< for the cache
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<StepScratch> scratch;
   StepMixer mixer;        ///< of decode()
@@ -85,6 +108,14 @@ class Session::Impl {
 /// The number of threads asked for, 0: one a core that the process may use. invalid_argument if it is out of
 /// range.
 Result<int> threads_to_use(int n_threads);
+
+/// What a session will have been promised with n_tokens in its cache, bytes.
+struct MemoryEstimate {
+  int64_t cache = 0;    ///< cache_bytes_estimate()
+  int64_t scratch = 0;  ///< what its steps work in, beside the executor
+};
+MemoryEstimate memory_estimate(const Model& model, const SessionOptions& options, int64_t n_tokens,
+                               int n_threads);
 
 /// Attention shape of a layer, for caches made outside a session (tests, eval, inspect).
 AttentionShape attention_shape(const ModelSpec& spec, int64_t layer = 0);

@@ -112,6 +112,12 @@ CacheStats KvCache::stats() const {
   return stats;
 }
 
+int64_t KvCache::bytes_in_stores() const {
+  int64_t bytes = 0;
+  for (const auto& layer : layers_) bytes += layer->bytes().in_stores();
+  return bytes;
+}
+
 void KvCache::use_workers(Workers* workers) {
   for (auto& layer : layers_) layer->use_workers(workers);
 }
@@ -167,6 +173,26 @@ int64_t kv_bytes_estimate(std::span<const KvLayerSpec> layers, const KvProfile& 
         family.bytes(profile, layer, count_tokens(family, profile, layer.shape.width(), n_tokens, n_exact));
   }
   return total;
+}
+
+int64_t kv_exact_bytes(std::span<const KvLayerSpec> layers, const KvProfile& profile, int64_t n_tokens) {
+  KvProfile exact = profile;
+  exact.kind = KvKind::f16;
+  return kv_bytes_estimate(layers, exact, n_tokens, true);
+}
+
+int64_t kv_step_bytes(std::span<const KvLayerSpec> layers, const KvProfile& profile, int64_t n_tokens,
+                      int n_threads) {
+  const auto n_layer = static_cast<int64_t>(layers.size());
+  int64_t most = 0;
+  for (int64_t i = 0; i < n_layer; ++i) {
+    const KvLayerSpec& layer = layers[static_cast<size_t>(i)];
+    const KvFamily& family = family_of(profile, layer, i, n_layer);
+    if (family.step_bytes == nullptr) continue;
+    const KvCounts counts = count_tokens(family, profile, layer.shape.width(), n_tokens, 0);
+    most = std::max(most, family.step_bytes(profile, layer, counts, n_threads));
+  }
+  return most;
 }
 
 }  // namespace narrows

@@ -30,6 +30,8 @@ class KvCache {
   const KvProfile& profile() const { return profile_; }
   int64_t n_tokens() const { return layers_.front()->n_tokens(); }
   CacheStats stats() const;
+  /// Of stats().bytes those that the memory ledger knows of already.
+  int64_t bytes_in_stores() const;
   void use_workers(Workers* workers);  ///< see KvLayer
   /// True if a layer still gathers statistics of queries.
   bool wants_queries() const;
@@ -56,5 +58,12 @@ int64_t exact_tokens(const KvProfile& profile, int64_t width, bool has_basis);
 /// show (klt: at most). segmented: as KvCache::create(), without a basis file.
 int64_t kv_bytes_estimate(std::span<const KvLayerSpec> layers, const KvProfile& profile, int64_t n_tokens,
                           bool segmented = false);
+
+/// The same while no layer has encoded anything yet.
+int64_t kv_exact_bytes(std::span<const KvLayerSpec> layers, const KvProfile& profile, int64_t n_tokens);
+
+/// What a step over such a cache of n_tokens works in beside StepScratch, the most of its layers.
+int64_t kv_step_bytes(std::span<const KvLayerSpec> layers, const KvProfile& profile, int64_t n_tokens,
+                      int n_threads);
 
 }  // namespace narrows

@@ -46,6 +46,8 @@ struct LayerBytes {
   int64_t hot = 0;    ///< rebuilt keys kept from step to step; none before the first step
   int64_t n_tokens_in_pages = 0;
   int64_t total() const { return pages + exact + basis + hot; }
+  /// The part in PageStores, which count themselves in the memory ledger.
+  int64_t in_stores() const { return pages + exact; }
 };
 
 /// Not thread-safe but where a method says so. Keys come in before RoPE, [n, D] row-major, heads one after

@@ -1,6 +1,7 @@
 // Pages of one size, each its own 64-byte aligned allocation: exact blocks and encoded pages. A page is
 // filled with 0xFF when it is made (as f16 or f32: NaN), so whoever reads room that was never written sees it
-// at once. Stores may share pages: own() before writing. Serial but for reading.
+// at once. Stores may share pages: own() before writing. Serial but for reading. Pages count themselves in
+// the memory ledger, each once however many stores share it.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "base/aligned.h"
+#include "base/memory_ledger.h"
 #include "kv/snapshot.h"
 
 namespace narrows {
@@ -86,15 +88,22 @@ class PageStore {
   void clear() { std::vector<Page>().swap(pages_); }
 
  private:
+  struct Memory {
+    explicit Memory(int64_t n) : bytes(n) { MemoryLedger::process().count(MemoryUse::cache, bytes.size()); }
+    ~Memory() { MemoryLedger::process().count(MemoryUse::cache, -bytes.size()); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    AlignedArray<std::byte> bytes;
+  };
   struct Page {
-    std::shared_ptr<AlignedArray<std::byte>> hold;
+    std::shared_ptr<Memory> hold;
     std::byte* data = nullptr;
   };
 
   Page make_page() const {
-    Page page{std::make_shared<AlignedArray<std::byte>>(page_bytes_), nullptr};
-    if (!page.hold->ok()) throw std::bad_alloc();
-    page.data = page.hold->data();
+    Page page{std::make_shared<Memory>(page_bytes_), nullptr};
+    if (!page.hold->bytes.ok()) throw std::bad_alloc();
+    page.data = page.hold->bytes.data();
     return page;
   }
 

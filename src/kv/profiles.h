@@ -53,6 +53,9 @@ struct KvFamily {
   Result<std::unique_ptr<KvLayer>> (*make)(const KvOrder& order);
   /// What a layer takes that holds so many tokens, by its layout; klt: at most.
   int64_t (*bytes)(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts);
+  /// What a step over such a layer works in beside StepScratch; null: nothing worth counting.
+  int64_t (*step_bytes)(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts,
+                        int n_threads) = nullptr;
 };
 
 /// The family that keeps layer i of a model's n_layer: that of the profile, an exact one where the profile

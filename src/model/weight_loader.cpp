@@ -7,7 +7,7 @@
 #include <cstring>
 #include <set>
 
-#include "base/memory.h"
+#include "base/memory_ledger.h"
 #include "base/utf8.h"
 #include "kernels/pack_weights.h"
 #include "model/weights.h"
@@ -49,9 +49,11 @@ class WeightLoader {
     declare();
     if (!status_.ok()) return status_;
     if (Status s = check_leftovers(); !s.ok()) return s;
-    if (Status s = check_memory(); !s.ok()) return s;
+    if (Status s = claim_memory(); !s.ok()) return s;
     if (Status s = allocate(); !s.ok()) return s;
-    return fill();
+    if (Status s = fill(); !s.ok()) return s;
+    m_.claim_.resize(m_.allocated_bytes());
+    return {};
   }
 
  private:
@@ -236,9 +238,9 @@ class WeightLoader {
             m_.file_.path(), static_cast<double>(bytes_needed()) / 1e9, why)};
   }
 
-  Status check_memory() const {
-    const int64_t have = available_memory_bytes();
-    if (have <= 0 || bytes_needed() <= have) return {};
+  Status claim_memory() {
+    const int64_t have = MemoryLedger::process().free_bytes();
+    if (m_.claim_.resize(bytes_needed())) return {};
     return too_large(fmt::format("{:.1f} GB are free", static_cast<double>(have) / 1e9));
   }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/aligned.h"
+#include "base/memory_ledger.h"
 #include "base/page_array.h"
 #include "gguf/gguf_file.h"
 #include "model/matrix.h"
@@ -81,6 +82,7 @@ class ModelWeights {
   GgufFile file_;
   ModelSpec spec_;
   TensorEntry embedding_;
+  MemoryClaim claim_{MemoryUse::weights};
   PageArray matrices_;           ///< all of them, tiles and rows
   AlignedArray<float> vectors_;  ///< norms and biases
   std::vector<LayerWeights> layers_;

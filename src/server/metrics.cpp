@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "base/memory.h"
+#include "narrows/engine.h"
 
 namespace narrows::server {
 
@@ -36,6 +37,13 @@ std::string Metrics::prometheus(const Gauges& now) const {
   add("cache_limit_bytes", "gauge", "Most bytes for caches", now.memory_limit);
   add("store_bytes", "gauge", "Bytes of kept prefixes", now.store_bytes);
   add("store_entries", "gauge", "Kept prefixes", now.n_stored);
+  const MemoryStats memory = memory_stats();
+  add("memory_weights_bytes", "gauge", "Bytes promised to weights", memory.weights);
+  add("memory_caches_bytes", "gauge", "Bytes promised to caches, shared pages once", memory.caches);
+  add("memory_scratch_bytes", "gauge", "Bytes promised to what steps work in", memory.scratch);
+  add("memory_prompts_bytes", "gauge", "Bytes promised to what prompts work in", memory.prompts);
+  add("memory_files_bytes", "gauge", "Bytes promised to session files that are read", memory.files);
+  add("memory_free_bytes", "gauge", "Bytes that may still be promised", memory.free);
   add("resident_bytes", "gauge", "Resident set of the process", resident_bytes());
   return out;
 }

@@ -30,6 +30,31 @@ TEST(CApi, FactsOfTheModel) {
   EXPECT_STREQ(info.name, want.name.c_str());
 }
 
+TEST(CApi, MemoryIsCountedAndLimited) {
+  ASSERT_NE(tiny().c.get(), nullptr);
+  narrows_memory_stats before = {}, now = {};
+  before.struct_size = now.struct_size = sizeof before;
+  ASSERT_C(narrows_memory_get_stats(&before));
+  EXPECT_GT(before.weights, 0);
+  EXPECT_GT(before.free, 0);
+  EXPECT_EQ(before.limit, 0);
+  const auto tokens = random_tokens(2000);
+  const CSession session = c_session(c_options("f16", 2));
+  const int64_t held = before.weights + before.caches + before.scratch;
+  ASSERT_C(narrows_memory_set_limit(held + 300'000));
+  ASSERT_C(narrows_memory_get_stats(&now));
+  EXPECT_EQ(now.limit, held + 300'000);
+  EXPECT_LE(now.free, 300'000);
+  EXPECT_EQ(narrows_session_prefill(session.get(), tokens.data(), tokens.size(), nullptr, nullptr),
+            NARROWS_OUT_OF_MEMORY);
+  EXPECT_EQ(narrows_memory_set_limit(-1), NARROWS_INVALID_ARGUMENT);
+  ASSERT_C(narrows_memory_set_limit(0));
+  c_prefill(session.get(), tokens);
+  ASSERT_C(narrows_memory_get_stats(&now));
+  EXPECT_GT(now.caches, before.caches);
+  EXPECT_EQ(now.prompts, 0);
+}
+
 class Profiles : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(Profiles, PromptStepsAndMemoryAreThoseOfCpp) {

@@ -66,6 +66,7 @@ TEST(CApiErrors, NullIsRefusedByEveryCall) {
       [&] { return narrows_session_share_prefix(s, nullptr, 1); },
       [&] { return narrows_session_get_cache_stats(nullptr, &stats); },
       [&] { return narrows_session_get_cache_stats(s, nullptr); },
+      [&] { return narrows_memory_get_stats(nullptr); },
       [&] { return narrows_session_save(nullptr, t, 1, p); },
       [&] { return narrows_session_save(s, nullptr, 1, p); },
       [&] { return narrows_session_save(s, t, 1, nullptr); },

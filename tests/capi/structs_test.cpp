@@ -111,7 +111,9 @@ TEST(CApiStructs, EveryCallLooksAtTheSize) {
   narrows_model_info info = {};
   narrows_cache_stats stats = {};
   const CSession session = c_session(so);
-  mo.struct_size = so.struct_size = po.struct_size = info.struct_size = stats.struct_size = sizeof(size_t);
+  narrows_memory_stats memory = {};
+  mo.struct_size = so.struct_size = po.struct_size = info.struct_size = stats.struct_size =
+      memory.struct_size = sizeof(size_t);
   const char* path = tiny().cpp.path.c_str();
   expect_refused(narrows_model_load(path, &mo, &m), NARROWS_INVALID_ARGUMENT, "narrows_model_options");
   expect_refused(narrows_session_create(tiny().c.get(), &so, &s), NARROWS_INVALID_ARGUMENT,
@@ -124,6 +126,7 @@ TEST(CApiStructs, EveryCallLooksAtTheSize) {
                  "narrows_model_info");
   expect_refused(narrows_session_get_cache_stats(session.get(), &stats), NARROWS_INVALID_ARGUMENT,
                  "narrows_cache_stats");
+  expect_refused(narrows_memory_get_stats(&memory), NARROWS_INVALID_ARGUMENT, "narrows_memory_stats");
 }
 
 /// The layout of version 0.1, which programs are compiled with: a change of it breaks them.
@@ -134,6 +137,7 @@ TEST(CApiStructs, LayoutOfTheFirstVersion) {
   EXPECT_EQ(offsetof(narrows_session_options, n_ctx), 48U);
   EXPECT_EQ(offsetof(narrows_session_options, segments), 60U);
   EXPECT_EQ(offsetof(narrows_cache_stats, n_layer_compressed), 72U);
+  EXPECT_EQ(offsetof(narrows_memory_stats, free), 56U);
   EXPECT_EQ(offsetof(narrows_sampler_options, temperature), 32U);
   EXPECT_EQ(offsetof(narrows_sampler_options, reserved), 68U);
   EXPECT_EQ(sizeof(narrows_logit_bias), 8U);

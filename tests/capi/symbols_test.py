@@ -10,7 +10,7 @@ import sys
 LIBRARY, NM = sys.argv[1:3]
 HEADER = os.path.join(os.path.dirname(__file__), "../../include/narrows/narrows.h")
 OURS = re.compile(r"narrows_\w+$|narrows::(Model|Session|DecodeBatch|Sampler|Tokenizer|Utf8Stream|KvProfile)::[a-z~]\w*(\[abi:cxx11\])?\(|"
-                  r"narrows::(save_session|load_session|cache_bytes_estimate|parse_attention|parse_prefill|attention_names?)(\[abi:cxx11\])?\(")
+                  r"narrows::(save_session|load_session|cache_bytes_estimate|memory_stats|set_memory_limit|parse_attention|parse_prefill|attention_names?)(\[abi:cxx11\])?\(")
 
 lines = subprocess.run([NM, "-D", "-C", "--defined-only", LIBRARY], stdout=subprocess.PIPE, check=True,
                        text=True).stdout.splitlines()

@@ -80,6 +80,8 @@ TEST(BadInput, ImpossibleNumbers) {
   }
   for (const char* value : {"0", "-1", "100000"})
     expect_refusal(run_with({"--threads", value}), 2, {"--threads"});
+  for (const char* value : {"0", "-1", "1.5", "9999999999"})
+    expect_refusal(run_with({"--memory-mb", value}), 2, {"--memory-mb", "from 1"});
   for (const char* value : {"-1", "4294967295", "x"})
     expect_refusal(run_with({"--seed", value}), 2, {"--seed"});
   for (const char* value : {"-0.5", "nan", "inf", "hot", "1e-9"})

@@ -419,5 +419,30 @@ TEST(SessionFile, AModelFileReplacedByRenamingDoesNoHarm) {
   EXPECT_EQ(max_difference(copy(fresh->logits()), copy(session->logits())), 0);
 }
 
+// --- executors
+// ----------------------------------------------------------------------------------------------------
+
+TEST(Executors, TheOneThatWasGivenBackLastIsTaken) {
+  ExecutorPool& pool = parts_of(*tiny().model).executors;
+  auto first = pool.take(3), second = pool.take(3);
+  ASSERT_TRUE(first.ok() && second.ok());
+  Executor* const a = first->get();
+  Executor* const b = second->get();
+  ASSERT_NE(a, b);
+  pool.give_back(std::move(*second));
+  pool.give_back(std::move(*first));
+  for (int turn = 0; turn < 3; ++turn) {  // steps that follow each other: its threads are awake
+    auto again = pool.take(3);
+    ASSERT_TRUE(again.ok());
+    EXPECT_EQ(again->get(), a);
+    pool.give_back(std::move(*again));
+  }
+  auto both = pool.take(3), other = pool.take(3);
+  ASSERT_TRUE(both.ok() && other.ok());
+  EXPECT_EQ(other->get(), b);
+  pool.give_back(std::move(*both));
+  pool.give_back(std::move(*other));
+}
+
 }  // namespace
 }  // namespace narrows::testing

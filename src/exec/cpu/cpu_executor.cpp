@@ -78,6 +78,8 @@ CpuExecutor::CpuExecutor(const ModelSpec& spec, const Plan& plan)
 Result<std::unique_ptr<CpuExecutor>> CpuExecutor::create(const ModelSpec& spec, const Plan& plan,
                                                          int n_threads) {
   std::unique_ptr<CpuExecutor> made(new CpuExecutor(spec, plan));
+  if (!made->claim_.resize(bytes_needed(spec, plan, kFewRows, false, n_threads)))
+    return Status(StatusCode::out_of_memory, "no memory for the activations of a step");
   Result<std::unique_ptr<ThreadPool>> pool = ThreadPool::create(n_threads);
   if (!pool.ok()) return pool.status();
   made->pool_ = std::move(*pool);

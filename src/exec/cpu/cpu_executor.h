@@ -14,6 +14,7 @@
 
 #include "base/aligned.h"
 #include "base/guarded.h"
+#include "base/memory_ledger.h"
 #include "base/thread_pool.h"
 #include "exec/cpu/linear.h"
 #include "exec/cpu/loaded_layer.h"
@@ -102,6 +103,7 @@ class CpuExecutor final : public Executor {
   const ModelSpec& spec_;
   const Plan& plan_;
   const Widths width_;
+  MemoryClaim claim_{MemoryUse::scratch};  ///< for few rows; what more a prompt takes belongs to the prompt
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<LoadedLayer> loaded_;
   std::vector<Worker> workers_;

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kv/klt/klt_layer.h"
+#include "kv/klt/klt_work.h"
 #include "kv/profiles.h"
 
 namespace narrows {
@@ -76,6 +77,15 @@ int64_t bytes(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts
          (counts.encodes ? parts.basis : 0) + samples + hot;
 }
 
+int64_t step_bytes(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts,
+                   int n_threads) {
+  if (counts.in_pages == 0) return 0;
+  const int64_t n_rot = layer.rope != nullptr ? layer.rope->n_rot() : layer.shape.head_dim;
+  const KltSizes sizes = KltSizes::of(layer.shape, n_rot, options_of(profile, layer.shape.width()).n_index);
+  const int64_t n_read = std::min(counts.in_pages, profile.budget_at(counts.n));
+  return klt_work_bytes(sizes, profile.block, counts.in_pages, n_read, n_threads);
+}
+
 }  // namespace
 
 int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv) {
@@ -91,6 +101,7 @@ const KvFamily klt_family = {
     .tokens_for_codec = tokens_for_klt,
     .make = make,
     .bytes = bytes,
+    .step_bytes = step_bytes,
 };
 
 }  // namespace narrows

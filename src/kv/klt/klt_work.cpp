@@ -11,20 +11,32 @@ namespace {
 
 int64_t padded(int64_t n) { return kernels::pad_latent(n); }
 
+/// With room to grow, so that it is seldom made again: of n tokens, or tokens of a run.
+int64_t roomy(int64_t n) { return n + n / 4; }
+
+/// Most of n_read selected tokens in a slice. A slice ends at the first page with which it has its share of
+/// all heads' tokens; they may be one head's.
+int64_t most_in_a_slice(int64_t n_head_kv, int64_t n_read) {
+  return std::min(n_read, n_head_kv * (ceil_div(n_read, kAttendSlices) + 1 + kPageTokens));
+}
+
 }  // namespace
 
 KltSizes KltSizes::of(const KltLayer& layer) {
-  const AttentionShape& shape = layer.shape();
-  const int64_t n_rot = layer.rope().n_rot();
+  return of(layer.shape(), layer.rope().n_rot(), layer.options().n_index);
+}
+
+KltSizes KltSizes::of(const AttentionShape& shape, int64_t n_rot, int64_t n_index) {
+  const int64_t heads = heads_of_part(shape.n_head_kv, shape.head_dim);
   KltSizes s;
   s.n_head = shape.n_head;
   s.n_head_kv = shape.n_head_kv;
   s.group = shape.group();
   s.head_dim = shape.head_dim;
-  s.part = layer.heads_of_a_part() * shape.head_dim;
-  s.queries = layer.heads_of_a_part() * shape.group();
+  s.part = heads * shape.head_dim;
+  s.queries = heads * shape.group();
   s.n_coef = n_rot + (n_rot < shape.head_dim ? 1 : 0);
-  s.ldu = padded(layer.options().n_index + kernels::kOctet) + kernels::kLatentPad + 1;
+  s.ldu = padded(n_index + kernels::kOctet) + kernels::kLatentPad + 1;
   s.latent = padded(s.part) + kernels::kLatentPad;
   return s;
 }
@@ -138,16 +150,14 @@ void KltWork::fit(const KltLayer& layer, const KvProfile& profile, int64_t n, in
   if (its_turns == turns.end()) its_turns = turns.emplace(its_turns, layer, profile.block);
   const int64_t n_page = ceil_div(n, kPageTokens);
   for (const auto& t : threads) t->per_page.resize(std::max(t->per_page.size(), static_cast<size_t>(n_page)));
-  // A slice ends at the first page with which it has its share of all heads' tokens; they may be one head's.
-  const int64_t most_run = own.n_head_kv * (ceil_div(n_read, kAttendSlices) + 1 + kPageTokens);
-  const int64_t run = std::max(std::min(n_read, most_run), had_run);
+  const int64_t run = std::max(most_in_a_slice(own.n_head_kv, n_read), had_run);
   if (run > ld_run) {
-    const int64_t room = run + run / 4;
+    const int64_t room = roomy(run);
     for (const auto& t : threads) t->weights.resize(static_cast<size_t>(sizes.n_head * room));
     ld_run = room;
   }
   if (n > ld) {
-    const int64_t room = ceil_div(n + n / 4, kPageTokens) * kPageTokens;  // seldom, as the context grows
+    const int64_t room = ceil_div(roomy(n), kPageTokens) * kPageTokens;
     const auto a_head = static_cast<size_t>(sizes.n_head * room);
     const auto a_head_kv = static_cast<size_t>(sizes.n_head_kv * room);
     ld = 0;
@@ -160,6 +170,20 @@ void KltWork::fit(const KltLayer& layer, const KvProfile& profile, int64_t n, in
     ld = room;
   }
   its_turns->grow(ld / profile.block);
+}
+
+int64_t klt_work_bytes(const KltSizes& sizes, int64_t block, int64_t n, int64_t n_read, int n_threads) {
+  const KltSizes& s = sizes;
+  const int64_t room = ceil_div(roomy(n), kPageTokens) * kPageTokens;
+  const int64_t tile = kernels::kTile, page = kPageTokens;
+  const int64_t tile_floats = (2 * page + 2) * s.latent + s.latent * page / 4;  // KltScratch
+  const int64_t thread_floats =
+      tile_floats + s.n_coef * s.queries * (s.ldu + s.ldu / 2 + 1) + kScoreChunk * s.queries * (s.ldu + 1) +
+      s.ldu * page / 4 + tile * (s.head_dim * 5 / 2 + s.group + s.latent) +
+      s.n_head * (2 * kSlices + roomy(most_in_a_slice(s.n_head_kv, n_read))) + ceil_div(n, page);
+  const int64_t shared_floats = s.n_head * kAttendSlices * (s.latent + 2) + s.n_head * (room + 4 * kSlices) +
+                                s.n_head_kv * 5 * room + room / block * s.n_coef;
+  return (n_threads * thread_floats + shared_floats) * int64_t{sizeof(float)};
 }
 
 }  // namespace narrows

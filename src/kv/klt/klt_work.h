@@ -35,6 +35,8 @@ struct KltSizes {
   int64_t latent = 0;   ///< room for the value latents of a part
 
   static KltSizes of(const KltLayer& layer);
+  /// n_index: coordinates that score.
+  static KltSizes of(const AttentionShape& shape, int64_t n_rot, int64_t n_index);
   /// The larger of each.
   static KltSizes most(const KltSizes& a, const KltSizes& b);
   bool operator==(const KltSizes&) const = default;
@@ -139,6 +141,9 @@ struct KltWork final : FamilyWork {
  private:
   void make_for(const KltSizes& most);
 };
+
+/// Bytes of a KltWork that was fitted to a layer with n tokens in pages, of which n_read are read at most.
+int64_t klt_work_bytes(const KltSizes& sizes, int64_t block, int64_t n, int64_t n_read, int n_threads);
 
 // --- klt_score.cpp ---
 

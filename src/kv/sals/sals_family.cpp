@@ -44,6 +44,13 @@ int64_t bytes(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts
   return window_bytes(counts, 0, shape) + ceil_div(counts.in_pages, kPageTokens) * layout.bytes() + basis;
 }
 
+/// A score, a place among the selected and the selection's own work, a token in pages.
+int64_t step_bytes(const KvProfile& /*profile*/, const KvLayerSpec& /*layer*/, const KvCounts& counts,
+                   int /*n_threads*/) {
+  const int64_t room = ceil_div(counts.in_pages, kPageTokens) * kPageTokens;
+  return room * int64_t{sizeof(float) + sizeof(int32_t)} + kernels::select_scratch_bytes(room);
+}
+
 }  // namespace
 
 const KvFamily sals_family = {
@@ -52,6 +59,7 @@ const KvFamily sals_family = {
     .tokens_for_codec = tokens_for_basis,
     .make = make,
     .bytes = bytes,
+    .step_bytes = step_bytes,
 };
 
 }  // namespace narrows

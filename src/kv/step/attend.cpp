@@ -23,13 +23,29 @@ StepScratch::Thread::Thread(const AttentionShape& shape)
   for (int64_t i = 0; i < half.size(); ++i) half[i] = 0;
 }
 
-StepScratch::StepScratch(std::span<const AttentionShape> layers, int n_threads) {
-  AttentionShape shape;  // the most of each
+namespace {
+
+AttentionShape most_of_each(std::span<const AttentionShape> layers) {
+  AttentionShape shape;
   for (const AttentionShape& layer : layers) {
     shape.n_head = std::max(shape.n_head, layer.n_head);
     shape.n_head_kv = std::max(shape.n_head_kv, layer.n_head_kv);
     shape.head_dim = std::max(shape.head_dim, layer.head_dim);
   }
+  return shape;
+}
+
+}  // namespace
+
+int64_t StepScratch::bytes_needed(std::span<const AttentionShape> layers, int n_threads) {
+  const AttentionShape s = most_of_each(layers);
+  const int64_t q = s.n_head * s.head_dim, width = s.width(), tile = kernels::kTile;
+  const int64_t thread_floats = q + 2 * width + tile * (width * 5 / 2 + 2 * s.head_dim);
+  return (n_threads * thread_floats + 2 * kSlices * (q + 2 * s.n_head)) * int64_t{sizeof(float)};
+}
+
+StepScratch::StepScratch(std::span<const AttentionShape> layers, int n_threads) {
+  const AttentionShape shape = most_of_each(layers);
   threads_.reserve(static_cast<size_t>(n_threads));
   for (int i = 0; i < n_threads; ++i) threads_.push_back(std::make_unique<Thread>(shape));
   for (int i = 0; i < 2 * kSlices; ++i) slices_.push_back(std::make_unique<Slice>(shape));

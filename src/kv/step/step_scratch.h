@@ -29,6 +29,8 @@ class StepScratch {
   struct Slice;
   Slice& slice(int i) { return *slices_[static_cast<size_t>(i)]; }
   int n_threads() const { return static_cast<int>(threads_.size()); }
+  /// What one for these layers takes, what families add apart.
+  static int64_t bytes_needed(std::span<const AttentionShape> layers, int n_threads);
   /// False if there was no memory for it; KvLayer::begin_step() then fails.
   bool ok() const;
   ~StepScratch();
