@@ -14,9 +14,20 @@ namespace narrows {
 
 using Token = int32_t;
 
+/// A call of a function that an assistant asks for.
+struct ToolCall {
+  std::string id = {};
+  std::string name = {};
+  std::string arguments = {};  ///< JSON text
+};
+
 struct ChatMessage {
-  std::string role;     ///< "system", "user" or "assistant"
-  std::string content;  ///< UTF-8
+  std::string role;                       ///< "system", "user", "assistant" or "tool"
+  std::string content;                    ///< UTF-8
+  std::string reasoning = {};             ///< assistant: what it thought first
+  std::vector<ToolCall> tool_calls = {};  ///< assistant
+  std::string tool_call_id = {};          ///< tool: the call that this is the result of
+  std::string tool_name = {};             ///< tool
 };
 
 /// A conversation as the model wants to read it.
@@ -68,7 +79,6 @@ class Tokenizer {
   explicit Tokenizer(std::unique_ptr<Impl> impl);
   Result<std::vector<Token>> encode_parts(std::string_view text, bool add_bos, bool control,
                                           std::span<const size_t> breaks) const;
-  Result<std::string> render(std::span<const ChatMessage> messages, bool add_generation_prompt) const;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -8,6 +8,7 @@ namespace narrows {
 
 class Access {
  public:
+  using TokenizerImpl = Tokenizer::Impl;
   static const Tokenizer::Impl& impl(const Tokenizer& tokenizer) { return *tokenizer.impl_; }
   static const Model::Impl& impl(const Model& model) { return *model.impl_; }
   static Session::Impl& impl(Session& session) { return *session.impl_; }

@@ -19,6 +19,7 @@
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/output.h"
+#include "narrows/sampling.h"
 #include "server/http_server.h"
 #include "server/replies.h"
 #include "server/scheduler.h"
@@ -32,7 +33,7 @@ constexpr int64_t kMegabyte = 1'000'000;
 constexpr std::chrono::seconds kPatience{10};
 
 constexpr const char* kFooter =
-    R"(Serves /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /props, /tokenize, /detokenize,
+    R"(Serves /v1/chat/completions (with tools), /v1/completions, /v1/models, /health, /metrics, /props, /tokenize, /detokenize,
 /apply-template, /slots, and a chat page at /. docs/server_api.md has the fields. One line of JSON a request goes to standard error.
 SIGTERM or Ctrl-C ends it: requests at work have 10 seconds to finish, new ones are refused. A second one ends it at once,
 as one while the model is loaded does.
@@ -41,15 +42,19 @@ Examples:
   narrows serve -m model.gguf                                  then open http://127.0.0.1:8080
   narrows serve -m model.gguf --slots 8 --ctx 16384 --kv klt-10x --session-dir sessions
   narrows serve -m model.gguf --host 0.0.0.0 --api-key-file keys.txt
+  narrows serve -m model.gguf --alias coder --temp 0.2 -n 2048 defaults of requests that do not say
   curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" \
     -d '{"messages": [{"role": "user", "content": "Hello"}]}')";
 
 struct ServeFlags {
   ModelFlags model;
   SessionFlags session;
+  SamplerFlags sampler;
   server::HttpOptions http;
   server::SchedulerOptions scheduler;
   std::string api_key_file;
+  std::string alias;
+  std::optional<int64_t> n_predict;
   std::optional<int64_t> cache_mb;
   std::optional<int64_t> prefix_mb;
   int64_t body_mb = 64;
@@ -172,7 +177,12 @@ Outcome serve(const ServeFlags& flags) {
   if (Status s = check_readable(flags.model.path); !s.ok()) return s;
   http.max_body_bytes = static_cast<size_t>(flags.body_mb * kMegabyte);
   http.request_timeout = std::chrono::seconds(flags.timeout_s);
-  http.model_name = std::filesystem::path(flags.model.path).stem().string();
+  http.model_name =
+      flags.alias.empty() ? std::filesystem::path(flags.model.path).stem().string() : flags.alias;
+  http.defaults.sampling = flags.sampler.resolve();
+  http.defaults.has_seed = flags.sampler.seed.has_value();
+  if (flags.n_predict && *flags.n_predict >= 0) http.defaults.max_tokens = flags.n_predict;
+  if (const auto good = Sampler::create(http.defaults.sampling); !good.ok()) return good.status();
   server::SchedulerOptions scheduling = flags.scheduler;
   scheduling.session = *session;
   scheduling.memory_bytes = flags.cache_mb.value_or(0) * kMegabyte;
@@ -238,6 +248,15 @@ Command make_serve_command(CLI::App& app) {
       ->check(whole_number(0, 4000))
       ->capture_default_str();
   flags->session.add_to(*command);
+  command->add_option("--alias", flags->alias, "name of the model in replies (default: the file's)")
+      ->type_name("NAME");
+  command
+      ->add_option(
+          "-n,--tokens-to-generate", flags->n_predict,
+          "most tokens of an answer whose request does not say; -1: until the context is full (default)")
+      ->type_name("N")
+      ->check(whole_number(-1, 1'000'000'000));
+  flags->sampler.add_to(*command);
   command
       ->add_option("--cache-mb", flags->cache_mb,
                    "most memory of all caches (default: four fifths of what is free when the model is there)")

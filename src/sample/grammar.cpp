@@ -246,4 +246,35 @@ Result<std::string> grammar_of_schema(const std::string& schema_json) {
   }
 }
 
+Result<std::string> tool_parameters(const std::string& schema_json, SchemaWork& work) {
+  SchemaReferences references;
+  const auto refused = [&](const char* why) {
+    const std::string reason = references.with_originals(without_heading(why));
+    return Status(StatusCode::invalid_argument, short_reason(reason.c_str()));
+  };
+  if (schema_json.size() > kMaxGrammarBytes)
+    return Status(StatusCode::invalid_argument, fmt::format("the schema has {} bytes", schema_json.size()));
+  if (deepest_bracket(schema_json) > kMaxNesting)
+    return Status(StatusCode::invalid_argument,
+                  fmt::format("the schema is nested deeper than {} levels", kMaxNesting));
+  const LlamaAbortGuard guard;
+  try {
+    common_json schema = common_json::parse(schema_json);
+    if (!schema.is_object()) return Status(StatusCode::invalid_argument, "the schema is no object");
+    if (schema.empty()) return std::string("{}");
+    if (schema.contains("type") && schema.at("type") != "object")
+      return Status(StatusCode::invalid_argument, "the schema must have the type object");
+    if (Status s = plain_schema(schema, references); !s.ok()) return s;
+    if (Status s = check_schema(schema); !s.ok()) return s;
+    common_chat_schema_document document = common_chat_schema_from_json(schema);
+    if (Status s = prepare_schema(document, references, &work); !s.ok()) return s;
+    drop_unknown_patterns(schema);
+    return schema.dump();
+  } catch (const std::bad_alloc&) {
+    return Status(StatusCode::out_of_memory, "no memory to convert the schema");
+  } catch (const std::exception& error) {
+    return refused(error.what());
+  }
+}
+
 }  // namespace narrows

@@ -24,4 +24,14 @@ Result<std::unique_ptr<GrammarMatcher>> make_grammar(const std::string& gbnf);
 /// large once they are followed.
 Result<std::string> grammar_of_schema(const std::string& schema_json);
 
+/// What has been converted of several schemas together, which share one bound.
+struct SchemaWork {
+  int64_t visits = 0, name_bytes = 0, steps = 0, rules = 0;
+};
+
+/// A tool's parameters as llama.cpp's common chat library can take them without a check of its own: the same
+/// schema in plain words, its unknown patterns left out ("": no parameters at all). Errors as
+/// grammar_of_schema(), and if it is no schema of an object.
+Result<std::string> tool_parameters(const std::string& schema_json, SchemaWork& work);
+
 }  // namespace narrows

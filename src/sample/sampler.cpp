@@ -18,60 +18,15 @@
 
 #include "narrows/sampling.h"
 #include "sample/grammar.h"
+#include "sample/grammar_trigger.h"
+#include "sample/sampler_chain.h"
 #include "text/llama_log.h"
 #include "text/vocabulary.h"
 
 namespace narrows {
 namespace {
 
-constexpr int32_t kMaxLastN = 1 << 20;  ///< the penalties keep a ring of this many tokens
-/// Below, logits of 1e5 divided by the temperature would leave float's range, and the draw would be from NaN.
-constexpr double kMinTemperature = 0.001;
-constexpr double kMaxTemperature = 100;
-constexpr double kMinPenalty = 0.01;
-constexpr double kMaxPenalty = 100;
-constexpr double kMaxBias = 1e6;
-constexpr double kMaxPresence = 100;  ///< of presence and frequency, both ways
 constexpr int32_t kNoIndex = -1;
-
-struct ChainFree {
-  void operator()(llama_sampler* chain) const { llama_sampler_free(chain); }
-};
-using Chain = std::unique_ptr<llama_sampler, ChainFree>;
-
-/// NaN is out of every range.
-Status check_range(std::string_view name, double value, double low, double high) {
-  if (value >= low && value <= high) return {};
-  return {StatusCode::invalid_argument,
-          fmt::format("{} is {}, which is not from {} to {}", name, value, low, high)};
-}
-
-Status check(const SamplerOptions& o) {
-  if (o.temperature != 0.0F) {
-    if (Status status = check_range("temperature", o.temperature, kMinTemperature, kMaxTemperature);
-        !status.ok()) {
-      return {status.code(), status.message() + "; 0 is greedy"};
-    }
-  }
-  // libllama takes the largest seed for "choose one yourself", and a chosen seed would not be the printed
-  // one.
-  const Status checks[] = {
-      check_range("top-k", o.top_k, 0, std::numeric_limits<int32_t>::max()),
-      check_range("top-p", o.top_p, 0, 1),
-      check_range("min-p", o.min_p, 0, 1),
-      check_range("repeat penalty", o.repeat_penalty, kMinPenalty, kMaxPenalty),
-      check_range("presence penalty", o.presence_penalty, -kMaxPresence, kMaxPresence),
-      check_range("frequency penalty", o.frequency_penalty, -kMaxPresence, kMaxPresence),
-      check_range("repeat last n", o.repeat_last_n, 0, kMaxLastN),
-      check_range("seed", o.seed, 0, LLAMA_DEFAULT_SEED - 1),
-  };
-  for (const Status& status : checks) {
-    if (!status.ok()) return status;
-  }
-  return {};
-}
-
-void add(const Chain& chain, llama_sampler* sampler) { llama_sampler_chain_add(chain.get(), sampler); }
 
 /// Index of the largest logit, the first of equals; nothing if a logit is NaN or +infinity, or all are
 /// -infinity.
@@ -117,16 +72,22 @@ class Sharing {
 };
 
 struct Sampler::Impl {
-  Chain chain;
+  SamplerChain chain;
   std::unique_ptr<GrammarMatcher> grammar;  ///< null: free text
+  std::optional<GrammarTrigger> trigger;    ///< of a grammar that holds from some place on
+  bool holds = false;                       ///< the grammar
+  std::string gbnf;                         ///< of a grammar with a trigger
   const Tokenizer* tokenizer = nullptr;
-  bool has_penalties = false;
   bool plain_greedy = false;  ///< neither bias, penalty nor temperature: the largest logit is the answer
+  int32_t min_tokens = 0;     ///< that are to come before the answer may end
+  std::vector<Token> ends;
+  std::vector<float> without_ends;
   std::vector<llama_token_data> candidates;
   Status failed;                ///< of a grammar that could not take a token
   std::optional<Token> chosen;  ///< without regard to the grammar, of a draw that has not come to its end
 
   llama_token_data_array all_candidates(std::span<const float> logits);
+  void await(Token token);
   Result<bool> grammar_allows(Token token);
   Status forbid_what_the_grammar_does(llama_token_data_array& array);
   Result<Token> choose(std::span<const float> logits, bool by_grammar);
@@ -136,6 +97,25 @@ llama_token_data_array Sampler::Impl::all_candidates(std::span<const float> logi
   candidates.resize(logits.size());
   for (size_t i = 0; i < logits.size(); ++i) candidates[i] = {static_cast<llama_token>(i), logits[i], 0.0F};
   return {candidates.data(), candidates.size(), kNoIndex, false};
+}
+
+/// The grammar does not hold yet.
+void Sampler::Impl::await(Token token) {
+  if (tokenizer->is_end(token)) return;
+  const std::optional<std::string> begun = trigger->push(tokenizer->piece(token, true));
+  if (!begun) return;
+  grammar->begin_draw();
+  if (grammar->accept(*begun).ok()) {
+    holds = true;
+    return;
+  }
+  // What came with the word in one token is not what the grammar wants there: it was text after all.
+  Result<std::unique_ptr<GrammarMatcher>> anew = make_grammar(gbnf);
+  if (anew.ok()) {
+    grammar = std::move(*anew);
+  } else {
+    failed = anew.status();
+  }
 }
 
 Result<bool> Sampler::Impl::grammar_allows(Token token) {
@@ -179,7 +159,7 @@ Sampler::Sampler(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Sampler::~Sampler() = default;
 
 Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, const Tokenizer* tokenizer) {
-  if (Status status = check(options); !status.ok()) return status;
+  if (Status status = check_sampling(options); !status.ok()) return status;
   auto impl = std::make_unique<Impl>();
   if (!options.grammar.empty()) {
     if (tokenizer == nullptr) return {StatusCode::invalid_argument, "a grammar needs the model's tokenizer"};
@@ -187,46 +167,27 @@ Result<std::unique_ptr<Sampler>> Sampler::create(const SamplerOptions& options, 
     if (!grammar.ok()) return grammar.status();
     impl->grammar = std::move(*grammar);
     impl->tokenizer = tokenizer;
-  }
-  llama_sampler_chain_params params = llama_sampler_chain_default_params();
-  params.no_perf = true;
-  impl->chain.reset(llama_sampler_chain_init(params));
-  impl->has_penalties =
-      options.repeat_last_n > 0 && (options.repeat_penalty != 1.0F || options.presence_penalty != 0.0F ||
-                                    options.frequency_penalty != 0.0F);
-  impl->plain_greedy = options.temperature == 0.0F && !impl->has_penalties && options.logit_bias.empty();
-
-  if (!options.logit_bias.empty()) {
-    const int64_t n_vocab = tokenizer != nullptr ? tokenizer->n_vocab() : 0;
-    std::vector<llama_logit_bias> biases;
-    for (const LogitBias& b : options.logit_bias) {
-      if (b.token < 0 || b.token >= n_vocab || std::isnan(b.bias) || b.bias > kMaxBias) {
-        return {StatusCode::invalid_argument,
-                fmt::format("a bias of {} on token {} is out of range, the vocabulary has {} tokens", b.bias,
-                            b.token, n_vocab)};
-      }
-      biases.push_back({b.token, b.bias});
+    impl->holds = options.grammar_words.empty() && options.grammar_patterns.empty();
+    if (!impl->holds) {
+      Result<GrammarTrigger> trigger = GrammarTrigger::create(options);
+      if (!trigger.ok()) return trigger.status();
+      impl->trigger = std::move(*trigger);
+      impl->gbnf = options.grammar;
+    } else if (!options.grammar_prefix.empty()) {
+      impl->grammar->begin_draw();
+      if (Status s = impl->grammar->accept(options.grammar_prefix); !s.ok()) return s;
     }
-    add(impl->chain, llama_sampler_init_logit_bias(static_cast<int32_t>(n_vocab),
-                                                   static_cast<int32_t>(biases.size()), biases.data()));
   }
-  if (impl->has_penalties) {
-    // The vocabulary's size is asked for the sake of samplers that run in the graph; this chain runs on plain
-    // logits.
-    constexpr int32_t kVocabNotUsed = 0;
-    add(impl->chain,
-        llama_sampler_init_penalties(kVocabNotUsed, options.repeat_last_n, options.repeat_penalty,
-                                     options.frequency_penalty, options.presence_penalty));
-  }
-  if (options.temperature == 0.0F) {
-    add(impl->chain, llama_sampler_init_greedy());
-  } else {
-    constexpr size_t kMinKeep = 1;  // a filter never leaves nothing
-    if (options.top_k > 0) add(impl->chain, llama_sampler_init_top_k(options.top_k));
-    add(impl->chain, llama_sampler_init_top_p(options.top_p, kMinKeep));
-    add(impl->chain, llama_sampler_init_min_p(options.min_p, kMinKeep));
-    add(impl->chain, llama_sampler_init_temp(options.temperature));
-    add(impl->chain, llama_sampler_init_dist(options.seed));
+  Result<SamplerChain> chain = make_sampler_chain(options, tokenizer);
+  if (!chain.ok()) return chain.status();
+  impl->chain = std::move(*chain);
+  impl->plain_greedy = options.temperature == 0.0F && options.mirostat == 0 && !has_penalties(options) &&
+                       options.logit_bias.empty();
+  impl->min_tokens = options.min_tokens;
+  if (options.min_tokens > 0) {
+    if (tokenizer == nullptr) return {StatusCode::invalid_argument, "min tokens need the model's tokenizer"};
+    for (Token token = 0; token < tokenizer->n_vocab(); ++token)
+      if (tokenizer->is_end(token)) impl->ends.push_back(token);
   }
   return std::unique_ptr<Sampler>(new Sampler(std::move(impl)));
 }
@@ -244,6 +205,14 @@ Result<std::optional<Token>> Sampler::sample(std::span<const float> logits, std:
 /// With steps of its own, null, it always comes to an end.
 Result<std::optional<Token>> Sampler::draw(std::span<const float> logits, std::atomic<int64_t>* steps) {
   if (!impl_->failed.ok()) return impl_->failed;
+  if (impl_->min_tokens > 0) {
+    impl_->without_ends.assign(logits.begin(), logits.end());
+    for (const Token end : impl_->ends) {
+      if (static_cast<size_t>(end) < logits.size())
+        impl_->without_ends[static_cast<size_t>(end)] = -std::numeric_limits<float>::infinity();
+    }
+    logits = impl_->without_ends;
+  }
   const std::optional<size_t> best = largest(logits);
   if (!best) {
     return {StatusCode::non_finite,
@@ -259,7 +228,7 @@ Result<std::optional<Token>> Sampler::draw(std::span<const float> logits, std::a
       const Result<Token> token =
           impl_->plain_greedy ? Result<Token>(static_cast<Token>(*best)) : impl_->choose(logits, false);
       if (!token.ok()) return token.status();
-      if (!impl_->grammar) return std::optional<Token>(*token);
+      if (!impl_->holds) return std::optional<Token>(*token);
       impl_->chosen = *token;
       impl_->grammar->begin_draw();
     }
@@ -285,13 +254,17 @@ Result<std::optional<Token>> Sampler::draw(std::span<const float> logits, std::a
 
 void Sampler::accept(Token token) {
   accept_prompt(token);
+  if (impl_->min_tokens > 0) --impl_->min_tokens;
   if (!impl_->grammar || !impl_->failed.ok()) return;
   try {
-    if (!impl_->tokenizer->is_end(token))
+    if (!impl_->holds) {
+      impl_->await(token);
+    } else if (!impl_->tokenizer->is_end(token)) {
       impl_->failed = impl_->grammar->accept(impl_->tokenizer->piece(token, true));
-    else if (!impl_->grammar->may_end())
+    } else if (!impl_->grammar->may_end()) {
       impl_->failed =
           Status(StatusCode::invalid_argument, "the grammar does not allow the answer to end here");
+    }
   } catch (const std::bad_alloc&) {
     impl_->failed = Status(StatusCode::out_of_memory, "no memory for the state of the grammar");
   }

@@ -328,9 +328,12 @@ class Circles {
 /// Goes where json_schema_to_grammar() goes and counts. Only after Circles.
 class Work {
  public:
+  explicit Work(const SchemaWork& before) : count_(before) {}
+  const SchemaWork& count() const { return count_; }
+
   Status visit(const Node& node, const std::string& name, int depth) {
     if (depth > kMaxDepth) return too_deep();
-    if (++visits_ > kMaxNodes || !charge_name(name)) return too_large();
+    if (++count_.visits > kMaxNodes || !charge_name(name)) return too_large();
     switch (node.kind()) {
       case Node::KIND_REF: {
         const auto& ref = as<common_chat_schema_ref>(node);
@@ -345,8 +348,8 @@ class Work {
         return visit(*as<common_chat_schema_array>(node).items, name + "-item", depth + 1);
       case Node::KIND_STRING:
         // It keeps a copy of all rules.
-        if (!as<common_chat_schema_string>(node).pattern.empty()) steps_ += rules_;
-        return steps_ > kMaxSteps ? too_large() : Status();
+        if (!as<common_chat_schema_string>(node).pattern.empty()) count_.steps += count_.rules;
+        return count_.steps > kMaxSteps ? too_large() : Status();
       case Node::KIND_ALL_OF: {
         // Its parts are written out again wherever it stands; no rule of its own ends that.
         if (!open_.insert(&node).second)
@@ -408,10 +411,10 @@ class Work {
     }
     // For each optional property it writes the rules of all behind it, each from a copy of their list.
     const int64_t pairs = optional * optional / 2;
-    steps_ += pairs * optional / 30 + pairs * (most_equal + longest / 8) / 10;
-    if (steps_ > kMaxSteps)
+    count_.steps += pairs * optional / 30 + pairs * (most_equal + longest / 8) / 10;
+    if (count_.steps > kMaxSteps)
       return refusal(fmt::format("an object has {} optional properties, which are too many", optional));
-    rules_ += 2 * static_cast<int64_t>(all.size()) + optional;
+    count_.rules += 2 * static_cast<int64_t>(all.size()) + optional;
     for (const Property& p : all) {
       if (Status s = visit(*p.property->schema, name + "-" + p.property->name, depth + 1); !s.ok()) return s;
     }
@@ -435,13 +438,13 @@ class Work {
 
   /// Rules of one name get numbers, looked for from 0 on.
   bool charge_name(const std::string& name) {
-    ++rules_;
-    name_bytes_ += static_cast<int64_t>(name.size());
-    steps_ += 2 * names_[escaped(name)]++;
-    return name_bytes_ <= kMaxNameBytes && steps_ <= kMaxSteps;
+    ++count_.rules;
+    count_.name_bytes += static_cast<int64_t>(name.size());
+    count_.steps += 2 * names_[escaped(name)]++;
+    return count_.name_bytes <= kMaxNameBytes && count_.steps <= kMaxSteps;
   }
 
-  int64_t visits_ = 0, name_bytes_ = 0, steps_ = 0, rules_ = 0;
+  SchemaWork count_;
   std::unordered_set<std::string> seen_;
   std::unordered_set<const Node*> open_;
   std::unordered_map<std::string, int64_t> names_;
@@ -451,7 +454,8 @@ class Work {
 
 Status check_schema(const common_json& schema) { return JsonWalk(schema).node(schema, 0); }
 
-Status prepare_schema(common_chat_schema_document& document, const SchemaReferences& references) {
+Status prepare_schema(common_chat_schema_document& document, const SchemaReferences& references,
+                      SchemaWork* work) {
   Preparation preparation;
   if (Status s = preparation.node(document.root); !s.ok()) return s;
   for (auto& [name, target] : document.refs) {
@@ -463,7 +467,21 @@ Status prepare_schema(common_chat_schema_document& document, const SchemaReferen
   for (auto& [name, target] : document.refs) {
     if (Status s = circles.within(*target); !s.ok()) return s;
   }
-  return Work().visit(*document.root, "", 0);
+  Work all(work != nullptr ? *work : SchemaWork());
+  Status status = all.visit(*document.root, "", 0);
+  if (work != nullptr) *work = all.count();
+  return status;
+}
+
+void drop_unknown_patterns(common_json& schema) {
+  if (schema.is_object() && schema.contains("pattern") && schema.at("pattern").is_string() &&
+      kind_of_pattern(schema.at("pattern").get<std::string>()) != Pattern::known)
+    schema.erase("pattern");
+  if (!schema.is_object() && !schema.is_array()) return;
+  for (const auto& [key, value] : schema.items()) {
+    if (key != "const" && key != "enum" && key != "default" && key != "examples")
+      drop_unknown_patterns(value);
+  }
 }
 
 }  // namespace narrows

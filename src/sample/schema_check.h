@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "narrows/status.h"
+#include "sample/grammar.h"
 
 namespace narrows {
 
@@ -41,7 +42,12 @@ Status check_numbers(const common_json& schema, const common_json* type);
 /// Before json_schema_to_grammar(): circles that consume nothing, the depth and the work of the converter.
 /// Changes the document so that it converts well: an allOf of one schema becomes that schema, patterns that
 /// the converter does not know are taken out (any string). invalid_argument with a sentence.
-Status prepare_schema(common_chat_schema_document& document, const SchemaReferences& references);
+/// `work`: what was converted before, and afterwards with this; null: nothing.
+Status prepare_schema(common_chat_schema_document& document, const SchemaReferences& references,
+                      SchemaWork* work = nullptr);
+
+/// The same patterns out of a schema that prepare_schema() has found good.
+void drop_unknown_patterns(common_json& schema);
 
 /// Before a grammar is followed: rules that begin with themselves, through rules that may be empty too, long
 /// chains of rules, more than kMaxWays ways to go on at one place. All rules that are referred to exist.

@@ -37,7 +37,7 @@ Status Scheduler::begin(Slot& slot, const Waiting& waiting, int64_t n_cached) {
   slot.job = waiting.job;
   slot.choice = waiting.choice;
   slot.sampler = std::move(*sampler);
-  slot.writer = std::make_unique<Writer>(model_->tokenizer(), request);
+  slot.writer = std::make_unique<Writer>(model_->tokenizer(), *slot.job);
   slot.result = {};
   slot.result.slot = slot.id;
   slot.result.n_prompt = static_cast<int64_t>(prompt.size());
@@ -92,7 +92,11 @@ Scheduler::Drawn Scheduler::draw(Slot& slot, std::atomic<int64_t>* grammar_steps
     drawn.token = token.ok() ? Result<Token>(**token) : token.status();
   }
   if (!drawn.token.ok()) return drawn;
-  drawn.is_end = model_->tokenizer().is_end(*drawn.token) && !slot.job->request.ignore_eos;
+  const GenerationRequest& request = slot.job->request;
+  const bool may_stop = slot.result.n_generated >= request.sampling.min_tokens;
+  drawn.is_end = (model_->tokenizer().is_end(*drawn.token) && !request.ignore_eos) ||
+                 (may_stop && std::find(request.stop_tokens.begin(), request.stop_tokens.end(),
+                                        *drawn.token) != request.stop_tokens.end());
   if (drawn.is_end) return drawn;
   slot.sampler->accept(*drawn.token);
   drawn.event = event_of(Event::Kind::text, slot.choice);
@@ -134,6 +138,7 @@ void Scheduler::finish(Slot& slot, const char* reason) {
   Event event = event_of(Event::Kind::finished, slot.choice);
   const Session& session = *slot.held.session;
   slot.result.finish_reason = reason;
+  slot.result.stop = slot.writer->stop();
   slot.result.decode_s = seconds_since(slot.begun);
   slot.result.cache = session.cache_stats();
   const KvProfile& kv = session.profile();

@@ -10,6 +10,7 @@
 #include <string>
 #include <thread>
 
+#include "server/dialect.h"
 #include "server/front.h"
 #include "server/http_server.h"
 #include "server/json_fields.h"
@@ -44,14 +45,20 @@ struct HttpServer::Impl {
   void log(Json fields) const;
   std::string next_id(const char* prefix);
 
-  // generation_routes.cpp, small_routes.cpp, slot_routes.cpp
+  // generation_routes.cpp, dialect_routes.cpp, small_routes.cpp, slot_routes.cpp
   void add_generation_routes();
+  void add_dialect_routes();
   void add_small_routes();
   void add_slot_routes();
-  void generate(const httplib::Request& req, httplib::Response& res, bool chat);
-  std::shared_ptr<Job> make_job(const httplib::Request& req, bool chat, ApiError& error);
-  void stream(std::shared_ptr<Job> job, const httplib::Request& req, httplib::Response& res);
-  void answer_whole(const std::shared_ptr<Job>& job, const httplib::Request& req, httplib::Response& res);
+  void generate(const httplib::Request& req, httplib::Response& res, const Dialect& dialect);
+  RequestDefaults defaults() const;
+  ReplyContext reply_context() const;
+  /// A job whose prompt is tokens; null: error says why not.
+  std::shared_ptr<Job> make_job(const httplib::Request& req, const Dialect& dialect, ApiError& error);
+  bool prepare(const httplib::Request& req, Job& job, ApiError& error);
+  void stream(std::shared_ptr<Job> job, const Dialect& dialect, httplib::Response& res);
+  void answer_whole(const std::shared_ptr<Job>& job, const Dialect& dialect, const httplib::Request& req,
+                    httplib::Response& res);
   bool took_too_long(const Job& job) const;
   TokenLimits token_limits(const httplib::Request& req) const;
   void log_job(const Job& job, const ChoiceResult& result, const char* outcome) const;
@@ -74,6 +81,8 @@ struct HttpServer::Impl {
 /// Sends JSON.
 void reply(httplib::Response& res, const Json& json, int code = 200);
 void reply(httplib::Response& res, const ApiError& error);
+/// The same in the words of a dialect.
+void reply(httplib::Response& res, const ApiError& error, Json (*words)(const ApiError&));
 
 /// True if the body may be read as JSON: application/json, or no type at all (as curl -d without -H has
 /// another, a form in a foreign web page cannot send this without the browser asking first).

@@ -112,6 +112,11 @@ void reply(httplib::Response& res, const ApiError& error) {
   res.set_content(to_json(error) + "\n", "application/json; charset=utf-8");
 }
 
+void reply(httplib::Response& res, const ApiError& error, Json (*words)(const ApiError&)) {
+  reply(res, error);
+  res.set_content(dump(words(error)) + "\n", "application/json; charset=utf-8");
+}
+
 bool has_json_body(const httplib::Request& req, ApiError& error) {
   std::string type = req.get_header_value("Content-Type");
   type = type.substr(0, type.find(';'));
@@ -237,6 +242,7 @@ void HttpServer::Impl::set_up() {
   http.set_logger(
       [this](const httplib::Request& req, const httplib::Response& res) { log_request(req, res); });
   add_generation_routes();
+  add_dialect_routes();
   add_small_routes();
   add_slot_routes();
 }

@@ -30,6 +30,7 @@ struct HttpOptions {
   std::chrono::milliseconds io_timeout{30'000};
   std::chrono::seconds request_timeout{3600};  ///< of a whole generation
   bool log_prompts = false;                    ///< prompts and answers in the log: off, they are the users'
+  RequestDefaults defaults;                    ///< of what a request does not say
 };
 
 /// Takes one line of JSON, without the newline. From any thread.

@@ -39,6 +39,7 @@ struct TokenLogprob {
 struct ChoiceResult {
   int slot = -1;
   const char* finish_reason = "stop";  ///< "stop" or "length"
+  std::string stop;                    ///< the stop string that ended it; "": none did
   int64_t n_prompt = 0;
   int64_t n_cached = 0;     ///< tokens of the prompt that were not computed again
   int64_t n_generated = 0;  ///< the token that ends the answer not counted
@@ -99,6 +100,7 @@ class Channel {
 struct Job {
   std::string id;
   GenerationRequest request;
+  std::shared_ptr<const AnswerFormat> format;  ///< null: all of an answer is its content
   KvProfile profile;
   std::vector<std::vector<Token>> prompts;
   Clock::time_point arrived = Clock::now();

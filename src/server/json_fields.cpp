@@ -10,6 +10,12 @@ namespace narrows::server {
 
 namespace {
 
+/// Of more an object's fields are looked up in a table.
+constexpr size_t kFewFields = 64;
+/// Unknown fields that are named.
+constexpr size_t kMostUnknown = 16;
+constexpr size_t kMostNameBytes = 64;
+
 /// Deepest nesting of arrays and objects; the text need not be JSON.
 int depth_of(std::string_view text) {
   int depth = 0;
@@ -74,9 +80,38 @@ std::optional<Json> parse_object(std::string_view text, ApiError& error) {
   return json;
 }
 
+Fields::Fields(const Json& object, std::string path) : object_(object), path_(std::move(path)) {
+  if (object_.size() <= kFewFields) return;
+  for (const auto& [name, value] : object_.items()) table_.emplace(name, &value);
+}
+
 const Json* Fields::find(const char* name) const {
+  asked_.insert(name);
+  if (!table_.empty()) {
+    const auto found = table_.find(name);
+    return found == table_.end() || found->second->is_null() ? nullptr : found->second;
+  }
   const auto found = object_.find(name);
   return found == object_.end() || found->is_null() ? nullptr : &*found;
+}
+
+void Fields::take(const Fields& inner) {
+  if (ok() && !inner.ok()) error_ = inner.error_;
+  for (std::string& name : inner.unknown()) {
+    if (unknown_inside_.size() < kMostUnknown) unknown_inside_.push_back(std::move(name));
+  }
+}
+
+std::vector<std::string> Fields::unknown() const {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : object_.items()) {
+    if (names.size() >= kMostUnknown) break;
+    if (!value.is_null() && !asked_.contains(name)) names.push_back(full(name.substr(0, kMostNameBytes)));
+  }
+  for (const std::string& name : unknown_inside_) {
+    if (names.size() < kMostUnknown) names.push_back(name);
+  }
+  return names;
 }
 
 void Fields::fail(const char* name, const std::string& what) {

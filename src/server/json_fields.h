@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "server/api_error.h"
@@ -19,12 +21,11 @@ inline constexpr int kMaxJsonDepth = 64;
 std::optional<Json> parse_object(std::string_view text, ApiError& error);
 
 /// Fields of an object. The first that is wrong is remembered; all later reads give nothing. A field that is
-/// null counts as absent, as OpenAI's clients send them.
+/// null counts as absent, as OpenAI's clients send them. What is never asked for is unknown.
 class Fields {
  public:
-  explicit Fields(const Json& object) : object_(object) {}
   /// Of an object inside: "path" goes before the names in messages.
-  Fields(const Json& object, std::string path) : object_(object), path_(std::move(path)) {}
+  explicit Fields(const Json& object, std::string path = {});
 
   bool ok() const { return !error_; }
   const std::optional<ApiError>& error() const { return error_; }
@@ -43,18 +44,23 @@ class Fields {
   const Json* array(const char* name);
 
   void fail(const char* name, const std::string& what);
-  /// Takes over an error of an object inside.
-  void take(const Fields& inner) {
-    if (ok() && !inner.ok()) error_ = inner.error_;
-  }
+  /// Takes over what an object inside has: its error, its unknown fields. When all of it has been read.
+  void take(const Fields& inner);
+  /// A field that changes nothing here.
+  void pass(const char* name) { asked_.insert(name); }
+  /// Fields that nobody has asked for, the first few of them, with their paths.
+  std::vector<std::string> unknown() const;
 
  private:
   const Json* read(const char* name) { return ok() ? find(name) : nullptr; }
-  std::string full(const char* name) const { return path_.empty() ? name : path_ + "." + name; }
+  std::string full(const std::string& name) const { return path_.empty() ? name : path_ + "." + name; }
 
   const Json& object_;
   std::string path_;
+  std::unordered_map<std::string_view, const Json*> table_;  ///< if they are many
   std::optional<ApiError> error_;
+  mutable std::set<std::string> asked_;
+  std::vector<std::string> unknown_inside_;
 };
 
 /// What a value is, for messages: "a number", "an array", ...

@@ -10,6 +10,7 @@
 #include "narrows/sampling.h"
 #include "narrows/text.h"
 #include "server/json_fields.h"
+#include "text/chat_request.h"
 
 namespace narrows::server {
 
@@ -21,6 +22,8 @@ inline constexpr size_t kMaxStopBytes = 512;  ///< of one stop string
 inline constexpr int kMaxTopLogprobs = 20;
 inline constexpr size_t kMaxGrammarBytes = size_t{1} << 16;  ///< of a grammar or schema
 inline constexpr size_t kMaxMessages = 4096;
+inline constexpr size_t kMaxTools = 512;
+inline constexpr size_t kMaxStopTokens = 256;
 
 /// One prompt of a completion: a text, or tokens.
 struct Prompt {
@@ -29,30 +32,44 @@ struct Prompt {
   bool is_tokens = false;
 };
 
+/// A text with a gap: the answer fills it.
+struct Infill {
+  std::string before, behind;
+  std::string begun;  ///< the answer goes on with this
+};
+
 struct GenerationRequest {
   bool chat = false;
-  std::vector<ChatMessage> messages;  ///< chat
+  ChatRequest conversation;           ///< chat
   std::vector<Prompt> prompts;        ///< completion
+  std::optional<Infill> infill;       ///< instead of prompts
   std::string model;                  ///< as the client calls it; any name is served
   std::string kv;                     ///< narrows.kv; "": the server's profile
   int n = 1;                          ///< choices a prompt
   std::optional<int64_t> max_tokens;  ///< nothing: until the model ends or the context is full
   SamplerOptions sampling;            ///< of the first choice; the i-th takes seed + i
   std::vector<std::string> stops;
-  std::optional<int> logprobs;  ///< alternatives to report beside each token's own; nothing: none at all
-  std::string grammar;          ///< GBNF; "": free text
-  bool echo = false;            ///< completion: the prompt comes before the answer
-  bool ignore_eos = false;      ///< goes on where the model would end
-  bool cache_prompt = true;     ///< may use what other requests left
+  std::vector<Token> stop_tokens;  ///< end the answer, as the model's own ends do
+  bool show_special = false;       ///< control tokens are written into the answer
+  std::optional<int> logprobs;     ///< alternatives to report beside each token's own; nothing: none at all
+  std::string grammar;             ///< GBNF; "": free text
+  bool echo = false;               ///< completion: the prompt comes before the answer
+  bool ignore_eos = false;         ///< goes on where the model would end
+  bool cache_prompt = true;        ///< may use what other requests left
   bool stream = false;
-  bool include_usage = false;    ///< stream: one more chunk with the counts
-  bool return_progress = false;  ///< stream: events while the prompt is read
+  bool include_usage = false;         ///< stream: one more chunk with the counts
+  bool return_progress = false;       ///< stream: events while the prompt is read
+  std::string reasoning_effort;       ///< "": not given
+  std::vector<std::string> warnings;  ///< what was not done, a sentence each
 };
 
 /// What a body may be judged by.
 struct RequestDefaults {
   SamplerOptions sampling;
+  bool has_seed = false;              ///< sampling.seed is meant; else one is drawn
+  std::optional<int64_t> max_tokens;  ///< of requests that say none
   int64_t n_vocab = 0;
+  int64_t n_ctx = 0;
 };
 
 /// nothing: error says what is wrong. Seeds that are not given are drawn here.
@@ -72,7 +89,7 @@ struct TokenizeRequest {
 };
 std::optional<TokenizeRequest> parse_tokenize(std::string_view body, ApiError& error);
 std::optional<std::vector<Token>> parse_detokenize(std::string_view body, int64_t n_vocab, ApiError& error);
-std::optional<std::vector<ChatMessage>> parse_apply_template(std::string_view body, ApiError& error);
+std::optional<GenerationRequest> parse_apply_template(std::string_view body, ApiError& error);
 /// The file name of a slot action; no check of what it names.
 std::optional<std::string> parse_file_name(std::string_view body, ApiError& error);
 

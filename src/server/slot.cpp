@@ -18,8 +18,15 @@ int64_t Held::usable(std::span<const Token> prompt, const KvProfile& profile) co
   return session->kept_prefix(std::min(most, common_prefix(tokens, prompt)));
 }
 
-Writer::Writer(const Tokenizer& tokenizer, const GenerationRequest& request)
-    : tokenizer_(tokenizer), n_logprobs_(request.logprobs), stops_(request.stops) {}
+Writer::Writer(const Tokenizer& tokenizer, const Job& job)
+    : tokenizer_(tokenizer), job_(job), n_logprobs_(job.request.logprobs), stops_(job.request.stops) {}
+
+/// Control tokens are no text, but for those that tell thinking and calls apart.
+bool Writer::is_shown(Token token) const {
+  if (job_.request.show_special) return true;
+  return job_.format != nullptr &&
+         std::find(job_.format->shown.begin(), job_.format->shown.end(), token) != job_.format->shown.end();
+}
 
 TokenLogprob Writer::logprob_of(Token token, std::span<const float> logits) const {
   const double top = *std::max_element(logits.begin(), logits.end());
@@ -57,7 +64,7 @@ void Writer::show(std::string text, Event& event) {
 }
 
 bool Writer::add(Token token, std::span<const float> logits, Event& event) {
-  const std::string piece = tokenizer_.piece(token);
+  const std::string piece = tokenizer_.piece(token, is_shown(token));
   if (n_logprobs_) waiting_.push_back({n_read_, logprob_of(token, logits)});
   n_read_ += piece.size();
   show(stops_.push(characters_.push(piece)), event);

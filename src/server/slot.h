@@ -30,7 +30,7 @@ int64_t common_prefix(std::span<const Token> a, std::span<const Token> b);
 /// Turns the tokens of one choice into the text that is shown, and knows when it ends.
 class Writer {
  public:
-  Writer(const Tokenizer& tokenizer, const GenerationRequest& request);
+  Writer(const Tokenizer& tokenizer, const Job& job);
 
   /// The token was drawn from these logits. What can be shown now, if anything. True while more may come.
   bool add(Token token, std::span<const float> logits, Event& event);
@@ -38,12 +38,15 @@ class Writer {
   void flush(Event& event);
 
   bool stopped() const { return stops_.stopped(); }
+  const std::string& stop() const { return stops_.found(); }
 
  private:
+  bool is_shown(Token token) const;
   void show(std::string text, Event& event);
   TokenLogprob logprob_of(Token token, std::span<const float> logits) const;
 
   const Tokenizer& tokenizer_;
+  const Job& job_;
   std::optional<int> n_logprobs_;
   Utf8Stream characters_;
   StopStrings stops_;

@@ -29,23 +29,30 @@ void HttpServer::Impl::add_small_routes() {
     }
   });
 
-  const auto models = [this](const httplib::Request&, httplib::Response& res) {
+  const auto the_model = [this]() -> Json {
     const ModelInfo& info = model->info();
-    reply(res, {{"object", "list"},
-                {"data", Json::array({{{"id", options.model_name},
-                                       {"object", "model"},
-                                       {"created", 0},
-                                       {"owned_by", "narrows"},
-                                       {"meta",
-                                        {{"architecture", info.architecture},
-                                         {"name", info.name},
-                                         {"n_vocab", info.n_vocab},
-                                         {"n_ctx_train", info.n_ctx_train},
-                                         {"n_embd", info.n_embd},
-                                         {"size", info.weight_bytes}}}}})}});
+    return {{"id", options.model_name},
+            {"object", "model"},
+            {"created", 0},
+            {"owned_by", "narrows"},
+            {"meta",
+             {{"architecture", info.architecture},
+              {"name", info.name},
+              {"n_vocab", info.n_vocab},
+              {"n_ctx_train", info.n_ctx_train},
+              {"n_ctx", scheduler.load()->n_ctx()},
+              {"n_embd", info.n_embd},
+              {"size", info.weight_bytes}}}};
+  };
+  const auto models = [the_model](const httplib::Request&, httplib::Response& res) {
+    reply(res, {{"object", "list"}, {"data", Json::array({the_model()})}});
   };
   http.Get("/v1/models", models);
   http.Get("/models", models);
+  http.Get(R"(/v1/models/(.+))", [this, the_model](const httplib::Request& req, httplib::Response& res) {
+    if (req.matches[1].str() == options.model_name) return reply(res, the_model());
+    reply(res, http_error(404, "there is no such model; /v1/models names the one that is served"));
+  });
 
   http.Get("/props", [this](const httplib::Request&, httplib::Response& res) {
     const SchedulerOptions& o = scheduler.load()->options();
@@ -100,11 +107,11 @@ void HttpServer::Impl::add_small_routes() {
   http.Post("/apply-template", [this](const httplib::Request& req, httplib::Response& res) {
     ApiError error;
     if (!has_json_body(req, error)) return reply(res, error);
-    const auto messages = parse_apply_template(req.body, error);
-    if (!messages) return reply(res, error);
-    const Result<ChatPrompt> prompt = model->tokenizer().apply_chat_template(*messages, true);
-    if (!prompt.ok()) return reply(res, to_api_error(prompt.status()));
-    reply(res, {{"prompt", prompt->text}});
+    const auto r = parse_apply_template(req.body, error);
+    if (!r) return reply(res, error);
+    const Result<PreparedChat> chat = prepare_chat(model->tokenizer(), r->conversation);
+    if (!chat.ok()) return reply(res, to_api_error(chat.status()));
+    reply(res, {{"prompt", chat->prompt.text}});
   });
 
   const auto page = [this](const char* path, std::string_view content, const char* type) {

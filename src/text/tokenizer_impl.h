@@ -29,6 +29,15 @@ struct Tokenizer::Impl {
   bool has_template = false;
   common_chat_templates_ptr templates;  ///< null if the file has none, or one that does not parse
   std::string template_error;           ///< why it does not parse
+  /// What the template knows.
+  struct {
+    bool tools = false;
+    bool parallel_calls = false;
+    bool object_arguments = false;
+    bool effort = false;
+  } template_caps;
+  mutable std::once_flag thinks_once;
+  mutable bool thinks = false;  ///< it has a place for thinking
   mutable std::once_flag pieces_once;
   mutable std::unique_ptr<SortedPieces> pieces;  ///< see sorted_pieces()
 

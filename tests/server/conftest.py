@@ -13,15 +13,17 @@ import pytest
 
 PROGRAM = os.environ["NARROWS_PROGRAM"]
 MODEL = os.environ["NARROWS_MODEL"]
+# Its chat template knows tools (`make model-qwen`); tests that need it are skipped without.
+TOOL_MODEL = os.path.join(os.path.dirname(MODEL), "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf")
 
 
 class Server:
     """One process. Its log is kept; `url` is where it listens."""
 
-    def __init__(self, *options, wait=True):
+    def __init__(self, *options, wait=True, model=MODEL):
         self.log = []
         self.process = subprocess.Popen(
-            [PROGRAM, "serve", "-m", MODEL, "--port", "0", *options],
+            [PROGRAM, "serve", "-m", model, "--port", "0", *options],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = threading.Event()
         self.url = None
@@ -148,6 +150,15 @@ def sessions_folder():
 def server(sessions_folder):
     """Shared by all tests that leave it as they found it."""
     s = Server("--slots", "4", "--session-dir", sessions_folder)
+    yield s
+    assert s.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def tool_server():
+    if not os.path.exists(TOOL_MODEL):
+        pytest.skip("no model whose template knows tools: make model-qwen")
+    s = Server("--slots", "2", "--ctx", "24576", model=TOOL_MODEL)
     yield s
     assert s.stop() == 0
 

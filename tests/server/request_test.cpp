@@ -63,8 +63,8 @@ void expect_body_refused(const std::string& body, const std::string& param) {
 TEST(ChatRequest, Defaults) {
   const GenerationRequest r = chat("");
   EXPECT_TRUE(r.chat);
-  ASSERT_EQ(r.messages.size(), 1U);
-  EXPECT_EQ(r.messages[0].content, "hi");
+  ASSERT_EQ(r.conversation.messages.size(), 1U);
+  EXPECT_EQ(r.conversation.messages[0].content, "hi");
   EXPECT_EQ(r.n, 1);
   EXPECT_FALSE(r.max_tokens || r.logprobs || r.stream || r.include_usage || r.return_progress ||
                r.ignore_eos);
@@ -76,7 +76,7 @@ TEST(ChatRequest, Defaults) {
   EXPECT_NE(chat("").sampling.seed, chat("").sampling.seed);  // drawn anew
 }
 
-// docs/server_api.md: "-100 or false forbids a token"; "Other unknown fields are let pass."
+// docs/server_api.md: "-100 or false forbids a token"
 TEST(ChatRequest, AllFields) {
   const GenerationRequest r = chat(
       R"(,"model":"m","max_tokens":7,"temperature":0.5,"top_p":0.9,"top_k":5,"min_p":0.1,"presence_penalty":1,
@@ -123,9 +123,9 @@ TEST(ChatRequest, OtherSpellings) {
          {"role":"assistant","content":null}]})",
       kDefaults, error);
   ASSERT_TRUE(parts.has_value()) << error.message;
-  EXPECT_EQ(parts->messages[0].role, "system");
-  EXPECT_EQ(parts->messages[0].content, "ab");
-  EXPECT_EQ(parts->messages[1].content, "");
+  EXPECT_EQ(parts->conversation.messages[0].role, "system");
+  EXPECT_EQ(parts->conversation.messages[0].content, "ab");
+  EXPECT_EQ(parts->conversation.messages[1].content, "");
 }
 
 TEST(ChatRequest, Grammars) {
@@ -171,7 +171,7 @@ TEST(ChatRequest, RefusesFieldsThatAreWrong) {
       {R"("presence_penalty":3)", "presence_penalty"},
       {R"("frequency_penalty":-2.1)", "frequency_penalty"},
       {R"("repeat_penalty":0)", "repeat_penalty"},
-      {R"("max_tokens":-1)", "max_tokens"},
+      {R"("max_tokens":-2)", "max_tokens"},
       {R"("max_tokens":"5")", "max_tokens"},
       {R"("max_tokens":99999999999999999999)", "max_tokens"},
       {R"("n":0)", "n"},
@@ -196,7 +196,7 @@ TEST(ChatRequest, RefusesFieldsThatAreWrong) {
       {R"("logit_bias":{"5":"1"})", "logit_bias"},
       {R"("logit_bias":7)", "logit_bias"},
       {R"("logit_bias":[[1]])", "logit_bias"},
-      {R"("tools":[{"type":"function"}])", "tools"},
+      {R"("tools":[{"type":"function"}])", "tools[0].function"},
       {R"("functions":[{}])", "functions"},
       {R"("audio":{})", "audio"},
       {R"("best_of":2)", "best_of"},

@@ -38,7 +38,11 @@ inline const LoadedTiny& tiny() {
 
 class Served {
  public:
-  explicit Served(HttpOptions http = {}, int n_slots = 2, int n_queue = 64, int64_t memory_bytes = 0) {
+  explicit Served(HttpOptions http = {}, int n_slots = 2, int n_queue = 64, int64_t memory_bytes = 0)
+      : Served(tiny(), std::move(http), n_slots, n_queue, memory_bytes) {}
+  explicit Served(const LoadedTiny& loaded, HttpOptions http = {}, int n_slots = 2, int n_queue = 64,
+                  int64_t memory_bytes = 0)
+      : loaded_(loaded) {
     http.port = 0;
     http.model_name = "tiny";
     http.n_generations = n_slots + n_queue;
@@ -58,10 +62,10 @@ class Served {
   void load() {
     options_.session.kv = narrows::testing::kv("klt");
     options_.session.n_threads = 2;
-    auto made = Scheduler::create(tiny().model, options_, &server_->metrics());
+    auto made = Scheduler::create(loaded_.model, options_, &server_->metrics());
     ASSERT_TRUE(made.ok()) << made.status().message();
     scheduler_ = std::move(*made);
-    server_->serve(tiny().model, scheduler_.get());
+    server_->serve(loaded_.model, scheduler_.get());
   }
   HttpServer& server() { return *server_; }
   Scheduler& scheduler() { return *scheduler_; }
@@ -91,6 +95,7 @@ class Served {
   }
 
  private:
+  const LoadedTiny& loaded_;
   std::mutex mutex_;
   std::string log_;
   SchedulerOptions options_;

@@ -36,14 +36,14 @@ def test_malformed_json(server, body):
 
 
 @pytest.mark.parametrize("field,value", [
-    ("temperature", -1), ("temperature", "hot"), ("temperature", float("1e308")), ("top_p", -0.5), ("top_p", 1.01), ("top_k", -1),
+    ("temperature", -1), ("temperature", "hot"), ("temperature", float("1e308")), ("top_p", -0.5), ("top_p", 1.01), ("top_k", -2),
     ("min_p", -1), ("max_tokens", -5), ("max_tokens", 1.5), ("max_tokens", "many"), ("n", 0), ("n", 1000), ("n", -1), ("seed", "x"),
     ("seed", -7), ("presence_penalty", 5), ("frequency_penalty", -5), ("repeat_penalty", -1), ("stop", 7), ("stop", ["a"] * 100),
     ("stop", "x" * 10000), ("logit_bias", {"9999999": 1}), ("logit_bias", {"a": 1}), ("logit_bias", {"5": 1e9}), ("logprobs", "yes"),
     ("top_logprobs", 5), ("stream", 1), ("messages", []), ("messages", [{}]), ("messages", [{"role": "user"}, 5]),
     ("messages", [{"role": "nobody", "content": "x"}]), ("messages", [{"role": "user", "content": {"a": 1}}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("response_format", {"type": "yaml"}),
+    ("tools", [{"type": "function", "function": {}}]), ("response_format", {"type": "yaml"}),
     ("response_format", {"type": "json_schema"}), ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}),
     ("grammar", "root ::= ("), ("grammar", "root ::= missing"), ("grammar", "(" * 50000), ("narrows", {"kv": "zip"}), ("narrows", 3),
 ])
