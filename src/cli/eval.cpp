@@ -11,16 +11,15 @@
 
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
+#include "cli/eval_flags.h"
 #include "cli/eval_needle.h"
 #include "cli/eval_precision.h"
+#include "cli/eval_task.h"
 #include "cli/output.h"
 #include "cli/progress.h"
 
 namespace narrows::cli {
 namespace {
-
-/// What needles are hidden in, or heads are judged on, unless -f says otherwise: every Debian has it.
-constexpr const char* kFiller = "/usr/share/common-licenses/GPL-3";
 
 constexpr const char* kFooter =
     R"(The first --context tokens of the text go through the model exactly; then each profile decodes the next --tokens
@@ -39,22 +38,9 @@ Examples:
   narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json
   narrows eval -m model.gguf -f book.txt --kv f16 --attention bf16-shift
   narrows eval -m model.gguf --task needle --context 2048,4096 --kv f16 --kv klt --trials 4
+  narrows eval -m model.gguf --task ruler --context 4096,8192 --kv klt --kv kivi-2 --samples 50 --resume ruler.jsonl
+  narrows eval -m model.gguf --task file -f gsm8k.jsonl --score number --few-shot 8 --kv klt
   narrows eval -m model.gguf --task precision --json)";
-
-struct EvalFlags {
-  ModelFlags model;
-  std::string file;
-  std::vector<std::string> profiles;
-  std::string basis;
-  std::string peer;
-  std::string weights = "file";
-  EvalOptions options;
-  std::vector<int64_t> contexts = {4096};
-  std::string task;
-  std::string needles = "single";
-  NeedleOptions needle;
-  bool json = false;
-};
 
 std::string table(const std::vector<EvalRow>& rows) {
   std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean",
@@ -105,11 +91,10 @@ Outcome find(const EvalFlags& flags) {
   options.kind = flags.needles == "single"    ? NeedleKind::single
                  : flags.needles == "several" ? NeedleKind::several
                                               : NeedleKind::two_facts;
-  Result<std::string> text = read_text_file(flags.file.empty() ? kFiller : flags.file);
+  Result<std::string> text = read_text_file(flags.file.empty() ? kEvalFiller : flags.file);
   if (!text.ok()) return text.status();
   options.filler = std::move(*text);
-  const Result<std::shared_ptr<const Model>> model =
-      flags.model.load({.float_weights = flags.weights == "f32"});
+  const Result<std::shared_ptr<const Model>> model = flags.load();
   if (!model.ok()) return model.status();
   int64_t n_tokens = 0;
   for (const int64_t context : options.contexts) n_tokens += context * options.n_depth * options.trials;
@@ -120,13 +105,13 @@ Outcome find(const EvalFlags& flags) {
 }
 
 /// The heads of a model, --context tokens of the text (2048 unless it was given), and the random benchmark.
-Outcome judge_precision(const EvalFlags& flags, bool context_given) {
+Outcome judge_precision(const EvalFlags& flags) {
   PrecisionOptions options;
   const PrefillAttention asked = flags.options.prompt.attention;
   if (asked != PrefillAttention::automatic) options.kernels = {asked};
-  if (context_given) options.context = flags.contexts.front();
+  if (flags.context_given) options.context = flags.contexts.front();
   options.n_threads = flags.options.n_threads;
-  const Result<std::string> text = read_text_file(flags.file.empty() ? kFiller : flags.file);
+  const Result<std::string> text = read_text_file(flags.file.empty() ? kEvalFiller : flags.file);
   if (!text.ok()) return text.status();
   const Result<std::shared_ptr<const Model>> model = flags.model.load();
   if (!model.ok()) return model.status();
@@ -138,14 +123,16 @@ Outcome judge_precision(const EvalFlags& flags, bool context_given) {
   return {write_stdout(flags.json ? precision_json(*rows) : precision_table(*rows)), Phase::at_work};
 }
 
-Outcome eval(EvalFlags& flags, bool context_given) {
-  if (flags.task == "precision") return judge_precision(flags, context_given);
+Outcome eval(EvalFlags& flags) {
+  if (flags.task == "precision") return judge_precision(flags);
   if (flags.profiles.empty() && !flags.task.empty()) flags.profiles = {"f16", kDefaultProfile};
   for (const std::string& name : flags.profiles) {
     Result<KvProfile> profile = KvProfile::parse(name);
     if (!profile.ok()) return profile.status();
     flags.options.profiles.push_back(std::move(*profile));
   }
+  if (flags.task == "ruler") return judge_ruler(flags);
+  if (flags.task == "file") return judge_file(flags);
   if (!flags.task.empty()) return find(flags);
   if (flags.file.empty() || flags.profiles.empty() || flags.contexts.size() != 1) {
     return Status(
@@ -158,8 +145,7 @@ Outcome eval(EvalFlags& flags, bool context_given) {
   flags.options.with_llama_cpp = !flags.peer.empty();
   Result<std::string> text = read_text_file(flags.file);
   if (!text.ok()) return text.status();
-  const Result<std::shared_ptr<const Model>> model =
-      flags.model.load({.float_weights = flags.weights == "f32"});
+  const Result<std::shared_ptr<const Model>> model = flags.load();
   if (!model.ok()) return model.status();
   const Result<std::vector<Token>> tokens = (*model)->tokenizer().encode(*text, true, false);
   if (!tokens.ok()) return tokens.status();
@@ -175,7 +161,9 @@ Command make_eval_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("eval", "Measure what a cache profile costs in quality");
   auto flags = std::make_shared<EvalFlags>();
   flags->model.add_to(*command);
-  command->add_option("-f,--file", flags->file, "text to measure on, or to hide needles in (UTF-8)")
+  command
+      ->add_option("-f,--file", flags->file,
+                   "text to measure on, or to hide needles in (UTF-8); or questions")
       ->type_name("FILE");
   command->add_option("--kv", flags->profiles, profile_help() + "; may be given several times")
       ->type_name("PROFILE")
@@ -188,16 +176,20 @@ Command make_eval_command(CLI::App& app) {
       command
           ->add_option(
               "--context", flags->contexts,
-              "tokens before the judged ones (default 4096; precision: 2048); for needle several: N,N,..")
+              "tokens before the judged ones (default 4096; precision: 2048); needle, ruler: of prompt "
+              "and answer, several: N,N,..; file: most that a prompt and its answer may have")
           ->type_name("N")
           ->delimiter(',')
           ->check(CLI::Range(int64_t{1}, int64_t{1} << 32));
   command
-      ->add_option("--task", flags->task,
-                   "instead of the text's own tokens, judge a task: needle (find facts hidden in a text) or "
-                   "precision (what each --attention costs on random numbers and on every head of the model)")
+      ->add_option(
+          "--task", flags->task,
+          "instead of the text's own tokens, judge a task: needle (find facts hidden in a text), ruler "
+          "(RULER's eleven), file (questions of -f, a JSON object a line) or precision (what each "
+          "--attention costs on random numbers and on every head of the model)")
       ->type_name("TASK")
-      ->check(CLI::IsMember({"needle", "precision"}));
+      ->check(CLI::IsMember({"needle", "ruler", "file", "precision"}));
+  add_task_options(*command, *flags);
   command
       ->add_option("--needles", flags->needles,
                    "single fact (default), several (one of ten is asked for), two-facts (both are needed)")
@@ -229,7 +221,10 @@ Command make_eval_command(CLI::App& app) {
   command->add_flag("--json", flags->json,
                     "print one JSON document on standard output, and nothing else there");
   command->footer(kFooter);
-  return {command, [flags, context] { return eval(*flags, context->count() > 0); }};
+  return {command, [flags, context] {
+            flags->context_given = context->count() > 0;
+            return eval(*flags);
+          }};
 }
 
 }  // namespace narrows::cli
