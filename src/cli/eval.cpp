@@ -12,6 +12,7 @@
 #include "cli/commands.h"
 #include "cli/engine_flags.h"
 #include "cli/eval_flags.h"
+#include "cli/eval_long_text.h"
 #include "cli/eval_needle.h"
 #include "cli/eval_precision.h"
 #include "cli/eval_task.h"
@@ -133,6 +134,7 @@ Outcome eval(EvalFlags& flags) {
   }
   if (flags.task == "ruler") return judge_ruler(flags);
   if (flags.task == "file") return judge_file(flags);
+  if (flags.task == "long") return judge_long_text(flags);
   if (!flags.task.empty()) return find(flags);
   if (flags.file.empty() || flags.profiles.empty() || flags.contexts.size() != 1) {
     return Status(
@@ -141,6 +143,7 @@ Outcome eval(EvalFlags& flags) {
         "--task");
   }
   flags.options.context = flags.contexts.front();
+  flags.options.tokens = flags.tokens.value_or(flags.options.tokens);
   flags.options.basis_path = flags.basis;
   flags.options.with_llama_cpp = !flags.peer.empty();
   Result<std::string> text = read_text_file(flags.file);
@@ -185,10 +188,11 @@ Command make_eval_command(CLI::App& app) {
       ->add_option(
           "--task", flags->task,
           "instead of the text's own tokens, judge a task: needle (find facts hidden in a text), ruler "
-          "(RULER's eleven), file (questions of -f, a JSON object a line) or precision (what each "
+          "(RULER's eleven), file (questions of -f, a JSON object a line), long (f16 writes on, KL by "
+          "position) or precision (what each "
           "--attention costs on random numbers and on every head of the model)")
       ->type_name("TASK")
-      ->check(CLI::IsMember({"needle", "ruler", "file", "precision"}));
+      ->check(CLI::IsMember({"needle", "ruler", "file", "long", "precision"}));
   add_task_options(*command, *flags);
   command
       ->add_option("--needles", flags->needles,
@@ -201,7 +205,7 @@ Command make_eval_command(CLI::App& app) {
   command->add_option("--depths", flags->needle.n_depth, "needle: depths from 0 to 100% (default 5)")
       ->type_name("N")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}));
-  command->add_option("--tokens", flags->options.tokens, "judged tokens (default 256)")
+  command->add_option("--tokens", flags->tokens, "judged tokens (default 256; long: 1000)")
       ->type_name("N")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   command->add_option("--threads", flags->options.n_threads, "threads (default: one a core that it may use)")

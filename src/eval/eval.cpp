@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "engine/session_impl.h"
+#include "eval/divergence.h"
 #include "eval/mass_kept.h"
 #include "peer/llama_peer.h"
 
@@ -18,34 +19,16 @@ double ratio(int64_t whole, int64_t part) {
   return part > 0 ? static_cast<double>(whole) / static_cast<double>(part) : 1.0;
 }
 
-/// log softmax in double; false if a logit is not finite.
-bool log_softmax(std::span<const float> logits, std::vector<double>& out) {
-  out.resize(logits.size());
-  double top = -1e300;
-  for (const float x : logits) {
-    if (!std::isfinite(x)) return false;
-    top = std::max(top, static_cast<double>(x));
-  }
-  double sum = 0;
-  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
-  const double shift = top + std::log(sum);
-  for (size_t i = 0; i < logits.size(); ++i) out[i] = static_cast<double>(logits[i]) - shift;
-  return true;
-}
-
 /// What a row gathers over the steps.
 struct Tally {
   double log_prob = 0;
-  int64_t same_top = 0;
+  int64_t n_same_top = 0;
   std::vector<double> kl;
 
   void add(const std::vector<double>& lp, const std::vector<double>& ref, Token target) {
     log_prob += lp[static_cast<size_t>(target)];
-    double divergence = 0;
-    for (size_t i = 0; i < lp.size(); ++i) divergence += std::exp(ref[i]) * (ref[i] - lp[i]);
-    kl.push_back(divergence);
-    same_top += std::max_element(lp.begin(), lp.end()) - lp.begin() ==
-                std::max_element(ref.begin(), ref.end()) - ref.begin();
+    kl.push_back(divergence(ref, lp));
+    n_same_top += same_top(ref, lp) ? 1 : 0;
   }
 
   EvalRow row(const std::string& name) {
@@ -60,15 +43,10 @@ struct Tally {
     const auto low = static_cast<size_t>(at);
     const size_t high = std::min(low + 1, kl.size() - 1);
     r.kl_p99 = kl[low] + (at - static_cast<double>(low)) * (kl[high] - kl[low]);
-    r.top1 = static_cast<double>(same_top) / n;
+    r.top1 = static_cast<double>(n_same_top) / n;
     return r;
   }
 };
-
-Status not_finite(const std::string& who) {
-  return {StatusCode::non_finite,
-          fmt::format("the logits of {} are not finite; the weights or the cache profile overflow", who)};
-}
 
 }  // namespace
 
@@ -162,14 +140,14 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     const Token target = text[static_cast<size_t>(options.context + i + 1)];
     for (size_t s = 0; s < sessions.size(); ++s) {
       if (Status st = sessions[s]->decode(fed); !st.ok()) return st;
-      if (!log_softmax(sessions[s]->logits(), lp)) return not_finite("--kv " + profiles[s].name);
+      if (!log_softmax(sessions[s]->logits(), lp)) return logits_not_finite("--kv " + profiles[s].name);
       if (s == 0) ref = lp;
       tallies[s].add(lp, ref, target);
       mass[s]->observe();
     }
     for (size_t p = 0; p < peers.size(); ++p) {
       if (Status st = peers[p]->decode(fed); !st.ok()) return st;
-      if (!log_softmax(peers[p]->logits(), lp)) return not_finite("llama.cpp");
+      if (!log_softmax(peers[p]->logits(), lp)) return logits_not_finite("llama.cpp");
       tallies[sessions.size() + p].add(lp, ref, target);
       if (p == 0) peer_lp = lp;
       if (p == 1) peer_noise.add(lp, peer_lp, target);

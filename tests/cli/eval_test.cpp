@@ -85,5 +85,16 @@ TEST(EvalTasks, AFileOfQuestionsGoesOnWhereItWas) {
   testing::expect_refusal(run(arguments(other)), 2, {"kept.jsonl", "max-tokens", "6", "7"});
 }
 
+TEST(EvalTasks, ALongTextIsJudgedByPosition) {
+  const Json rows = eval({"long", "--context", "300", "--tokens", "32"});
+  ASSERT_EQ(rows.size(), 1U);
+  EXPECT_EQ(rows[0]["kv"], "kivi-2");
+  ASSERT_EQ(rows[0]["buckets"].size(), 8U);
+  EXPECT_EQ(rows[0]["buckets"][7]["to"], 32);
+  EXPECT_GT(rows[0]["kl_mean"], 0);
+  EXPECT_LE(rows[0]["drift_low"], rows[0]["drift_high"]);
+  EXPECT_FALSE(rows[0]["texts"][0].get<std::string>().empty());
+}
+
 }  // namespace
 }  // namespace narrows
