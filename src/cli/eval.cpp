@@ -2,6 +2,7 @@
 #include "eval/eval.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -18,6 +19,7 @@
 #include "cli/eval_task.h"
 #include "cli/output.h"
 #include "cli/progress.h"
+#include "peer/llama_peer.h"
 
 namespace narrows::cli {
 namespace {
@@ -37,6 +39,7 @@ With --attention NAME the profiles' prompt attends in that precision, the refere
 Examples:
   narrows eval -m model.gguf -f book.txt --kv klt --kv klt-10x --kv sals-25
   narrows eval -m model.gguf -f book.txt --context 2048 --kv f16 --peer llama.cpp --json
+  narrows eval -m model.gguf -f book.txt --kv klt --peer-kv f16,q8_0,q4_0
   narrows eval -m model.gguf -f book.txt --kv f16 --attention bf16-shift
   narrows eval -m model.gguf --task needle --context 2048,4096 --kv f16 --kv klt --trials 4
   narrows eval -m model.gguf --task ruler --context 4096,8192 --kv klt --kv kivi-2 --samples 50 --resume ruler.jsonl
@@ -47,7 +50,7 @@ std::string table(const std::vector<EvalRow>& rows) {
   std::string out = fmt::format("{:<24}{:>9}{:>10}{:>9}{:>8}{:>8}{:>8}{:>22}\n", "kv", "ppl", "kl mean",
                                 "kl p99", "top-1", "mass", "best", "smaller");
   for (const EvalRow& r : rows) {
-    // llama.cpp's row has no cache of ours to count.
+    // --peer's rows have no cache to count.
     const std::string smaller = r.cache.n_tokens == 0
                                     ? "-"
                                     : fmt::format("{:.2f} | {:.2f} | {:.2f}", r.compression(),
@@ -62,6 +65,7 @@ std::string json(const std::vector<EvalRow>& rows, const EvalOptions& options) {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   for (const EvalRow& r : rows) {
     list.push_back({{"kv", r.kv},
+                    {"reference", r.reference},
                     {"ppl", r.ppl},
                     {"kl_mean", r.kl_mean},
                     {"kl_p99", r.kl_p99},
@@ -215,6 +219,13 @@ Command make_eval_command(CLI::App& app) {
   command->add_option("--peer", flags->peer, "add a row for llama.cpp with its own f16 cache")
       ->type_name("ENGINE")
       ->check(CLI::IsMember({"llama.cpp"}));
+  command
+      ->add_option("--peer-kv", flags->options.peer_kv,
+                   fmt::format("rows for llama.cpp's own caches, against its f16: {}; or keys/values",
+                               fmt::join(LlamaPeer::kv_types(), ", ")))
+      ->type_name("CACHE[,CACHE]")
+      ->delimiter(',')
+      ->check(peer_cache());
   command
       ->add_option("--weights", flags->weights,
                    "file: as stored (default); f32: unpacked to float32, so that ggml does not round "

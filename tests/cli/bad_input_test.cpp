@@ -69,6 +69,8 @@ TEST(BadInput, TasksOfQuestions) {
   expect_refusal(eval({"ruler", "--samples", "0"}), 2, {"--samples", "1"});
   expect_refusal(eval({"ruler", "-f", dir.path("none.txt")}), 2, {"none.txt"});
   expect_refusal(eval({"long", "--kv", "f16"}), 2, {"--kv"});
+  expect_refusal(run({"eval", "-m", "none.gguf", "-f", "x", "--kv", "klt", "--peer-kv", "f16,q9"}), 2,
+                 {"q9", "q4_0"});
   expect_refusal(eval({"long", "--context", "10,20"}), 2, {"--context"});
   expect_refusal(eval({"file"}), 2, {"-f"});
   expect_refusal(eval({"file", "-f", dir.path("none.jsonl")}), 2, {"none.jsonl"});
