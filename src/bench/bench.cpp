@@ -97,7 +97,7 @@ class Depth {
       LlamaPeerOptions po;
       po.n_ctx = room();
       po.n_threads = pointers_.front()->n_threads();
-      po.kv_q8 = kv == "q8_0";
+      po.kv = kv;
       Result<std::unique_ptr<LlamaPeer>> made = LlamaPeer::create(model_->path(), po);
       if (!made.ok()) return made.status();
       LlamaPeer* p = made->get();
@@ -234,9 +234,7 @@ Status check(const BenchOptions& options, size_t n_text) {
             "bench needs at least one context, profile, peer's cache, round and token"};
   }
   for (const std::string& kv : options.peer_kv) {
-    if (kv != "f16" && kv != "q8_0")
-      return {StatusCode::invalid_argument,
-              fmt::format("llama.cpp is measured with f16 and q8_0, not {}", kv)};
+    if (Status s = LlamaPeer::check_kv(kv); !s.ok()) return s;
   }
   const int64_t decoded = int64_t{options.rounds} * options.tokens + options.tokens;  // the warm-up round too
   const int64_t deepest = *std::max_element(options.contexts.begin(), options.contexts.end());

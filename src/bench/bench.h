@@ -25,7 +25,8 @@ struct BenchOptions {
   int tokens = 32;         ///< tokens decoded a round
   int prefill_rounds = 1;  ///< interleaved prefills a depth; the cache of the last one is decoded on
   bool with_llama_cpp = false;
-  std::vector<std::string> peer_kv = {"f16"};  ///< caches of llama.cpp: f16, q8_0; ratios are to the first
+  std::vector<std::string> peer_kv = {
+      "f16"};  ///< caches of llama.cpp (LlamaPeer::kv_types()); ratios are to the first
 };
 
 /// Median of some rounds, with the slowest and the fastest.

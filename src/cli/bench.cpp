@@ -1,6 +1,9 @@
 // `narrows bench`: prefill and decode speed at given depths, beside llama.cpp in the same process.
 #include "bench/bench.h"
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -12,6 +15,7 @@
 #include "cli/engine_flags.h"
 #include "cli/interrupt.h"
 #include "cli/output.h"
+#include "peer/llama_peer.h"
 
 namespace narrows::cli {
 namespace {
@@ -109,10 +113,11 @@ Command make_bench_command(CLI::App& app) {
                           ->check(CLI::IsMember({"llama.cpp"}));
   command
       ->add_option("--peer-kv", flags->options.peer_kv,
-                   "caches of the peer, a row each: f16, q8_0 (default f16)")
+                   fmt::format("caches of the peer, a row each: {} (default f16)",
+                               fmt::join(LlamaPeer::kv_types(), ", ")))
       ->type_name("CACHE[,CACHE]")
       ->delimiter(',')
-      ->check(CLI::IsMember({"f16", "q8_0"}))
+      ->check(peer_cache())
       ->needs(peer);
   command->add_option("--rounds", flags->options.rounds, "counted decode rounds (default 5)")
       ->type_name("N")

@@ -10,6 +10,7 @@
 
 #include "base/file.h"
 #include "base/utf8.h"
+#include "peer/llama_peer.h"
 
 namespace narrows::cli {
 namespace {
@@ -48,6 +49,10 @@ CLI::Validator whole_number(int64_t low, int64_t high) {
                     : fmt::format("must be a whole number from {} to {}, not {}", low, high, quote(text));
       },
       "");
+}
+
+CLI::Validator peer_cache() {
+  return CLI::Validator([](const std::string& text) { return LlamaPeer::check_kv(text).message(); }, "");
 }
 
 std::string profile_help() {

@@ -48,6 +48,9 @@ struct SamplerFlags {
 /// error.
 CLI::Validator whole_number(int64_t low, int64_t high);
 
+/// For CLI11's check(): a cache of llama.cpp's, LlamaPeer::check_kv().
+CLI::Validator peer_cache();
+
 void add_threads_option(CLI::App& app, std::optional<int>& threads);
 /// --products, --attention and --prefill.
 void add_prompt_options(CLI::App& app, PromptOptions& options);

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "cli/interrupt.h"
@@ -18,8 +19,9 @@ constexpr const char* kClearLine = "\r\x1b[K";
 
 }  // namespace
 
-ProgressBar::ProgressBar(int64_t n_tokens)
-    : n_tokens_(n_tokens),
+ProgressBar::ProgressBar(int64_t n, const char* things)
+    : n_(n),
+      things_(things),
       visible_(stderr_is_terminal()),
       begin_(std::chrono::steady_clock::now()),
       last_(begin_) {}
@@ -43,9 +45,12 @@ void ProgressBar::draw(double done) {
   const double share = std::clamp(done, 0.0, 1.0);
   const std::chrono::duration<double> elapsed = now - begin_;
   const auto filled = static_cast<int>(share * kWidth);
-  const std::string line = fmt::format("{}reading {} tokens [{:#<{}}{:.<{}}] {:3.0f}% {:.0f} tok/s",
-                                       kClearLine, n_tokens_, "", filled, "", kWidth - filled, share * 100,
-                                       share * static_cast<double>(n_tokens_) / elapsed.count());
+  const double left = share > 0 ? elapsed.count() * (1 - share) / share : 0;
+  const std::string speed =
+      things_ == "tokens" ? fmt::format("{:.0f} tok/s", share * static_cast<double>(n_) / elapsed.count())
+                          : fmt::format("{:.0f} min left", std::ceil(left / 60));
+  const std::string line = fmt::format("{}reading {} {} [{:#<{}}{:.<{}}] {:3.0f}% {}", kClearLine, n_,
+                                       things_, "", filled, "", kWidth - filled, share * 100, speed);
   (void)std::fputs(line.c_str(), stderr);
 }
 

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <string>
 
 #include "narrows/engine.h"
 
@@ -10,7 +11,8 @@ namespace narrows::cli {
 
 class ProgressBar {
  public:
-  explicit ProgressBar(int64_t n_tokens);
+  /// Of n tokens, or of other things: then it says how long is left and not how fast it goes.
+  explicit ProgressBar(int64_t n, const char* things = "tokens");
   ~ProgressBar();  ///< clears the line
   ProgressBar(const ProgressBar&) = delete;
   ProgressBar& operator=(const ProgressBar&) = delete;
@@ -21,7 +23,8 @@ class ProgressBar {
  private:
   void draw(double done);
 
-  int64_t n_tokens_;
+  int64_t n_;
+  std::string things_;
   bool visible_;
   bool drawn_ = false;
   std::chrono::steady_clock::time_point begin_;

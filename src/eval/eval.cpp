@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "engine/session_impl.h"
+#include "eval/divergence.h"
 #include "eval/mass_kept.h"
 #include "peer/llama_peer.h"
 
@@ -18,34 +19,16 @@ double ratio(int64_t whole, int64_t part) {
   return part > 0 ? static_cast<double>(whole) / static_cast<double>(part) : 1.0;
 }
 
-/// log softmax in double; false if a logit is not finite.
-bool log_softmax(std::span<const float> logits, std::vector<double>& out) {
-  out.resize(logits.size());
-  double top = -1e300;
-  for (const float x : logits) {
-    if (!std::isfinite(x)) return false;
-    top = std::max(top, static_cast<double>(x));
-  }
-  double sum = 0;
-  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
-  const double shift = top + std::log(sum);
-  for (size_t i = 0; i < logits.size(); ++i) out[i] = static_cast<double>(logits[i]) - shift;
-  return true;
-}
-
 /// What a row gathers over the steps.
 struct Tally {
   double log_prob = 0;
-  int64_t same_top = 0;
+  int64_t n_same_top = 0;
   std::vector<double> kl;
 
   void add(const std::vector<double>& lp, const std::vector<double>& ref, Token target) {
     log_prob += lp[static_cast<size_t>(target)];
-    double divergence = 0;
-    for (size_t i = 0; i < lp.size(); ++i) divergence += std::exp(ref[i]) * (ref[i] - lp[i]);
-    kl.push_back(divergence);
-    same_top += std::max_element(lp.begin(), lp.end()) - lp.begin() ==
-                std::max_element(ref.begin(), ref.end()) - ref.begin();
+    kl.push_back(divergence(ref, lp));
+    n_same_top += same_top(ref, lp) ? 1 : 0;
   }
 
   EvalRow row(const std::string& name) {
@@ -60,15 +43,82 @@ struct Tally {
     const auto low = static_cast<size_t>(at);
     const size_t high = std::min(low + 1, kl.size() - 1);
     r.kl_p99 = kl[low] + (at - static_cast<double>(low)) * (kl[high] - kl[low]);
-    r.top1 = static_cast<double>(same_top) / n;
+    r.top1 = static_cast<double>(n_same_top) / n;
     return r;
   }
 };
 
-Status not_finite(const std::string& who) {
-  return {StatusCode::non_finite,
-          fmt::format("the logits of {} are not finite; the weights or the cache profile overflow", who)};
-}
+/// llama.cpp's caches, each fed the same tokens. The first is its f16 with flash attention, which the others
+/// are compared with.
+class Peers {
+ public:
+  Status open(const Model& model, const EvalOptions& options, int n_threads) {
+    both_ways_ = options.with_llama_cpp;
+    asked_ = options.peer_kv;
+    std::vector<std::pair<std::string, bool>> wanted;  // cache, flash
+    if (both_ways_ || !asked_.empty()) wanted.emplace_back("f16", true);
+    if (both_ways_) wanted.emplace_back("f16", false);
+    for (const std::string& kv : asked_) {
+      if (kv != "f16") wanted.emplace_back(kv, true);
+    }
+    for (const auto& [kv, flash] : wanted) {
+      Result<std::unique_ptr<LlamaPeer>> made =
+          LlamaPeer::create(model.path(), {options.context + options.tokens, n_threads, kv, flash});
+      if (!made.ok()) return made.status();
+      peers_.push_back({std::move(*made), kv, {}, {}});
+    }
+    return {};
+  }
+
+  Status prefill(std::span<const Token> prompt) {
+    for (Peer& p : peers_) {
+      if (Status s = p.engine->prefill(prompt); !s.ok()) return s;
+    }
+    return {};
+  }
+
+  Status step(Token fed, Token target, const std::vector<double>& ours) {
+    for (Peer& p : peers_) {
+      if (Status s = p.engine->decode(fed); !s.ok()) return s;
+      if (!log_softmax(p.engine->logits(), lp_)) return logits_not_finite("llama.cpp with " + p.kv);
+      if (&p == &peers_.front()) own_ = lp_;
+      p.to_ours.add(lp_, ours, target);
+      p.to_own.add(lp_, own_, target);
+    }
+    return {};
+  }
+
+  void add_rows(const CacheStats& f16, std::vector<EvalRow>& rows) {
+    if (both_ways_) {
+      rows.push_back(Tally(peers_[0].to_ours).row("llama.cpp f16 flash"));
+      rows.push_back(peers_[1].to_ours.row("llama.cpp f16 plain"));
+      rows.push_back(peers_[1].to_own.row("llama.cpp plain to flash"));
+      rows.back().reference = "llama.cpp f16";
+    }
+    const size_t first = both_ways_ ? 2 : 1;
+    size_t next = first;
+    for (const std::string& kv : asked_) {
+      Peer& p = kv == "f16" ? peers_.front() : peers_[next++];
+      EvalRow row = kv == "f16" ? Tally(p.to_ours).row("llama.cpp f16") : p.to_own.row("llama.cpp " + kv);
+      if (kv != "f16") row.reference = "llama.cpp f16";
+      row.cache = f16;  // what as many tokens take, all layers
+      row.cache.bytes_f16_compressed_layers = row.cache.bytes_f16_pages = f16.bytes_f16;
+      row.cache.bytes = row.cache.bytes_compressed_layers = row.cache.bytes_pages = p.engine->kv_bytes();
+      rows.push_back(std::move(row));
+    }
+  }
+
+ private:
+  struct Peer {
+    std::unique_ptr<LlamaPeer> engine;
+    std::string kv;
+    Tally to_ours, to_own;
+  };
+  std::vector<Peer> peers_;
+  std::vector<std::string> asked_;
+  bool both_ways_ = false;
+  std::vector<double> lp_, own_;
+};
 
 }  // namespace
 
@@ -125,14 +175,8 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     sessions.push_back(std::move(*made));
     pointers.push_back(sessions.back().get());
   }
-  std::vector<std::unique_ptr<LlamaPeer>> peers;
-  for (const bool flash : {true, false}) {
-    if (!options.with_llama_cpp) break;
-    Result<std::unique_ptr<LlamaPeer>> made = LlamaPeer::create(
-        model->path(), {options.context + options.tokens, sessions.front()->n_threads(), false, flash});
-    if (!made.ok()) return made.status();
-    peers.push_back(std::move(*made));
-  }
+  Peers peers;
+  if (Status s = peers.open(*model, options, sessions.front()->n_threads()); !s.ok()) return s;
 
   // The prompt is about as much work as the steps of a few profiles: half of the bar each.
   const auto prompt = text.first(static_cast<size_t>(options.context));
@@ -146,34 +190,25 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     if (Status s = Session::prefill_together(group, prompt, part); !s.ok()) return s;
     done_before += share;
   }
-  for (auto& peer : peers) {
-    if (Status s = peer->prefill(prompt); !s.ok()) return s;
-  }
+  if (Status s = peers.prefill(prompt); !s.ok()) return s;
 
   const ExactKeys keys(Access::impl(*sessions.front()));
   std::vector<std::unique_ptr<MassKept>> mass;
   for (Session* s : pointers) mass.push_back(std::make_unique<MassKept>(keys, Access::impl(*s)));
 
-  std::vector<Tally> tallies(sessions.size() + peers.size());
-  Tally peer_noise;  // llama.cpp's two attention paths against each other
-  std::vector<double> ref, lp, peer_lp;
+  std::vector<Tally> tallies(sessions.size());
+  std::vector<double> ref, lp;
   for (int64_t i = 0; i < options.tokens; ++i) {
     const Token fed = text[static_cast<size_t>(options.context + i)];
     const Token target = text[static_cast<size_t>(options.context + i + 1)];
     for (size_t s = 0; s < sessions.size(); ++s) {
       if (Status st = sessions[s]->decode(fed); !st.ok()) return st;
-      if (!log_softmax(sessions[s]->logits(), lp)) return not_finite("--kv " + profiles[s].name);
+      if (!log_softmax(sessions[s]->logits(), lp)) return logits_not_finite("--kv " + profiles[s].name);
       if (s == 0) ref = lp;
       tallies[s].add(lp, ref, target);
       mass[s]->observe();
     }
-    for (size_t p = 0; p < peers.size(); ++p) {
-      if (Status st = peers[p]->decode(fed); !st.ok()) return st;
-      if (!log_softmax(peers[p]->logits(), lp)) return not_finite("llama.cpp");
-      tallies[sessions.size() + p].add(lp, ref, target);
-      if (p == 0) peer_lp = lp;
-      if (p == 1) peer_noise.add(lp, peer_lp, target);
-    }
+    if (Status s = peers.step(fed, target, ref); !s.ok()) return s;
     if (progress && !progress(0.5 + 0.5 * static_cast<double>(i + 1) / static_cast<double>(options.tokens))) {
       return Status(StatusCode::cancelled, "eval was cancelled");
     }
@@ -187,10 +222,7 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
     rows.back().mass_best = mass[s]->best();
     rows.back().cache = sessions[s]->cache_stats();
   }
-  for (size_t p = 0; p < peers.size(); ++p) {
-    rows.push_back(tallies[sessions.size() + p].row(p == 0 ? "llama.cpp f16 flash" : "llama.cpp f16 plain"));
-  }
-  if (!peers.empty()) rows.push_back(peer_noise.row("llama.cpp plain to flash"));
+  peers.add_rows(sessions.front()->cache_stats(), rows);
   return rows;
 }
 

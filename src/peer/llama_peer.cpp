@@ -2,10 +2,14 @@
 #include "peer/llama_peer.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <llama.h>
 
+#include <algorithm>
+#include <array>
 #include <vector>
 
+#include "base/utf8.h"
 #include "text/llama_log.h"
 
 namespace narrows {
@@ -23,11 +27,56 @@ struct LlamaPeer::Impl {
   }
 };
 
+namespace {
+
+/// As llama.cpp's --cache-type-k takes them.
+constexpr std::array<ggml_type, 9> kKvTypes = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,
+                                               GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
+                                               GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL};
+
+struct KvTypes {
+  ggml_type k, v;
+};
+
+/// Of "q8_0" or "q8_0/q4_0".
+Result<KvTypes> parse_kv(const std::string& kv) {
+  const size_t stroke = kv.find('/');
+  KvTypes types = {};
+  for (ggml_type* type : {&types.k, &types.v}) {
+    const std::string name = stroke == std::string::npos ? kv
+                             : type == &types.k          ? kv.substr(0, stroke)
+                                                         : kv.substr(stroke + 1);
+    const auto found = std::find_if(kKvTypes.begin(), kKvTypes.end(),
+                                    [&](ggml_type t) { return name == ggml_type_name(t); });
+    if (found == kKvTypes.end()) {
+      return Status(
+          StatusCode::invalid_argument,
+          fmt::format("llama.cpp has no cache {}; it has {}, or two of them with a stroke between, keys "
+                      "first: q8_0/q4_0",
+                      quote(kv), fmt::join(LlamaPeer::kv_types(), ", ")));
+    }
+    *type = *found;
+  }
+  return types;
+}
+
+}  // namespace
+
+std::vector<std::string> LlamaPeer::kv_types() {
+  std::vector<std::string> names;
+  for (const ggml_type type : kKvTypes) names.emplace_back(ggml_type_name(type));
+  return names;
+}
+
+Status LlamaPeer::check_kv(const std::string& kv) { return parse_kv(kv).status(); }
+
 LlamaPeer::LlamaPeer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 LlamaPeer::~LlamaPeer() = default;
 
 Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_path,
                                                      const LlamaPeerOptions& options) {
+  const Result<KvTypes> types = parse_kv(options.kv);
+  if (!types.ok()) return types.status();
   const LlamaAbortGuard guard;  // libllama asserts what a file says: a RoPE over half a head, for one
   clear_llama_error();
   llama_backend_init();
@@ -47,15 +96,17 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
   cp.n_threads_batch = options.n_threads;
   cp.flash_attn_type =
       options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
-  cp.type_k = options.kv_q8 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-  cp.type_v = cp.type_k;
+  cp.type_k = types->k;
+  cp.type_v = types->v;
   impl->context = llama_init_from_model(impl->model, cp);
   if (impl->context == nullptr) {
     const std::string reason = llama_error();
-    const bool asserted = reason.find("GGML_ASSERT") != std::string::npos;
-    return Status(
-        asserted ? StatusCode::unsupported : StatusCode::out_of_memory,
-        fmt::format("{}: llama.cpp gave no context of {} tokens: {}", gguf_path, options.n_ctx, reason));
+    const auto says = [&](const char* text) { return reason.find(text) != std::string::npos; };
+    const bool refused =
+        says("GGML_ASSERT") || says("does not divide") || says("Flash Attention") || says("flash_attn");
+    return Status(refused ? StatusCode::unsupported : StatusCode::out_of_memory,
+                  fmt::format("{}: llama.cpp gave no context of {} tokens with a cache of {}: {}", gguf_path,
+                              options.n_ctx, options.kv, reason));
   }
   impl->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(impl->model));
   impl->n_ctx = options.n_ctx;

@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "narrows/status.h"
 #include "narrows/text.h"
@@ -14,15 +15,21 @@ namespace narrows {
 struct LlamaPeerOptions {
   int64_t n_ctx = 0;  ///< tokens its cache holds
   int n_threads = 0;
-  bool kv_q8 = false;           ///< q8_0 cache instead of f16
+  std::string kv = "f16";       ///< how its cache is kept, see kv_types(): of keys and values, or "q8_0/q4_0"
   bool flash_attention = true;  ///< its fast path; off: plain attention with float32 accumulators
 };
 
 /// One llama_context. Not thread-safe.
 class LlamaPeer {
  public:
+  /// invalid_file: llama.cpp refuses the file; invalid_argument: the cache's name; unsupported: it runs no
+  /// such model, or not with that cache (a head that is no whole number of its blocks); out_of_memory.
   static Result<std::unique_ptr<LlamaPeer>> create(const std::string& gguf_path,
                                                    const LlamaPeerOptions& options);
+  /// llama.cpp's names of what its caches can hold on a CPU, largest first.
+  static std::vector<std::string> kv_types();
+  /// invalid_argument if it is not one of them, nor two with a stroke between (keys, values); lists them.
+  static Status check_kv(const std::string& kv);
   ~LlamaPeer();
   LlamaPeer(const LlamaPeer&) = delete;
   LlamaPeer& operator=(const LlamaPeer&) = delete;

@@ -118,8 +118,8 @@ TEST(Bench, RefusesWhatCannotBeMeasured) {
     refused(o, {"at least one"});
   }
   BenchOptions odd = options();
-  odd.peer_kv = {"f16", "q4_0"};
-  refused(odd, {"q4_0", "q8_0"});
+  odd.peer_kv = {"f16", "q9_0"};
+  refused(odd, {"q9_0", "q8_0"});
   BenchOptions deep = options();
   deep.contexts = {0, 190};
   refused(deep, {"200", "190", "207"});

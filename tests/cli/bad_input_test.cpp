@@ -57,6 +57,31 @@ TEST(BadInput, ModelsThatAreNone) {
   }
 }
 
+/// Looked at before the model.
+TEST(BadInput, TasksOfQuestions) {
+  const TempDir dir;
+  const auto eval = [](std::vector<std::string> more) {
+    more.insert(more.begin(), {"eval", "-m", "no-such-model.gguf", "--task"});
+    return run(more);
+  };
+  expect_refusal(eval({"rules"}), 2, {"rules", "ruler"});
+  expect_refusal(eval({"ruler", "--ruler", "vt,nt"}), 2, {"nt", "niah_multivalue"});
+  expect_refusal(eval({"ruler", "--samples", "0"}), 2, {"--samples", "1"});
+  expect_refusal(eval({"ruler", "-f", dir.path("none.txt")}), 2, {"none.txt"});
+  expect_refusal(eval({"long", "--kv", "f16"}), 2, {"--kv"});
+  expect_refusal(run({"eval", "-m", "none.gguf", "-f", "x", "--kv", "klt", "--peer-kv", "f16,q9"}), 2,
+                 {"q9", "q4_0"});
+  expect_refusal(eval({"long", "--context", "10,20"}), 2, {"--context"});
+  expect_refusal(eval({"file"}), 2, {"-f"});
+  expect_refusal(eval({"file", "-f", dir.path("none.jsonl")}), 2, {"none.jsonl"});
+  expect_refusal(
+      eval({"file", "-f", dir.file("q.jsonl", "{\"input\": \"A\", \"answer\": 1}\n{\"input\": 2}\n\xFF\n")}),
+      2, {"q.jsonl", "line 2 ", "line 3 "});
+  const std::string one = dir.file("one.jsonl", "{\"input\": \"A\", \"answer\": 1}\n");
+  expect_refusal(eval({"file", "-f", one, "--few-shot", "1"}), 2, {"--few-shot"});
+  expect_refusal(eval({"file", "-f", one, "--score", "bleu"}), 2, {"bleu", "rouge-l"});
+}
+
 TEST(BadInput, Profiles) {
   expect_refusal(run_with({"--kv", "f17"}), 2,
                  {"'f17'", "f16, kivi-4, sals-25, kivi-2, klt, sals-12.5, klt-10x"});

@@ -8,6 +8,7 @@
 
 #include "cli/engine_flags.h"
 #include "cli/eval_precision.h"
+#include "cli/eval_task.h"
 #include "cli/exit_code.h"
 #include "cli/output.h"
 #include "cli/report.h"
@@ -165,6 +166,27 @@ TEST(Precision, TableHasALineACaseAndSaysWhatOverflowed) {
   EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 3);
   for (const char* part : {"layer 4 head 8", "113934", "3393", "4.0e-03 NaN 7%", "uniform mean 30", "NaN"})
     EXPECT_THAT(table, HasSubstr(part));
+}
+
+TEST(EvalReport, ATasksTableSaysPointsAndHowSureTheyAre) {
+  TaskRow f16, klt;
+  f16.task = klt.task = "vt";
+  f16.kv = "f16";
+  klt.kv = "klt";
+  f16.context = klt.context = 4096;
+  f16.n = klt.n = 10;
+  f16.score = klt.score_f16 = 0.8;
+  klt.score = 0.75;
+  klt.changed_text = 4;
+  klt.difference.mean = -0.05;
+  klt.difference.low = -0.125;
+  klt.difference.better = 1;
+  klt.difference.worse = 2;
+  const std::string table = task_table({f16, klt});
+  EXPECT_THAT(table, HasSubstr("80.0\n"));
+  EXPECT_THAT(table, HasSubstr("75.0       1       2       1      -5.0  -12.5 to 0.0\n"));
+  klt.difference.exact = true;
+  EXPECT_THAT(task_table({klt}), HasSubstr("(exact)"));
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ TEST_P(Parity, DecodeIsAsNearAsLlamasOwnF16Cache) {
 
 // The peer as bench and eval use it.
 TEST_P(Parity, PeerSaysTheSame) {
-  auto made = LlamaPeer::create(f().tiny.path, {kTokens, 1, false});
+  auto made = LlamaPeer::create(f().tiny.path, {kTokens, 1});
   ASSERT_TRUE(made.ok()) << made.status().message();
   LlamaPeer& peer = **made;
   auto session = make_session(f().tiny.model);

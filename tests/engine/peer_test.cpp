@@ -1,6 +1,8 @@
 // The peer itself: what bench and eval believe of it.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "peer/llama_peer.h"
 #include "support/refusal.h"
 #include "support/session.h"
@@ -17,7 +19,7 @@ std::unique_ptr<LlamaPeer> make_peer(const LoadedTiny& tiny, const LlamaPeerOpti
 TEST(Peer, CountsItsTokensAndForgetsThem) {
   const LoadedTiny tiny{TinyModel()};
   const auto tokens = random_tokens(300);
-  auto peer = make_peer(tiny, {512, 1, false});
+  auto peer = make_peer(tiny, {512, 1});
   ASSERT_OK(peer->prefill(std::span(tokens).first(200)));
   EXPECT_EQ(peer->n_past(), 200);
   const auto first = copy(peer->logits());
@@ -40,7 +42,7 @@ TEST(Peer, AnEightBitCacheIsSmallerAndNear) {
   m.n_embd = 128;
   const LoadedTiny tiny(m);
   const auto tokens = random_tokens(300);
-  auto f16 = make_peer(tiny, {512, 1, false}), q8 = make_peer(tiny, {512, 1, true});
+  auto f16 = make_peer(tiny, {512, 1}), q8 = make_peer(tiny, {512, 1, "q8_0"});
   ASSERT_OK(f16->prefill(tokens));
   ASSERT_OK(q8->prefill(tokens));
   EXPECT_LT(q8->kv_bytes(), f16->kv_bytes() * 6 / 10);
@@ -49,9 +51,37 @@ TEST(Peer, AnEightBitCacheIsSmallerAndNear) {
   EXPECT_LT(kl, 1e-2);
 }
 
+TEST(Peer, KeysAndValuesMayBeKeptDifferently) {
+  TinyModel m;
+  m.head_dim = 32;
+  m.n_embd = 128;
+  const LoadedTiny tiny(m);
+  const auto tokens = random_tokens(300);
+  int64_t before = std::numeric_limits<int64_t>::max();
+  for (const char* kv : {"f16", "f16/q8_0", "q8_0", "q8_0/q4_0", "q4_0"}) {
+    auto peer = make_peer(tiny, {512, 1, kv});
+    ASSERT_OK(peer->prefill(tokens));
+    EXPECT_LT(peer->kv_bytes(), before) << kv;
+    before = peer->kv_bytes();
+  }
+}
+
+TEST(Peer, CachesThatItDoesNotHave) {
+  const LoadedTiny tiny{TinyModel()};
+  for (const char* kv : {"q3_K", "", "f16/", "/f16", "f16/f16/f16"}) {
+    EXPECT_FALSE(LlamaPeer::check_kv(kv).ok()) << kv;
+    expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1, kv})), StatusCode::invalid_argument,
+                   {"q8_0"});
+  }
+  for (const std::string& kv : LlamaPeer::kv_types()) EXPECT_OK(LlamaPeer::check_kv(kv));
+  // Heads of 16 are no whole block of q8_0.
+  expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1, "q8_0"})), StatusCode::unsupported,
+                 {"q8_0", "16"});
+}
+
 TEST(Peer, MoreThanItsContextIsAnError) {
   const LoadedTiny tiny{TinyModel()};
-  auto peer = make_peer(tiny, {256, 1, false});
+  auto peer = make_peer(tiny, {256, 1});
   const Status s = peer->prefill(random_tokens(300));
   EXPECT_FALSE(s.ok());
   expect_sentence(s);
@@ -59,10 +89,10 @@ TEST(Peer, MoreThanItsContextIsAnError) {
 
 TEST(Peer, NamesTheFileThatItRefusesAndItsOwnReason) {
   const TempDir dir;
-  const Status none = status_of(LlamaPeer::create(dir.path("none.gguf"), {64, 1, false}));
+  const Status none = status_of(LlamaPeer::create(dir.path("none.gguf"), {64, 1}));
   expect_refusal(none, StatusCode::invalid_file, {dir.path("none.gguf")});
-  const Status text = status_of(
-      LlamaPeer::create(dir.file("text.gguf", "no model, but long enough to look at"), {64, 1, false}));
+  const Status text =
+      status_of(LlamaPeer::create(dir.file("text.gguf", "no model, but long enough to look at"), {64, 1}));
   expect_refusal(text, StatusCode::invalid_file, {dir.path("text.gguf")});
   EXPECT_EQ(text.message().find("none.gguf"), std::string::npos)
       << "the reason of the file before: " << text.message();
@@ -74,7 +104,7 @@ TEST(Peer, WhatLibllamaAssertsIsAnError) {
   half.architecture = "qwen2";
   half.n_rot = 8;
   const LoadedTiny tiny(half);  // ours runs it
-  expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1, false})), StatusCode::unsupported,
+  expect_refusal(status_of(LlamaPeer::create(tiny.path, {64, 1})), StatusCode::unsupported,
                  {tiny.path, "n_rot"});
 }
 

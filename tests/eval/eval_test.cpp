@@ -8,6 +8,7 @@
 #include "calibrate/key_statistics.h"
 #include "engine/session_impl.h"
 #include "eval/mass_kept.h"
+#include "peer/llama_peer.h"
 #include "support/llama_reference.h"
 #include "support/refusal.h"
 #include "support/session.h"
@@ -95,6 +96,46 @@ TEST(Eval, TheRowsOfLlamaShowParity) {
     EXPECT_NEAR(all[i].ppl / all[0].ppl, 1, 5e-3);
     EXPECT_GT(all[1].kl_mean, 100 * all[i].kl_mean);
   }
+}
+
+TEST(Eval, CachesOfLlamaAreJudgedByItsOwnF16) {
+  TinyModel m;
+  m.head_dim = 32;  // a block of q8_0
+  m.n_embd = 128;
+  const LoadedTiny wide(m);
+  EvalOptions o = options(200, 20, {"f16"});
+  o.peer_kv = {"q8_0", "f16", "q4_0"};
+  const auto all = evaluate(wide.model, text(), o);
+  ASSERT_TRUE(all.ok()) << all.status().message();
+  ASSERT_EQ(all->size(), 4U);
+  const EvalRow &q8 = (*all)[1], &f16 = (*all)[2], &q4 = (*all)[3];
+  EXPECT_EQ(q8.kv, "llama.cpp q8_0");
+  EXPECT_EQ(f16.kv, "llama.cpp f16");
+  EXPECT_EQ(q4.kv, "llama.cpp q4_0");
+  EXPECT_EQ(q8.reference, "llama.cpp f16");
+  EXPECT_EQ(f16.reference, "f16");
+  EXPECT_LT(f16.kl_mean, 1e-4);
+  EXPECT_GT(f16.kl_mean, 0);  // another engine
+  EXPECT_GT(q8.kl_mean, 0);
+  EXPECT_GT(q4.kl_mean, 5 * q8.kl_mean);
+  // Own sums of one run.
+  auto exact = LlamaPeer::create(wide.path, {220, 1}), kept = LlamaPeer::create(wide.path, {220, 1, "q4_0"});
+  ASSERT_TRUE(exact.ok() && kept.ok());
+  ASSERT_OK((*exact)->prefill(std::span(text()).first(200)));
+  ASSERT_OK((*kept)->prefill(std::span(text()).first(200)));
+  double sum = 0;
+  for (size_t i = 0; i < 20; ++i) {
+    ASSERT_OK((*exact)->decode(text()[200 + i]));
+    ASSERT_OK((*kept)->decode(text()[200 + i]));
+    sum += kl_divergence((*exact)->logits(), (*kept)->logits());
+  }
+  EXPECT_NEAR(q4.kl_mean, sum / 20, 1e-9);
+  EXPECT_EQ(q4.cache.bytes, (*kept)->kv_bytes());
+  // 18 bytes for 32 numbers instead of 64, and some bytes a token of its own.
+  EXPECT_NEAR(q4.compression(), 64.0 / 18, 0.5);
+  EXPECT_NEAR(q8.compression(), 64.0 / 34, 0.3);
+  EXPECT_NEAR(f16.compression(), 1, 0.1);
+  EXPECT_NEAR(q4.bytes_per_token(), q4.bytes_per_token_f16() / q4.compression(), 1e-6);
 }
 
 // The divergences of the single steps, out of runs of 1, 2, 3, ... steps over the same text.
