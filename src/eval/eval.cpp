@@ -129,7 +129,8 @@ Result<std::vector<EvalRow>> evaluate(std::shared_ptr<const Model> model, std::s
   for (const bool flash : {true, false}) {
     if (!options.with_llama_cpp) break;
     Result<std::unique_ptr<LlamaPeer>> made = LlamaPeer::create(
-        model->path(), {options.context + options.tokens, sessions.front()->n_threads(), false, flash});
+        model->path(),
+        {options.context + options.tokens, sessions.front()->n_threads(), false, flash, model->info().rope});
     if (!made.ok()) return made.status();
     peers.push_back(std::move(*made));
   }

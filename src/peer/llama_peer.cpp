@@ -23,6 +23,24 @@ struct LlamaPeer::Impl {
   }
 };
 
+namespace {
+
+void override_rope(const RopeOverrides& o, llama_context_params& cp) {
+  using Scaling = RopeOverrides::Scaling;
+  if (o.scaling == Scaling::none) cp.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_NONE;
+  if (o.scaling == Scaling::linear) cp.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_LINEAR;
+  if (o.scaling == Scaling::yarn) cp.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN;
+  cp.rope_freq_base = static_cast<float>(o.freq_base);
+  cp.rope_freq_scale = static_cast<float>(o.freq_scale);
+  cp.yarn_orig_ctx = static_cast<uint32_t>(o.yarn_orig_ctx);
+  cp.yarn_ext_factor = static_cast<float>(o.yarn_ext_factor);
+  cp.yarn_attn_factor = static_cast<float>(o.yarn_attn_factor);
+  cp.yarn_beta_slow = static_cast<float>(o.yarn_beta_slow);
+  cp.yarn_beta_fast = static_cast<float>(o.yarn_beta_fast);
+}
+
+}  // namespace
+
 LlamaPeer::LlamaPeer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 LlamaPeer::~LlamaPeer() = default;
 
@@ -49,6 +67,7 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
       options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   cp.type_k = options.kv_q8 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
   cp.type_v = cp.type_k;
+  override_rope(options.rope, cp);
   impl->context = llama_init_from_model(impl->model, cp);
   if (impl->context == nullptr) {
     const std::string reason = llama_error();

@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 
+#include "narrows/engine.h"
 #include "narrows/status.h"
 #include "narrows/text.h"
 
@@ -16,6 +17,7 @@ struct LlamaPeerOptions {
   int n_threads = 0;
   bool kv_q8 = false;           ///< q8_0 cache instead of f16
   bool flash_attention = true;  ///< its fast path; off: plain attention with float32 accumulators
+  RopeOverrides rope = {};
 };
 
 /// One llama_context. Not thread-safe.

@@ -88,6 +88,33 @@ void Tokenizer::Impl::read_template() {
   }
 }
 
+Status Tokenizer::Impl::take(const ChatTemplateOptions& options) {
+  template_arguments = options.arguments;
+  if (const auto thinking = template_arguments.find("enable_thinking");
+      thinking != template_arguments.end()) {
+    if (thinking->second != "true" && thinking->second != "false")
+      return {StatusCode::invalid_argument,
+              fmt::format("the chat template's enable_thinking is true or false, not {}",
+                          quote(thinking->second))};
+    enable_thinking = thinking->second == "true";
+  }
+  if (options.source.empty()) return {};
+  try {
+    templates = common_chat_templates_init(model.get(), options.source);
+    has_template = true;
+    template_error.clear();
+    return {};
+  } catch (const std::exception&) {
+    std::string reason = "no reason given";
+    try {  // as in read_template()
+      const common_chat_template again(options.source, "", "");
+    } catch (const std::exception& error) {
+      reason = reason_in(error.what());
+    }
+    return {StatusCode::invalid_argument, fmt::format("the chat template cannot be read ({})", reason)};
+  }
+}
+
 Result<std::string> Tokenizer::render(std::span<const ChatMessage> messages,
                                       bool add_generation_prompt) const {
   if (!impl_->has_template) return chatml(messages, add_generation_prompt);
@@ -104,6 +131,8 @@ Result<std::string> Tokenizer::render(std::span<const ChatMessage> messages,
       added.content = message.content;
     }
     inputs.add_generation_prompt = add_generation_prompt;
+    inputs.enable_thinking = impl_->enable_thinking;
+    inputs.chat_template_kwargs = impl_->template_arguments;
     inputs.force_pure_content =
         true;  // no parser for tool calls, which would cost a study of the template each time
     // llama.cpp tells the template the date by std::localtime(), whose result all threads of a process share.

@@ -4,6 +4,7 @@
 #include <chat.h>
 #include <llama.h>
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -29,11 +30,16 @@ struct Tokenizer::Impl {
   bool has_template = false;
   common_chat_templates_ptr templates;  ///< null if the file has none, or one that does not parse
   std::string template_error;           ///< why it does not parse
+  /// Beside the messages, as JSON; enable_thinking, which llama.cpp knows by itself, apart from the others.
+  std::map<std::string, std::string> template_arguments;
+  bool enable_thinking = true;
   mutable std::once_flag pieces_once;
   mutable std::unique_ptr<SortedPieces> pieces;  ///< see sorted_pieces()
 
   /// A template that does not parse spoils chat, not the model: the error waits for apply_chat_template().
   void read_template();
+  /// What options say in its place. invalid_argument.
+  Status take(const ChatTemplateOptions& options);
 };
 
 /// The line that says what is wrong: Jinja draws the template over many lines and ends with "Error: ..."; a
