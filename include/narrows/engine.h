@@ -16,19 +16,41 @@
 namespace narrows {
 
 /// What the file says of the model; sizes in GGUF's words.
+/// A model's RoPE, other than its file says: as llama.cpp's flags of these names do. 0 and negative numbers
+/// where they mean nothing: as the file says.
+struct RopeOverrides {
+  enum class Scaling { of_file, none, linear, yarn };
+  Scaling scaling = Scaling::of_file;
+  double freq_base = 0;
+  /// 1 / the factor by which the context grows, which the model then allows.
+  double freq_scale = 0;
+  int64_t yarn_orig_ctx = 0;    ///< context before scaling
+  double yarn_ext_factor = -1;  ///< share of extrapolation; 0: interpolation alone
+  double yarn_attn_factor = -1;
+  double yarn_beta_slow = -1;
+  double yarn_beta_fast = -1;
+
+  bool operator==(const RopeOverrides&) const = default;
+};
+
 struct ModelInfo {
-  std::string architecture;  ///< "llama", "qwen2", "qwen3"
+  std::string architecture;  ///< "llama", "qwen2", "qwen3", ..
   std::string name;          ///< general.name, may be empty
   std::string fingerprint;   ///< 16 hex digits over the metadata, the tensor table and samples of the data
   int64_t n_layer = 0;
   int64_t n_embd = 0;
-  int64_t n_ff = 0;
+  int64_t n_ff = 0;           ///< of an expert, if there are such
+  int64_t n_expert = 0;       ///< of each layer; 0: it has one feed-forward
+  int64_t n_expert_used = 0;  ///< that a token goes through
   int64_t n_head = 0;
   int64_t n_head_kv = 0;
   int64_t head_dim = 0;
   int64_t n_vocab = 0;
   int64_t n_ctx_train = 0;   ///< context the model was made for
   int64_t weight_bytes = 0;  ///< tensor data in the file
+  RopeOverrides rope;        ///< that it was loaded with
+  /// What about the file makes results worse than they should be, in sentences.
+  std::vector<std::string> warnings;
 };
 
 struct LoadOptions {
@@ -37,6 +59,9 @@ struct LoadOptions {
   /// Unpack all weights to float32 at load (4 bytes each). Slower; but products with quantised weights round
   /// the activations to 8 bits, whose noise hides small differences between caches: for measuring them.
   bool float_weights = false;
+  /// Changes the fingerprint: saved sessions and bases of another RoPE do not fit.
+  RopeOverrides rope = {};
+  ChatTemplateOptions chat_template = {};
 };
 
 /// An immutable loaded model; may be shared by sessions on several threads.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -38,10 +39,19 @@ struct ChatPrompt {
   std::vector<size_t> breaks;
 };
 
+/// In place of what the file says about chats.
+struct ChatTemplateOptions {
+  std::string source;  ///< Jinja, or "chatml"; empty: the file's
+  /// What the template reads beside the messages, each as JSON: {"enable_thinking", "false"}.
+  std::map<std::string, std::string> arguments = {};
+};
+
 class Tokenizer {
  public:
-  /// Reads only the vocabulary of the GGUF file. invalid_file if libllama refuses it.
-  static Result<std::unique_ptr<Tokenizer>> load(const std::string& gguf_path);
+  /// Reads only the vocabulary of the GGUF file. invalid_file if libllama refuses it; invalid_argument if
+  /// options give a template that does not parse.
+  static Result<std::unique_ptr<Tokenizer>> load(const std::string& gguf_path,
+                                                 const ChatTemplateOptions& options = {});
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
@@ -65,7 +75,7 @@ class Tokenizer {
   /// Bytes of text that one token covers at most; 0 if there is no bound (vocabularies that drop characters).
   int64_t max_token_bytes() const;
 
-  /// True if the file carries a chat template.
+  /// True if the file carries a chat template, or the options gave one.
   bool has_chat_template() const;
   /// The conversation as the model wants to read it (Jinja template of the file, through llama.cpp's common
   /// library). Falls back to ChatML if the file has none. invalid_argument if the template refuses the

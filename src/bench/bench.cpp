@@ -98,6 +98,7 @@ class Depth {
       po.n_ctx = room();
       po.n_threads = pointers_.front()->n_threads();
       po.kv = kv;
+      po.rope = model_->info().rope;
       Result<std::unique_ptr<LlamaPeer>> made = LlamaPeer::create(model_->path(), po);
       if (!made.ok()) return made.status();
       LlamaPeer* p = made->get();

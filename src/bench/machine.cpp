@@ -139,7 +139,16 @@ ModelWork work_of(const Plan& plan) {
     for (const LinearOp& l : layer.project.linears) add(l, work.flops_token);
     add(layer.out, work.flops_token);
     for (const LinearOp& l : layer.ffn.linears) add(l, work.flops_token);
-    add(layer.down, work.flops_token);
+    if (layer.experts) {  // of which a token reads those that it goes through, all of one shape
+      add(layer.experts.router, work.flops_token);
+      for (int64_t i = 0; i < layer.experts.spec.n_used; ++i) {
+        const ExpertOp& expert = layer.experts.all[static_cast<size_t>(i)];
+        for (const LinearOp& l : expert.gate_up) add(l, work.flops_token);
+        add(expert.down, work.flops_token);
+      }
+    } else {
+      add(layer.down, work.flops_token);
+    }
     work.flops_pair += 4.0 * static_cast<double>(layer.mix.attention.width_q());
   }
   add(plan.output.logits, work.flops_logits);

@@ -24,7 +24,8 @@ Result<MachineLimits> measure_machine(int n_threads);
 
 /// What a model makes the machine do.
 struct ModelWork {
-  int64_t weight_bytes = 0;  ///< of all matrices, as the file holds them: read once a token
+  int64_t weight_bytes =
+      0;  ///< of the matrices that a token goes through, as the file holds them: read once each
   /// Floating-point operations of a prompt of n tokens: products, causal attention, logits of one row.
   double prompt_flops(int64_t n) const;
 

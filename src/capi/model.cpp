@@ -12,7 +12,7 @@ constexpr size_t kFirstOptions = 16, kFirstInfo = 112;
 static_assert(sizeof(void*) != 8 ||
               (sizeof(narrows_model_options) >= kFirstOptions && sizeof(narrows_model_info) >= kFirstInfo));
 
-constexpr narrows_model_options default_options() {
+narrows_model_options default_options() {
   const LoadOptions o;
   return {sizeof(narrows_model_options), o.repack ? 1 : 0, o.float_weights ? 1 : 0};
 }

@@ -6,10 +6,12 @@
 #include <charconv>
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <random>
 
 #include "base/file.h"
 #include "base/utf8.h"
+#include "cli/output.h"
 #include "peer/llama_peer.h"
 
 namespace narrows::cli {
@@ -24,18 +26,102 @@ constexpr uint32_t kMaxSeed = 0xFFFFFFFE;  ///< libllama takes the number above 
 }  // namespace
 
 void ModelFlags::add_to(CLI::App& app) {
-  app.add_option("-m,--model", path, "GGUF file of the model")->required()->type_name("FILE");
+  app.add_option("-m,--model", path, "GGUF file of the model; of a split one any part")
+      ->required()
+      ->type_name("FILE");
   app.add_option(
          "--memory-mb", memory_mb,
          "most memory (MB) of weights, caches and what prompts and steps work in; what does not fit is "
          "refused before it begins (default: what the system has free)")
       ->type_name("N")
       ->check(whole_number(1, kMaxMegabytes));
+  using Scaling = RopeOverrides::Scaling;
+  static const std::map<std::string, Scaling> scalings = {
+      {"none", Scaling::none}, {"linear", Scaling::linear}, {"yarn", Scaling::yarn}};
+  app.add_option("--rope-scaling", rope.scaling,
+                 "none, linear or yarn (this and the next: default as the file says)")
+      ->type_name("KIND")
+      ->transform(CLI::CheckedTransformer(scalings).description(""));
+  CLI::Option* scale = app.add_option_function<double>(
+                              "--rope-scale", [this](double factor) { rope.freq_scale = 1 / factor; },
+                              "the context grows by this factor: 1 / --rope-freq-scale")
+                           ->type_name("X")
+                           ->check(CLI::Range(1e-6, 1e6));
+  app.add_option("--rope-freq-base", rope.freq_base, "base of RoPE's frequencies")
+      ->type_name("X")
+      ->check(CLI::Range(1e-3, 1e15));
+  app.add_option("--rope-freq-scale", rope.freq_scale, "factor on RoPE's frequencies")
+      ->type_name("X")
+      ->check(CLI::Range(1e-6, 1e6))
+      ->excludes(scale);
+  app.add_option("--yarn-orig-ctx", rope.yarn_orig_ctx, "YaRN: context that the model was trained with")
+      ->type_name("N")
+      ->check(whole_number(1, kMaxContext));
+  app.add_option("--yarn-ext-factor", rope.yarn_ext_factor,
+                 "YaRN: share of extrapolation; 0: interpolates alone")
+      ->type_name("X")
+      ->check(CLI::Range(0.0, 1e3));
+  app.add_option("--yarn-attn-factor", rope.yarn_attn_factor, "YaRN: factor on queries and keys")
+      ->type_name("X")
+      ->check(CLI::Range(1e-6, 1e6));
+  app.add_option("--yarn-beta-slow", rope.yarn_beta_slow, "YaRN: waves of fewer turns are interpolated")
+      ->type_name("X")
+      ->check(CLI::Range(0.0, 1e6));
+  app.add_option("--yarn-beta-fast", rope.yarn_beta_fast, "YaRN: waves of more turns are left as they are")
+      ->type_name("X")
+      ->check(CLI::Range(0.0, 1e6));
 }
 
-Result<std::shared_ptr<const Model>> ModelFlags::load(const LoadOptions& options) const {
+void ModelFlags::add_template_to(CLI::App& app) {
+  CLI::Option* source = app.add_option("--chat-template", template_source,
+                                       "chat template in place of the file's: Jinja, or chatml")
+                            ->type_name("TEXT");
+  app.add_option("--chat-template-file", template_file, "the same from a file")
+      ->type_name("FILE")
+      ->excludes(source);
+  app.add_option("--chat-template-kwargs", template_arguments,
+                 R"(what the template reads beside the messages: {"enable_thinking": false}, say)")
+      ->type_name("JSON");
+}
+
+Result<ChatTemplateOptions> ModelFlags::chat_template() const {
+  ChatTemplateOptions options{template_source, {}};
+  if (!template_file.empty()) {
+    Result<std::string> text = read_text_file(template_file);
+    if (!text.ok()) return text.status();
+    if (text->empty())
+      return Status(StatusCode::invalid_argument,
+                    fmt::format("{} is empty, it should hold a chat template", quote(template_file)));
+    options.source = std::move(*text);
+  }
+  if (template_arguments.empty()) return options;
+  const auto fields = nlohmann::json::parse(template_arguments, nullptr, false);
+  if (!fields.is_object()) {
+    return Status(
+        StatusCode::invalid_argument,
+        fmt::format("--chat-template-kwargs must be a JSON object, not {}", quote(template_arguments)));
+  }
+  for (const auto& [name, value] : fields.items()) options.arguments[name] = value.dump();
+  return options;
+}
+
+Result<std::shared_ptr<const Model>> ModelFlags::load(
+    LoadOptions options, const std::function<void(const std::string&)>& warn) const {
   set_memory_limit(memory_mb.value_or(0) * kMegabyte);
-  return Model::load(path, options);
+  Result<ChatTemplateOptions> chat = chat_template();
+  if (!chat.ok()) return chat.status();
+  options.rope = rope;
+  options.chat_template = std::move(*chat);
+  Result<std::shared_ptr<const Model>> model = Model::load(path, options);
+  if (!model.ok()) return model;
+  for (const std::string& warning : (*model)->info().warnings) {
+    if (warn) {
+      warn(warning);
+    } else {
+      note("[warning: " + warning + "]");
+    }
+  }
+  return model;
 }
 
 CLI::Validator whole_number(int64_t low, int64_t high) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,10 +17,21 @@ namespace narrows::cli {
 struct ModelFlags {
   std::string path;
   std::optional<int64_t> memory_mb;
+  RopeOverrides rope;
+  std::string template_source;
+  std::string template_file;
+  std::string template_arguments;
 
+  /// -m and the flags of RoPE.
   void add_to(CLI::App& app);
-  /// Limits the process's memory too.
-  Result<std::shared_ptr<const Model>> load(const LoadOptions& options = {}) const;
+  /// Those of the chat template, for commands that chat.
+  void add_template_to(CLI::App& app);
+  /// Limits the process's memory too. What the model warns of goes to standard error, or to `warn`.
+  Result<std::shared_ptr<const Model>> load(LoadOptions options = {},
+                                            const std::function<void(const std::string&)>& warn = {}) const;
+
+ private:
+  Result<ChatTemplateOptions> chat_template() const;
 };
 
 struct SessionFlags {

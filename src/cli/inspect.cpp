@@ -73,17 +73,23 @@ Result<std::vector<LayerSpectrum>> spectrum_of(const Model& model, const std::st
   return key_spectrum(model, *tokens, n_threads, bar.callback());
 }
 
+std::string feed_forward(const ModelInfo& m) {
+  if (m.n_expert == 0) return fmt::format("feed-forward {}", m.n_ff);
+  return fmt::format("{} experts of feed-forward {}, {} of them a token", m.n_expert, m.n_ff,
+                     m.n_expert_used);
+}
+
 std::string text_report(const ModelInfo& m, int64_t context, const std::vector<CacheSize>& sizes,
                         const std::vector<LayerSpectrum>& spectrum) {
   std::string out = fmt::format(
       "model      {} ({}), {} of weights, fingerprint {}\n"
-      "shape      {} layers of width {}, {} query heads and {} key/value heads of {}, feed-forward {}, "
+      "shape      {} layers of width {}, {} query heads and {} key/value heads of {}, {}, "
       "vocabulary {}\n"
       "made for   {} tokens of context\n\n"
       "cache at {} tokens\n{:<12}{:>14}{:>14}{:>10}\n",
       m.name.empty() ? "without a name" : m.name, m.architecture, human_bytes(m.weight_bytes), m.fingerprint,
-      m.n_layer, m.n_embd, m.n_head, m.n_head_kv, m.head_dim, m.n_ff, m.n_vocab, m.n_ctx_train, context,
-      "profile", "whole", "bytes/token", "ratio");
+      m.n_layer, m.n_embd, m.n_head, m.n_head_kv, m.head_dim, feed_forward(m), m.n_vocab, m.n_ctx_train,
+      context, "profile", "whole", "bytes/token", "ratio");
   for (const CacheSize& size : sizes) {
     out += fmt::format("{:<12}{:>14}{:>14.1f}{:>10.2f}\n", size.profile, human_bytes(size.bytes),
                        size.bytes_a_token, size.compression);
@@ -110,6 +116,8 @@ std::string json_report(const ModelInfo& m, int64_t context, const std::vector<C
         {"n_layer", m.n_layer},
         {"n_embd", m.n_embd},
         {"n_ff", m.n_ff},
+        {"n_expert", m.n_expert},
+        {"n_expert_used", m.n_expert_used},
         {"n_head", m.n_head},
         {"n_head_kv", m.n_head_kv},
         {"head_dim", m.head_dim},

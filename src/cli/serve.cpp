@@ -201,7 +201,9 @@ Outcome serve(const ServeFlags& flags) {
        {"url", fmt::format("http://{}:{}", url_host(http.host), web.port())},
        {"keys", http.api_keys.size()},
        {"sessions", http.session_dir}});
-  Result<std::shared_ptr<const Model>> model = flags.model.load();
+  Result<std::shared_ptr<const Model>> model = flags.model.load({}, [&](const std::string& warning) {
+    say({{"event", "warning"}, {"message", warning}});
+  });
   if (!model.ok()) return model.status();
   Result<std::unique_ptr<server::Scheduler>> scheduler =
       server::Scheduler::create(*model, scheduling, &web.metrics());
@@ -230,6 +232,7 @@ Command make_serve_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("serve", "Serve the model over HTTP, as OpenAI's API does");
   auto flags = std::make_shared<ServeFlags>();
   flags->model.add_to(*command);
+  flags->model.add_template_to(*command);
   command->add_option("--host", flags->http.host, "address to listen on")
       ->type_name("ADDRESS")
       ->capture_default_str();

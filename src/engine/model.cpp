@@ -1,8 +1,12 @@
 // Model::load: file -> spec -> weights -> plan, and the tokenizer of the same file.
+#include <fmt/format.h>
+
 #include <mutex>
 
+#include "base/checksum.h"
 #include "engine/model_parts.h"
 #include "gguf/gguf_file.h"
+#include "model/rope_override.h"
 #include "narrows/engine.h"
 #include "text/llama_log.h"
 
@@ -15,6 +19,33 @@ const ModelInfo& Model::info() const { return impl_->info; }
 const Tokenizer& Model::tokenizer() const { return *impl_->tokenizer; }
 const std::string& Model::path() const { return impl_->path; }
 
+namespace {
+
+/// Tells models apart, and the same model with another RoPE: its caches are others.
+std::string with_overrides(const std::string& fingerprint, const RopeOverrides& rope) {
+  const std::string what = describe(rope);
+  if (what.empty()) return fingerprint;
+  Checksum sum;
+  sum.add(fingerprint.data(), fingerprint.size());
+  sum.add(what.data(), what.size());
+  return fmt::format("{:016x}", sum.value());
+}
+
+/// What libllama's log says at load, where nobody sees it.
+std::vector<std::string> warnings_about(const GgufFile& file) {
+  std::vector<std::string> all;
+  const auto kind = file.text("tokenizer.ggml.model"), pre = file.text("tokenizer.ggml.pre");
+  if (kind.ok() && kind->has_value() && **kind == "gpt2" && !(pre.ok() && pre->has_value())) {
+    all.push_back(
+        fmt::format("{}: metadata tokenizer.ggml.pre is missing, so that the text may be cut into "
+                    "other tokens than the model was trained with; get a newer conversion of it",
+                    file.path()));
+  }
+  return all;
+}
+
+}  // namespace
+
 Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const LoadOptions& options) {
   // ggml and libllama fill tables of their own at first use; one load at a time leaves nobody reading a
   // half-made one.
@@ -25,19 +56,24 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   if (!file.ok()) return file.status();
   Result<ModelSpec> spec = read_spec(*file);
   if (!spec.ok()) return spec.status();
+  if (Status s = override_rope(options.rope, *spec); !s.ok()) return s;
   Result<std::string> fingerprint = file->fingerprint();
   if (!fingerprint.ok()) return fingerprint.status();
 
   auto model = std::make_unique<Impl>();
-  model->path = path;
+  model->path = file->path();
   ModelInfo& info = model->info;
   const AttentionSpec& attention = spec->layers.front().attention;
   info.architecture = spec->architecture;
   info.name = spec->name;
-  info.fingerprint = *fingerprint;
+  info.fingerprint = with_overrides(*fingerprint, options.rope);
+  info.rope = options.rope;
+  info.warnings = warnings_about(*file);
   info.n_layer = spec->n_layer();
   info.n_embd = spec->n_embd;
   info.n_ff = spec->layers.front().ffn.n_ff;
+  info.n_expert = spec->layers.front().ffn.experts.n_expert;
+  info.n_expert_used = spec->layers.front().ffn.experts.n_used;
   info.n_head = attention.n_head;
   info.n_head_kv = attention.n_head_kv;
   info.head_dim = attention.head_dim;
@@ -48,7 +84,7 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *spec, options);
   if (!weights.ok()) return weights.status();
   model->parts = std::make_unique<const ModelParts>(std::move(*weights));
-  Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(path);
+  Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(model->path, options.chat_template);
   if (!tokenizer.ok()) return tokenizer.status();
   model->tokenizer = std::move(*tokenizer);
   // Weights and vocabulary were read one after another: of one file, if it is still as it was.

@@ -62,8 +62,8 @@ class Peers {
       if (kv != "f16") wanted.emplace_back(kv, true);
     }
     for (const auto& [kv, flash] : wanted) {
-      Result<std::unique_ptr<LlamaPeer>> made =
-          LlamaPeer::create(model.path(), {options.context + options.tokens, n_threads, kv, flash});
+      Result<std::unique_ptr<LlamaPeer>> made = LlamaPeer::create(
+          model.path(), {options.context + options.tokens, n_threads, kv, flash, model.info().rope});
       if (!made.ok()) return made.status();
       peers_.push_back({std::move(*made), kv, {}, {}});
     }

@@ -17,6 +17,7 @@
 #include "base/utf8.h"
 #include "gguf.h"
 #include "gguf/header_fault.h"
+#include "gguf/split_name.h"
 
 namespace narrows {
 
@@ -25,6 +26,9 @@ namespace {
 /// Metadata of a 405B model with its vocabulary is about 20 MB; the tensor table of the largest known model
 /// has a few thousand rows. Beyond this a file is taken for garbage before ggml allocates for it.
 constexpr int64_t kMaxTensors = 1 << 20;
+
+/// Files of one model; each takes a descriptor. The largest known models come in some 50.
+constexpr int64_t kMaxParts = 512;
 
 Status bad(const std::string& path, const std::string& what) {
   return {StatusCode::invalid_file, fmt::format("{}: {}", path, what)};
@@ -59,10 +63,24 @@ GgufFile& GgufFile::operator=(GgufFile&& other) noexcept {
   std::swap(fd_, other.fd_);
   std::swap(gguf_, other.gguf_);
   std::swap(tensors_, other.tensors_);
+  std::swap(parts_, other.parts_);
   return *this;
 }
 
 Result<GgufFile> GgufFile::open(const std::string& path) {
+  Result<GgufFile> file = open_one(path);
+  if (!file.ok()) return file;
+  const Result<int64_t> count = file->part_count();
+  if (!count.ok()) return count.status();
+  if (*count > 1) {
+    file = open_parts(std::move(*file), *count);
+    if (!file.ok()) return file;
+  }
+  if (Status s = file->check_names(); !s.ok()) return s;
+  return file;
+}
+
+Result<GgufFile> GgufFile::open_one(const std::string& path) {
   GgufFile file;
   file.path_ = path;
   file.fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would wait for its writer
@@ -91,7 +109,6 @@ Result<GgufFile> GgufFile::open(const std::string& path) {
                                       "the file again");
   }
   if (Status s = file.unchanged_under_its_name(); !s.ok()) return s;  // ggml opened it by its name
-  if (Status s = file.check_part(); !s.ok()) return s;
   if (Status s = file.check_tensors(); !s.ok()) return s;
   return file;
 }
@@ -111,34 +128,91 @@ Status GgufFile::changed(const Stamp& now) const {
                           : std::string("its time of change is another"))};
 }
 
-Status GgufFile::unchanged() const {
+Status GgufFile::changed_at(bool by_name) const {
   struct stat info {};
-  if (fstat(fd_, &info) != 0)
+  if ((by_name ? ::stat(path_.c_str(), &info) : fstat(fd_, &info)) != 0)
     return {StatusCode::io_error, fmt::format("{}: cannot be read: {}", path_, std::strerror(errno))};
-  return changed(stamp_of(info));
+  if (Status s = changed(stamp_of(info)); !s.ok()) return s;
+  for (const GgufFile& part : parts_) {
+    if (Status s = part.changed_at(by_name); !s.ok()) return s;
+  }
+  return {};
 }
 
-Status GgufFile::unchanged_under_its_name() const {
-  struct stat info {};
-  if (::stat(path_.c_str(), &info) != 0)
-    return {StatusCode::io_error, fmt::format("{}: cannot be read: {}", path_, std::strerror(errno))};
-  return changed(stamp_of(info));
+Status GgufFile::unchanged() const { return changed_at(false); }
+
+Status GgufFile::unchanged_under_its_name() const { return changed_at(true); }
+
+/// 0 if it is missing.
+Result<int64_t> GgufFile::split_key(const char* key, int64_t low, int64_t high) const {
+  const Result<std::optional<int64_t>> value = integer(key);
+  if (!value.ok()) return value.status();
+  if (!value->has_value()) return int64_t{0};
+  if (**value < low || **value > high)
+    return bad(path_, fmt::format("metadata {} = {} is not between {} and {}", key, **value, low, high));
+  return **value;
 }
 
-Status GgufFile::check_part() const {
-  const Result<std::optional<int64_t>> count = integer("split.count"), number = integer("split.no");
-  if (!count.ok() || !count->has_value() || **count <= 1) return {};
-  const std::string which = number.ok() && number->has_value() ? fmt::format(" {}", **number + 1) : "";
-  return bad(path_, fmt::format("is part{} of {} of a split model; join them with llama-gguf-split --merge "
-                                "FIRST-PART WHOLE.gguf and give the whole",
-                                which, **count));
+/// Files of the model; joined ones may still say 0 or 1, and what is no number means nothing.
+Result<int64_t> GgufFile::part_count() const {
+  return integer("split.count").ok() ? split_key("split.count", 0, kMaxParts) : Result<int64_t>(int64_t{0});
+}
+
+/// All `count` parts, of which one is open.
+Result<GgufFile> GgufFile::open_parts(GgufFile opened, int64_t count) {
+  const Result<int64_t> own = opened.split_key("split.no", 0, count - 1);
+  if (!own.ok()) return own.status();
+  const std::string path = opened.path_;
+  std::vector<GgufFile> parts;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == *own) {
+      parts.push_back(std::move(opened));
+      continue;
+    }
+    const std::optional<std::string> name = part_beside(path, *own, i, count);
+    if (!name) {
+      return bad(path,
+                 fmt::format("is part {0} of {1} of a split model, but its name does not end in "
+                             "-{0:05}-of-{1:05}.gguf, so that the others cannot be found; give the parts "
+                             "their names back, or join them with llama-gguf-split --merge",
+                             *own + 1, count));
+    }
+    Result<GgufFile> part = open_one(*name);
+    if (!part.ok()) {
+      return Status(part.status().code(), fmt::format("{} (part {} of {}; all parts must lie in one folder)",
+                                                      part.status().message(), i + 1, count));
+    }
+    const Result<int64_t> its_count = part->part_count(), number = part->split_key("split.no", 0, count - 1);
+    if (!its_count.ok()) return its_count.status();
+    if (!number.ok()) return number.status();
+    if (*its_count != count || *number != i)
+      return bad(*name, fmt::format("says that it is part {} of {}, not {} of {} as its name does: the parts "
+                                    "are not of one model",
+                                    *number + 1, *its_count, i + 1, count));
+    parts.push_back(std::move(*part));
+  }
+  GgufFile whole = std::move(parts.front());
+  for (size_t i = 1; i < parts.size(); ++i) {
+    for (TensorEntry& t : parts[i].tensors_) {
+      t.part = i;
+      whole.tensors_.push_back(t);
+    }
+    whole.parts_.push_back(std::move(parts[i]));
+  }
+  const Result<int64_t> n_tensor = whole.split_key("split.tensors.count", 1, kMaxTensors);
+  if (!n_tensor.ok()) return n_tensor.status();
+  if (*n_tensor != 0 && *n_tensor != static_cast<int64_t>(whole.tensors_.size()))
+    return bad(whole.path_,
+               fmt::format("is split into parts with {} tensors and should have {}: the parts are "
+                           "not of one model",
+                           whole.tensors_.size(), *n_tensor));
+  return whole;
 }
 
 Status GgufFile::check_tensors() {
   const int64_t n = gguf_get_n_tensors(gguf_);
   if (n > kMaxTensors) return bad(path_, fmt::format("claims {} tensors, which no model has", n));
   const auto data_offset = static_cast<int64_t>(gguf_get_data_offset(gguf_));
-  std::set<std::string_view> names;
   tensors_.reserve(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     TensorEntry t;
@@ -159,6 +233,11 @@ Status GgufFile::check_tensors() {
     }
     tensors_.push_back(std::move(t));
   }
+  return {};
+}
+
+Status GgufFile::check_names() const {
+  std::set<std::string_view> names;
   for (const TensorEntry& t : tensors_) {
     if (!names.insert(t.name).second)
       return bad(path_, fmt::format("holds two tensors named {}", quote(t.name)));
@@ -250,21 +329,32 @@ Status GgufFile::read(int64_t offset, int64_t n, void* into) const {
   return {};
 }
 
+Status GgufFile::read(const TensorEntry& t, int64_t from, int64_t n, void* into) const {
+  return (t.part == 0 ? *this : parts_[t.part - 1]).read(t.offset + from, n, into);
+}
+
 Result<std::string> GgufFile::fingerprint() const {
   constexpr int64_t kSample = 4096;
   Fnv fnv;
   std::vector<char> buffer(1 << 20);
-  const auto header = std::min(static_cast<int64_t>(gguf_get_data_offset(gguf_)), size_);
-  for (int64_t at = 0; at < header;) {
-    const int64_t n = std::min<int64_t>(header - at, static_cast<int64_t>(buffer.size()));
-    if (Status s = read(at, n, buffer.data()); !s.ok()) return s;
-    fnv.add(buffer.data(), static_cast<size_t>(n));
-    at += n;
+  const auto add_header = [&](const GgufFile& file) -> Status {
+    const auto header = std::min(static_cast<int64_t>(gguf_get_data_offset(file.gguf_)), file.size_);
+    for (int64_t at = 0; at < header;) {
+      const int64_t n = std::min<int64_t>(header - at, static_cast<int64_t>(buffer.size()));
+      if (Status s = file.read(at, n, buffer.data()); !s.ok()) return s;
+      fnv.add(buffer.data(), static_cast<size_t>(n));
+      at += n;
+    }
+    return {};
+  };
+  if (Status s = add_header(*this); !s.ok()) return s;
+  for (const GgufFile& part : parts_) {
+    if (Status s = add_header(part); !s.ok()) return s;
   }
   for (const TensorEntry& t : tensors_) {
     const int64_t n = std::min(t.bytes, kSample);
-    for (const int64_t at : {t.offset, t.offset + t.bytes - n}) {
-      if (Status s = read(at, n, buffer.data()); !s.ok()) return s;
+    for (const int64_t at : {int64_t{0}, t.bytes - n}) {
+      if (Status s = read(t, at, n, buffer.data()); !s.ok()) return s;
       fnv.add(buffer.data(), static_cast<size_t>(n));
     }
   }

@@ -12,7 +12,7 @@
 namespace narrows {
 
 struct Matrix {
-  std::string name;  ///< of the file's (first) tensor
+  std::string name;  ///< of the file's (first) tensor; an expert's with its number
   TensorType type = TensorType::f32;
   int64_t n_in = 0;
   int64_t n_out = 0;  ///< 0: there is no such matrix

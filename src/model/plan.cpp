@@ -10,6 +10,16 @@ ProjectStage project(const NormOp& norm, std::vector<LinearOp> linears) {
   return stage;
 }
 
+ExpertsStage experts_of(const LayerWeights& w, const ExpertSpec& spec) {
+  ExpertsStage stage{spec, {&w.router, nullptr}, {}};
+  for (const ExpertWeights& e : w.experts) {
+    std::vector<LinearOp> gate_up = {{&e.gate_up, nullptr}};
+    if (!e.gate_up) gate_up = {{&e.gate, nullptr}, {&e.up, nullptr}};
+    stage.all.push_back({std::move(gate_up), {&e.down, nullptr}});
+  }
+  return stage;
+}
+
 }  // namespace
 
 Plan make_plan(const ModelWeights& weights) {
@@ -27,12 +37,17 @@ Plan make_plan(const ModelWeights& weights) {
     l.mix = {spec.layer(i).attention, norm(w.q_norm), norm(w.k_norm)};
     l.out = {&w.wo, w.bo};
     l.out_norm = norm(w.attn_post_norm);
-    std::vector<LinearOp> gate_up = {{&w.gate_up, nullptr}};
-    if (!w.gate_up) gate_up = {{&w.gate, w.b_gate}, {&w.up, w.b_up}};
-    l.ffn = project(norm(w.ffn_norm), std::move(gate_up));
     l.n_ff = spec.layer(i).ffn.n_ff;
     l.activation = spec.layer(i).ffn.activation;
-    l.down = {&w.down, w.b_down};
+    if (w.experts.empty()) {
+      std::vector<LinearOp> gate_up = {{&w.gate_up, nullptr}};
+      if (!w.gate_up) gate_up = {{&w.gate, w.b_gate}, {&w.up, w.b_up}};
+      l.ffn = project(norm(w.ffn_norm), std::move(gate_up));
+      l.down = {&w.down, w.b_down};
+    } else {
+      l.ffn = project(norm(w.ffn_norm), {});
+      l.experts = experts_of(w, spec.layer(i).ffn.experts);
+    }
     l.down_norm = norm(w.ffn_post_norm);
     plan.layers.push_back(std::move(l));
   }

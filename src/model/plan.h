@@ -7,6 +7,13 @@
 //   ffn       act = activation(gate) * up of W norm(x) + b
 //   down      x += norm(W act + b), or without a norm
 //
+// of which the last two are, where a layer has experts,
+//
+//   ffn       act_e = weight_e * activation(gate_e) * up_e of norm(x), for the experts e that softmax(W
+//   norm(x))
+//             chooses
+//   down      x += sum of W_e act_e
+//
 // and the logits are W norm(x) + b. An executor (exec/executor.h) maps a stage to whatever its device does
 // best.
 #pragma once
@@ -44,17 +51,32 @@ struct MixStage {
   NormOp k_norm;
 };
 
+struct ExpertOp {
+  std::vector<LinearOp> gate_up;  ///< one matrix of both or two
+  LinearOp down;
+};
+
+/// In place of a layer's ffn.linears and down.
+struct ExpertsStage {
+  ExpertSpec spec;
+  LinearOp router;
+  std::vector<ExpertOp> all;  ///< [n_expert]; empty: the layer has none
+
+  explicit operator bool() const { return !all.empty(); }
+};
+
 struct LayerPlan {
   int64_t index = 0;
   ProjectStage project;  ///< q, k, v
   MixStage mix;
   LinearOp out;
   NormOp out_norm;   ///< null: none
-  ProjectStage ffn;  ///< gate, up: one matrix of both or two
+  ProjectStage ffn;  ///< gate, up: one matrix of both or two; its norm alone if there are experts
+  ExpertsStage experts;
   Activation activation = Activation::silu;
   LinearOp down;
   NormOp down_norm;  ///< null: none
-  int64_t n_ff = 0;
+  int64_t n_ff = 0;  ///< of an expert, if there are such
 };
 
 struct OutputPlan {

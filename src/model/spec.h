@@ -28,17 +28,34 @@ struct AttentionSpec {
 
 enum class Activation { silu, gelu };  ///< gelu: its tanh form
 
+/// Many small feed-forwards in place of one: a router [n_expert] says which of them a row goes through and
+/// what each weighs; together they give the sum of weight * expert(x). Weights are the softmax over all of
+/// the router's outputs, of which the n_used largest count.
+struct ExpertSpec {
+  int64_t n_expert = 0;  ///< 0: there is one feed-forward, without a router
+  int64_t n_used = 0;
+  bool normalised = true;  ///< weights of those that count add up to `scale`
+  float scale = 1;         ///< on all weights
+
+  explicit operator bool() const { return n_expert > 0; }
+};
+
 /// Gated feed-forward: down (activation(gate x) * up x).
 struct FfnSpec {
-  int64_t n_ff = 0;
+  int64_t n_ff = 0;  ///< of an expert, where there are such
   Activation activation = Activation::silu;
+  ExpertSpec experts;
 };
 
 struct LayerSpec {
   AttentionSpec attention;
   FfnSpec ffn;
-  bool post_norms = false;  ///< what attention and the feed-forward give is normed before it is added
+  bool post_norms = false;  ///< what attention and the (one) feed-forward give is normed before it is added
 };
+
+/// Seven times the longest context of any model (10M); RoPE's table grows with it and stays below 140 MB at
+/// head_dim 128.
+inline constexpr int64_t kMaxContext = int64_t{1} << 26;
 
 struct ModelSpec {
   std::string architecture;
@@ -70,8 +87,8 @@ std::vector<kernels::RopeTable> rope_tables(const ModelSpec& spec, int64_t n_ctx
 /// Architectures that this build runs.
 const std::vector<std::string>& supported_architectures();
 
-/// unsupported: another architecture (the sentence lists ours), experts, RoPE kinds that we lack;
-/// invalid_file: a key missing, of a wrong type or with an impossible value.
+/// unsupported: another architecture (the sentence lists ours), experts where it has none, RoPE kinds that we
+/// lack; invalid_file: a key missing, of a wrong type or with an impossible value.
 Result<ModelSpec> read_spec(const GgufFile& file);
 
 }  // namespace narrows

@@ -19,15 +19,30 @@ namespace {
 /// Room for graph buffers, logits and the program itself beside the weights.
 constexpr int64_t kMemoryMargin = int64_t{256} << 20;
 
+/// Rows [first, first + n) of a tensor of the file; of three dimensions, those of one matrix after another.
+struct Rows {
+  const TensorEntry* of = nullptr;
+  bool reorder = false;  ///< from neighbour to halves order
+  int64_t first = 0;
+  int64_t n = 0;
+
+  Rows(const TensorEntry* t, bool reordered = false) : of(t), reorder(reordered), n(t->n_row()) {}
+  Rows(const TensorEntry* t, int64_t first_row, int64_t n_row) : of(t), first(first_row), n(n_row) {}
+  int64_t n_in() const { return of->ne[0]; }
+  int64_t bytes() const { return n * of->row_bytes(); }
+  int64_t begin() const { return first * of->row_bytes(); }  ///< byte of the tensor
+};
+
 /// A matrix or vector to be made out of rows of one or more tensors of the file.
 struct Wanted {
-  Matrix* matrix = nullptr;               ///< one of the two
-  const float** vector = nullptr;         ///< norms and biases: one dimension, always float32
-  std::vector<const TensorEntry*> parts;  ///< rows one after another
-  std::vector<bool> reorder;              ///< a part whose rows go from neighbour to halves order
-  int64_t head_dim = 0;                   ///< of rows that are reordered
+  Matrix* matrix = nullptr;        ///< one of the two
+  const float** vector = nullptr;  ///< norms and biases: one dimension, always float32
+  std::vector<Rows> parts;         ///< one after another
+  int64_t head_dim = 0;            ///< of rows that are reordered
   int64_t n_rot = 0;
   int64_t at = 0;  ///< bytes before it in its array
+
+  const Rows& front() const { return parts.front(); }
 };
 
 /// Row `r` in halves order comes from row rope_source(r) of the file (neighbour order).
@@ -64,16 +79,19 @@ class WeightLoader {
     if (status_.ok()) status_ = std::move(s);
   }
 
-  /// The tensor of this name, checked; null if it is missing (an error unless optional).
-  const TensorEntry* take(const std::string& name, int64_t n_in, int64_t n_out, bool optional = false) {
+  /// The tensor of this name, checked; null if it is missing (an error unless optional). n_matrix: one for
+  /// each expert.
+  const TensorEntry* take(const std::string& name, int64_t n_in, int64_t n_out, bool optional = false,
+                          int64_t n_matrix = 1) {
     const TensorEntry* t = m_.file_.find(name);
     if (t == nullptr) {
       if (!optional) fail(bad(fmt::format("tensor {} is missing, get the file again", name)));
       return nullptr;
     }
     used_.insert(t->name);
-    if (t->ne[0] != n_in || t->ne[1] != n_out || t->ne[2] != 1 || t->ne[3] != 1) {
-      fail(bad(fmt::format("tensor {} is {} but should be [{}, {}]", name, describe_shape(*t), n_in, n_out)));
+    if (t->ne[0] != n_in || t->ne[1] != n_out || t->ne[2] != n_matrix || t->ne[3] != 1) {
+      fail(bad(fmt::format("tensor {} is {} but should be [{}, {}{}]", name, describe_shape(*t), n_in, n_out,
+                           n_matrix > 1 ? fmt::format(", {}", n_matrix) : "")));
       return nullptr;
     }
     if (!can_compute(t->type)) {
@@ -86,13 +104,13 @@ class WeightLoader {
   }
 
   void vector(const float** target, const TensorEntry* t) {
-    if (t != nullptr) wanted_.push_back({nullptr, target, {t}, {false}});
+    if (t != nullptr) wanted_.push_back({nullptr, target, {t}});
   }
   void vector(const float** target, const std::string& name, int64_t n, bool optional = false) {
     vector(target, take(name, n, 1, optional));
   }
   void matrix(Matrix* target, const TensorEntry* t) {
-    if (t != nullptr) wanted_.push_back({target, nullptr, {t}, {false}});
+    if (t != nullptr) wanted_.push_back({target, nullptr, {t}});
   }
 
   void declare_attention(int64_t i, LayerWeights& l) {
@@ -111,12 +129,11 @@ class WeightLoader {
     const bool all_biases = bq != nullptr && bk != nullptr && bv != nullptr;
     const bool no_bias = bq == nullptr && bk == nullptr && bv == nullptr;
     const auto want = [&](Matrix* m, const float** b, const TensorEntry* t, bool reorder) {
-      if (t != nullptr) wanted_.push_back({m, b, {t}, {reorder}, a.head_dim, n_rot});
+      if (t != nullptr) wanted_.push_back({m, b, {{t, reorder}}, a.head_dim, n_rot});
     };
     if (q->type == k->type && q->type == v->type && (all_biases || no_bias)) {
-      wanted_.push_back({&l.wqkv, nullptr, {q, k, v}, {turn, turn, false}, a.head_dim, n_rot});
-      if (all_biases)
-        wanted_.push_back({nullptr, &l.bqkv, {bq, bk, bv}, {turn, turn, false}, a.head_dim, n_rot});
+      wanted_.push_back({&l.wqkv, nullptr, {{q, turn}, {k, turn}, v}, a.head_dim, n_rot});
+      if (all_biases) wanted_.push_back({nullptr, &l.bqkv, {{bq, turn}, {bk, turn}, bv}, a.head_dim, n_rot});
     } else {
       want(&l.wq, nullptr, q, turn);
       want(&l.wk, nullptr, k, turn);
@@ -146,9 +163,8 @@ class WeightLoader {
     vector(&l.b_up, p + "ffn_up.bias", n_ff, true);
     const bool biases =
         m_.file_.find(p + "ffn_gate.bias") != nullptr || m_.file_.find(p + "ffn_up.bias") != nullptr;
-    // Of a joined matrix in tiles, both halves must begin with one.
-    if (gate->type == up->type && !biases && (!packing(*gate) || n_ff % kernels::kPackRows == 0)) {
-      wanted_.push_back({&l.gate_up, nullptr, {gate, up}, {false, false}});
+    if (!biases && joins(*gate, *up, n_ff)) {
+      wanted_.push_back({&l.gate_up, nullptr, {gate, up}});
     } else {
       matrix(&l.gate, gate);
       matrix(&l.up, up);
@@ -156,6 +172,35 @@ class WeightLoader {
     matrix(&l.down, take(p + "ffn_down.weight", n_ff, spec_.n_embd));
     vector(&l.b_down, p + "ffn_down.bias", spec_.n_embd, true);
     if (spec_.layer(i).post_norms) vector(&l.ffn_post_norm, p + "post_ffw_norm.weight", spec_.n_embd);
+  }
+
+  /// Of a joined matrix in tiles, both halves must begin with one.
+  bool joins(const TensorEntry& gate, const TensorEntry& up, int64_t n_ff) const {
+    return gate.type == up.type && (!packing(gate) || n_ff % kernels::kPackRows == 0);
+  }
+
+  void declare_experts(int64_t i, LayerWeights& l) {
+    const std::string p = fmt::format("blk.{}.", i);
+    const FfnSpec& ffn = spec_.layer(i).ffn;
+    const int64_t n_ff = ffn.n_ff, n_embd = spec_.n_embd, n_expert = ffn.experts.n_expert;
+    vector(&l.ffn_norm, p + "ffn_norm.weight", n_embd);
+    matrix(&l.router, take(p + "ffn_gate_inp.weight", n_embd, n_expert));
+    const TensorEntry* gate = take(p + "ffn_gate_exps.weight", n_embd, n_ff, false, n_expert);
+    const TensorEntry* up = take(p + "ffn_up_exps.weight", n_embd, n_ff, false, n_expert);
+    const TensorEntry* down = take(p + "ffn_down_exps.weight", n_ff, n_embd, false, n_expert);
+    if (gate == nullptr || up == nullptr || down == nullptr) return;
+    l.experts.resize(static_cast<size_t>(n_expert));
+    for (int64_t e = 0; e < n_expert; ++e) {
+      ExpertWeights& w = l.experts[static_cast<size_t>(e)];
+      const Rows gates(gate, e * n_ff, n_ff), ups(up, e * n_ff, n_ff);
+      if (joins(*gate, *up, n_ff)) {
+        wanted_.push_back({&w.gate_up, nullptr, {gates, ups}});
+      } else {
+        wanted_.push_back({&w.gate, nullptr, {gates}});
+        wanted_.push_back({&w.up, nullptr, {ups}});
+      }
+      wanted_.push_back({&w.down, nullptr, {Rows(down, e * n_embd, n_embd)}});
+    }
   }
 
   void declare() {
@@ -172,7 +217,11 @@ class WeightLoader {
     m_.layers_.resize(static_cast<size_t>(spec_.n_layer()));
     for (int64_t i = 0; i < spec_.n_layer() && status_.ok(); ++i) {
       declare_attention(i, m_.layers_[static_cast<size_t>(i)]);
-      declare_ffn(i, m_.layers_[static_cast<size_t>(i)]);
+      if (spec_.layer(i).ffn.experts) {
+        declare_experts(i, m_.layers_[static_cast<size_t>(i)]);
+      } else {
+        declare_ffn(i, m_.layers_[static_cast<size_t>(i)]);
+      }
     }
   }
 
@@ -180,7 +229,7 @@ class WeightLoader {
     if (t.type != TensorType::f32) return fail(bad("tensor rope_freqs.weight should be F32"));
     std::vector<float>& factors = rope.freq_factors;
     factors.resize(static_cast<size_t>(t.ne[0]));
-    if (Status s = m_.file_.read(t.offset, t.bytes, factors.data()); !s.ok()) return fail(std::move(s));
+    if (Status s = m_.file_.read(t, 0, t.bytes, factors.data()); !s.ok()) return fail(std::move(s));
     if (!std::all_of(factors.begin(), factors.end(), [](float f) { return f > 0 && f < 1e9F; })) {
       fail(bad("tensor rope_freqs.weight has a factor that is not positive"));
     }
@@ -205,21 +254,21 @@ class WeightLoader {
     return packing_of(t.type, t.ne[0]);
   }
   std::optional<kernels::Packing> packing(const Wanted& p) const {
-    return p.vector != nullptr ? std::nullopt : packing(*p.parts.front());
+    return p.vector != nullptr ? std::nullopt : packing(*p.front().of);
   }
 
   static int64_t n_out(const Wanted& p) {
     int64_t n = 0;
-    for (const TensorEntry* t : p.parts) n += p.vector != nullptr ? t->ne[0] : t->ne[1];
+    for (const Rows& r : p.parts) n += p.vector != nullptr ? r.n_in() : r.n;
     return n;
   }
 
   int64_t bytes_of(const Wanted& p) const {
     if (const auto kind = packing(p)) {
-      return kernels::pack_tiles(n_out(p)) * kernels::tile_bytes(*kind, p.parts.front()->ne[0]);
+      return kernels::pack_tiles(n_out(p)) * kernels::tile_bytes(*kind, p.front().n_in());
     }
     int64_t bytes = 0;
-    for (const TensorEntry* t : p.parts) bytes += to_f32(p) ? t->ne[0] * t->n_row() * 4 : t->bytes;
+    for (const Rows& r : p.parts) bytes += to_f32(p) ? r.n_in() * r.n * 4 : r.bytes();
     return bytes;
   }
 
@@ -259,9 +308,11 @@ class WeightLoader {
         *p.vector = m_.vectors_.data() + p.at / static_cast<int64_t>(sizeof(float));
         continue;
       }
-      const TensorEntry& first = *p.parts.front();
+      const TensorEntry& first = *p.front().of;
       const uint8_t* at = m_.matrices_.data() + p.at;
-      *p.matrix = {first.name, to_f32(p) ? TensorType::f32 : first.type, first.ne[0], n_out(p), {}, nullptr};
+      const std::string which = first.ne[2] > 1 ? fmt::format(" {}", p.front().first / p.front().n) : "";
+      *p.matrix = {
+          first.name + which, to_f32(p) ? TensorType::f32 : first.type, first.ne[0], n_out(p), {}, nullptr};
       if (const auto kind = packing(p)) {
         p.matrix->tiles = {*kind, first.ne[0], n_out(p), at};
       } else {
@@ -279,7 +330,8 @@ class WeightLoader {
   Status fill() {
     std::vector<char> raw, whole;
     for (const Wanted& p : wanted_) {
-      const bool in_order = std::none_of(p.reorder.begin(), p.reorder.end(), [](bool r) { return r; });
+      const bool in_order =
+          std::none_of(p.parts.begin(), p.parts.end(), [](const Rows& r) { return r.reorder; });
       const bool packs = packing(p).has_value();
       if (packs && in_order) {
         if (Status s = pack_from_file(p); !s.ok()) return s;
@@ -288,15 +340,14 @@ class WeightLoader {
       char* to = memory_of(p);
       if (packs) {
         int64_t bytes = 0;
-        for (const TensorEntry* t : p.parts) bytes += t->bytes;
+        for (const Rows& r : p.parts) bytes += r.bytes();
         whole.resize(static_cast<size_t>(bytes));
         to = whole.data();
       }
-      for (size_t i = 0; i < p.parts.size(); ++i) {
-        const TensorEntry& t = *p.parts[i];
-        raw.resize(static_cast<size_t>(t.bytes));
-        if (Status s = m_.file_.read(t.offset, t.bytes, raw.data()); !s.ok()) return s;
-        to += put(p, t, p.reorder[i], raw.data(), to);
+      for (const Rows& r : p.parts) {
+        raw.resize(static_cast<size_t>(r.bytes()));
+        if (Status s = m_.file_.read(*r.of, r.begin(), r.bytes(), raw.data()); !s.ok()) return s;
+        to += put(p, r, raw.data(), to);
       }
       if (packs) pack(p, 0, n_out(p), whole.data());
     }
@@ -305,21 +356,21 @@ class WeightLoader {
 
   /// Rows in the file's order, some at a time.
   Status pack_from_file(const Wanted& p) {
-    const int64_t row = p.parts.front()->row_bytes(), n = n_out(p);
+    const int64_t row = p.front().of->row_bytes(), n = n_out(p);
     const int64_t at_once =
         std::max<int64_t>(1, read_bytes_ / (row * kernels::kPackRows)) * kernels::kPackRows;
     std::vector<char> rows(static_cast<size_t>(std::min(at_once, n) * row));
     for (int64_t first = 0; first < n; first += at_once) {
       const int64_t end = std::min(first + at_once, n);
       int64_t part = 0;  // the part's first row
-      for (const TensorEntry* t : p.parts) {
-        const int64_t from = std::max(first, part), to = std::min(end, part + t->ne[1]);
+      for (const Rows& r : p.parts) {
+        const int64_t from = std::max(first, part), to = std::min(end, part + r.n);
         if (from < to) {
-          Status s = m_.file_.read(t->offset + (from - part) * row, (to - from) * row,
+          Status s = m_.file_.read(*r.of, r.begin() + (from - part) * row, (to - from) * row,
                                    rows.data() + (from - first) * row);
           if (!s.ok()) return s;
         }
-        part += t->ne[1];
+        part += r.n;
       }
       pack(p, first, end, rows.data());
     }
@@ -329,7 +380,7 @@ class WeightLoader {
   /// Rows [begin, end) of a wanted matrix in the file's blocks into its tiles; begin is a tile's first.
   void pack(const Wanted& p, int64_t begin, int64_t end, const char* rows) {
     const kernels::Packing kind = *packing(p);
-    const int64_t n_in = p.parts.front()->ne[0];
+    const int64_t n_in = p.front().n_in();
     const int64_t row = kernels::file_row_bytes(kind, n_in), tile = kernels::tile_bytes(kind, n_in);
     uint8_t* const to = m_.matrices_.data() + p.at;
     for (int64_t first = begin; first < end; first += kernels::kPackRows) {
@@ -342,20 +393,20 @@ class WeightLoader {
 
   /// Copies one part, converted and reordered; returns the bytes written. What moves is a row of a matrix, or
   /// one number of a vector.
-  int64_t put(const Wanted& p, const TensorEntry& t, bool reorder, const char* raw, char* to) const {
+  int64_t put(const Wanted& p, const Rows& part, const char* raw, char* to) const {
     std::vector<float> numbers;
-    int64_t bytes = t.bytes;
+    int64_t bytes = part.bytes();
     if (to_f32(p)) {
-      numbers.resize(static_cast<size_t>(t.ne[0] * t.n_row()));
-      to_float(t.type, raw, numbers.data(), static_cast<int64_t>(numbers.size()));
+      numbers.resize(static_cast<size_t>(part.n_in() * part.n));
+      to_float(part.of->type, raw, numbers.data(), static_cast<int64_t>(numbers.size()));
       raw = reinterpret_cast<const char*>(numbers.data());
       bytes = static_cast<int64_t>(numbers.size() * sizeof(float));
     }
-    if (!reorder) {
+    if (!part.reorder) {
       std::memcpy(to, raw, static_cast<size_t>(bytes));
       return bytes;
     }
-    const int64_t n_item = p.vector != nullptr ? t.ne[0] : t.ne[1], item = bytes / n_item;
+    const int64_t n_item = p.vector != nullptr ? part.n_in() : part.n, item = bytes / n_item;
     for (int64_t r = 0; r < n_item; ++r) {
       std::memcpy(to + r * item, raw + rope_source(r, p.head_dim, p.n_rot) * item, static_cast<size_t>(item));
     }

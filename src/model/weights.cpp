@@ -9,6 +9,12 @@ std::vector<const Matrix*> LayerWeights::matrices() const {
   for (const Matrix* m : {&wqkv, &wq, &wk, &wv, &wo, &gate_up, &gate, &up, &down}) {
     if (*m) all.push_back(m);
   }
+  if (router) all.push_back(&router);
+  for (const ExpertWeights& e : experts) {
+    for (const Matrix* m : {&e.gate_up, &e.gate, &e.up, &e.down}) {
+      if (*m) all.push_back(m);
+    }
+  }
   return all;
 }
 
@@ -20,8 +26,7 @@ Status ModelWeights::embed(std::span<const Token> tokens, float* out) const {
       return {StatusCode::invalid_argument,
               fmt::format("token {} is outside the vocabulary of {}", tokens[i], spec_.n_vocab)};
     }
-    if (Status s = file_.read(embedding_.offset + tokens[i] * row_bytes, row_bytes, row.data()); !s.ok())
-      return s;
+    if (Status s = file_.read(embedding_, tokens[i] * row_bytes, row_bytes, row.data()); !s.ok()) return s;
     float* x = out + static_cast<int64_t>(i) * spec_.n_embd;
     to_float(embedding_.type, row.data(), x, spec_.n_embd);
     if (spec_.embedding_scale != 1) {

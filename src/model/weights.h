@@ -1,7 +1,8 @@
 // The model's weights, one struct a layer. Pipeline step 1. Matrices of the quantised types of
 // kernels/packed_weights.h are held in its tiles; others in the file's rows, norms and biases as float32. q,
 // k, v (and gate, up) of one type are joined into one matrix: larger products for a prompt. Rows of q and k
-// are reordered where the file rotates neighbours.
+// are reordered where the file rotates neighbours. An expert is matrices of its own, cut out of the file's
+// tensors of all experts.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,13 @@
 #include "narrows/status.h"
 
 namespace narrows {
+
+/// One expert of a layer.
+struct ExpertWeights {
+  Matrix gate_up;   ///< [2 n_ff, n_embd], or empty and the two below
+  Matrix gate, up;  ///< [n_ff, n_embd]
+  Matrix down;      ///< [n_embd, n_ff]
+};
 
 /// Vectors are null and matrices empty where the model has none.
 struct LayerWeights {
@@ -42,6 +50,8 @@ struct LayerWeights {
   Matrix down;  ///< [n_embd, n_ff]
   const float* b_down = nullptr;
   const float* ffn_post_norm = nullptr;  ///< [n_embd]
+  Matrix router;                         ///< [n_expert, n_embd], and the experts in place of gate, up, down
+  std::vector<ExpertWeights> experts;
 
   /// All that it has.
   std::vector<const Matrix*> matrices() const;

@@ -29,6 +29,20 @@ struct LlamaPeer::Impl {
 
 namespace {
 
+void override_rope(const RopeOverrides& o, llama_context_params& cp) {
+  using Scaling = RopeOverrides::Scaling;
+  if (o.scaling == Scaling::none) cp.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_NONE;
+  if (o.scaling == Scaling::linear) cp.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_LINEAR;
+  if (o.scaling == Scaling::yarn) cp.rope_scaling_type = LLAMA_ROPE_SCALING_TYPE_YARN;
+  cp.rope_freq_base = static_cast<float>(o.freq_base);
+  cp.rope_freq_scale = static_cast<float>(o.freq_scale);
+  cp.yarn_orig_ctx = static_cast<uint32_t>(o.yarn_orig_ctx);
+  cp.yarn_ext_factor = static_cast<float>(o.yarn_ext_factor);
+  cp.yarn_attn_factor = static_cast<float>(o.yarn_attn_factor);
+  cp.yarn_beta_slow = static_cast<float>(o.yarn_beta_slow);
+  cp.yarn_beta_fast = static_cast<float>(o.yarn_beta_fast);
+}
+
 /// As llama.cpp's --cache-type-k takes them.
 constexpr std::array<ggml_type, 9> kKvTypes = {GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,
                                                GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
@@ -98,6 +112,7 @@ Result<std::unique_ptr<LlamaPeer>> LlamaPeer::create(const std::string& gguf_pat
       options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   cp.type_k = types->k;
   cp.type_v = types->v;
+  override_rope(options.rope, cp);
   impl->context = llama_init_from_model(impl->model, cp);
   if (impl->context == nullptr) {
     const std::string reason = llama_error();

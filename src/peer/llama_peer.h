@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "narrows/engine.h"
 #include "narrows/status.h"
 #include "narrows/text.h"
 
@@ -17,6 +18,7 @@ struct LlamaPeerOptions {
   int n_threads = 0;
   std::string kv = "f16";       ///< how its cache is kept, see kv_types(): of keys and values, or "q8_0/q4_0"
   bool flash_attention = true;  ///< its fast path; off: plain attention with float32 accumulators
+  RopeOverrides rope = {};
 };
 
 /// One llama_context. Not thread-safe.

@@ -61,11 +61,12 @@ common_chat_params apply(const Impl& impl, const ChatRequest& request, Purpose p
   common_chat_templates_inputs inputs;
   inputs.messages = messages_of(request, impl.template_caps.object_arguments);
   inputs.add_generation_prompt = request.add_generation_prompt;
-  inputs.chat_template_kwargs = request.arguments;
+  inputs.chat_template_kwargs = impl.template_arguments;
+  for (const auto& [name, value] : request.arguments) inputs.chat_template_kwargs[name] = value;
   // Without a parser, which costs a study of the template each time.
   inputs.force_pure_content = purpose == Purpose::prompt;
   if (request.continue_final) inputs.continue_final_message = COMMON_CHAT_CONTINUATION_AUTO;
-  if (request.enable_thinking) inputs.enable_thinking = *request.enable_thinking;
+  inputs.enable_thinking = request.enable_thinking.value_or(impl.enable_thinking);
   if (request.split_reasoning) inputs.reasoning_format = COMMON_REASONING_FORMAT_DEEPSEEK;
   inputs.parallel_tool_calls = request.parallel_tool_calls.value_or(impl.template_caps.parallel_calls);
   const bool format = purpose == Purpose::format;
@@ -257,18 +258,23 @@ std::string reason_in(std::string_view text) {
   return quote(text.substr(0, text.find('\n')), 200);
 }
 
+/// Throws if it cannot be read. source: empty for the file's own.
+void Tokenizer::Impl::use_template(const std::string& source) {
+  templates = common_chat_templates_init(model.get(), source);
+  const auto caps = common_chat_templates_get_caps(templates.get());
+  const auto can = [&](const char* what) { return caps.count(what) > 0 && caps.at(what); };
+  template_caps.tools = can("supports_tools");
+  template_caps.parallel_calls = can("supports_parallel_tool_calls");
+  template_caps.effort = can("supports_reasoning_effort");
+  template_caps.object_arguments = can("supports_object_arguments");
+}
+
 void Tokenizer::Impl::read_template() {
   const char* source = llama_model_chat_template(model.get(), nullptr);
   has_template = source != nullptr;
   if (!has_template) return;
   try {
-    templates = common_chat_templates_init(model.get(), "");
-    const auto caps = common_chat_templates_get_caps(templates.get());
-    const auto can = [&](const char* what) { return caps.count(what) > 0 && caps.at(what); };
-    template_caps.tools = can("supports_tools");
-    template_caps.parallel_calls = can("supports_parallel_tool_calls");
-    template_caps.effort = can("supports_reasoning_effort");
-    template_caps.object_arguments = can("supports_object_arguments");
+    use_template("");
   } catch (const std::exception&) {
     try {  // llama.cpp rethrows a sliced exception: parse once more for the reason
       const common_chat_template again(source, "", "");
@@ -276,6 +282,33 @@ void Tokenizer::Impl::read_template() {
     } catch (const std::exception& error) {
       template_error = reason_in(error.what());
     }
+  }
+}
+
+Status Tokenizer::Impl::take(const ChatTemplateOptions& options) {
+  template_arguments = options.arguments;
+  if (const auto thinking = template_arguments.find("enable_thinking");
+      thinking != template_arguments.end()) {
+    if (thinking->second != "true" && thinking->second != "false")
+      return {StatusCode::invalid_argument,
+              fmt::format("the chat template's enable_thinking is true or false, not {}",
+                          quote(thinking->second))};
+    enable_thinking = thinking->second == "true";
+  }
+  if (options.source.empty()) return {};
+  try {
+    use_template(options.source);
+    has_template = true;
+    template_error.clear();
+    return {};
+  } catch (const std::exception&) {
+    std::string reason = "no reason given";
+    try {  // as in read_template()
+      const common_chat_template again(options.source, "", "");
+    } catch (const std::exception& error) {
+      reason = reason_in(error.what());
+    }
+    return {StatusCode::invalid_argument, fmt::format("the chat template cannot be read ({})", reason)};
   }
 }
 

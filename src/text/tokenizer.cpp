@@ -17,7 +17,8 @@ namespace narrows {
 Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Tokenizer::~Tokenizer() = default;
 
-Result<std::unique_ptr<Tokenizer>> Tokenizer::load(const std::string& gguf_path) {
+Result<std::unique_ptr<Tokenizer>> Tokenizer::load(const std::string& gguf_path,
+                                                   const ChatTemplateOptions& options) {
   if (Status status = check_readable(gguf_path, /*regular=*/true); !status.ok()) return status;
   const LlamaAbortGuard guard;
   clear_llama_error();
@@ -38,6 +39,7 @@ Result<std::unique_ptr<Tokenizer>> Tokenizer::load(const std::string& gguf_path)
     }
     impl->special = SpecialTokens(impl->vocab);
     impl->read_template();
+    if (Status s = impl->take(options); !s.ok()) return s;
     std::unique_ptr<Tokenizer> tokenizer(new Tokenizer(std::move(impl)));
     const auto type = llama_vocab_type(tokenizer->impl_->vocab);
     if (type == LLAMA_VOCAB_TYPE_BPE || type == LLAMA_VOCAB_TYPE_SPM) {

@@ -4,6 +4,7 @@
 #include <chat.h>
 #include <llama.h>
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -38,11 +39,17 @@ struct Tokenizer::Impl {
   } template_caps;
   mutable std::once_flag thinks_once;
   mutable bool thinks = false;  ///< it has a place for thinking
+  /// Beside the messages, as JSON; enable_thinking, which llama.cpp knows by itself, apart from the others.
+  std::map<std::string, std::string> template_arguments;
+  bool enable_thinking = true;
   mutable std::once_flag pieces_once;
   mutable std::unique_ptr<SortedPieces> pieces;  ///< see sorted_pieces()
 
   /// A template that does not parse spoils chat, not the model: the error waits for apply_chat_template().
   void read_template();
+  void use_template(const std::string& source);
+  /// What options say in its place. invalid_argument.
+  Status take(const ChatTemplateOptions& options);
 };
 
 /// The line that says what is wrong: Jinja draws the template over many lines and ends with "Error: ..."; a

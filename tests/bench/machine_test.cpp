@@ -38,5 +38,18 @@ TEST(Machine, WorkOfAModel) {
   EXPECT_EQ(work.prompt_flops(3), 3 * work.flops_token + pairs + work.flops_logits);
 }
 
+// A token goes through a few of the experts.
+TEST(Machine, WorkOfExperts) {
+  TinyModel m;
+  m.architecture = "qwen3moe";
+  m.n_expert = 9;
+  m.n_used = 2;
+  const LoadedTiny loaded(m);
+  const ModelWork work = work_of(parts_of(*loaded.model).plan);
+  const int64_t layer = 64 * (64 + 2 * 32) + 64 * 64 + 64 * 9 + 2 * 3 * 64 * 128;
+  EXPECT_EQ(work.flops_token, 2.0 * 2 * static_cast<double>(layer));
+  EXPECT_EQ(work.weight_bytes, 4 * (2 * layer + 64 * kTinyVocab));
+}
+
 }  // namespace
 }  // namespace narrows::testing

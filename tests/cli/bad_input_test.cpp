@@ -82,6 +82,26 @@ TEST(BadInput, TasksOfQuestions) {
   expect_refusal(eval({"file", "-f", one, "--score", "bleu"}), 2, {"bleu", "rouge-l"});
 }
 
+TEST(BadInput, RopeAndChatTemplates) {
+  for (const Words& flags : {Words{"--rope-scaling", "longrope"},
+                             {"--rope-freq-base", "0"},
+                             {"--rope-freq-scale", "-1"},
+                             {"--rope-scale", "0"},
+                             {"--yarn-orig-ctx", "0"},
+                             {"--yarn-ext-factor", "-1"},
+                             {"--yarn-attn-factor", "x"},
+                             {"--yarn-beta-slow", "-2"},
+                             {"--yarn-beta-fast", "1e9"}})
+    expect_refusal(run_with(flags), 2, {flags[0]});
+  expect_refusal(run_with({"--rope-scale", "2", "--rope-freq-scale", "0.5"}), 2, {"--rope-scale"});
+  expect_refusal(run_with({"--chat-template", "x", "--chat-template-file", "y"}), 2, {"--chat-template"});
+  expect_refusal(run_with({"--chat-template-kwargs", "{"}), 2, {"--chat-template-kwargs", "JSON object"});
+  expect_refusal(run_with({"--chat-template-kwargs", "[1]"}), 2, {"JSON object"});
+  const TempDir dir;
+  expect_refusal(run_with({"--chat-template-file", dir.path("none")}), 2, {"none"});
+  expect_refusal(run_with({"--chat-template-file", dir.file("empty", "")}), 2, {"empty", "chat template"});
+}
+
 TEST(BadInput, Profiles) {
   expect_refusal(run_with({"--kv", "f17"}), 2,
                  {"'f17'", "f16, kivi-4, sals-25, kivi-2, klt, sals-12.5, klt-10x"});

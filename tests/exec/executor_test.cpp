@@ -2,7 +2,9 @@
 // row's numbers have the same bits whatever the other rows are, with any number of threads.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "engine/model_parts.h"
 #include "exec/cpu/cpu_executor.h"
@@ -73,6 +75,47 @@ Doubles project(const ProjectStage& stage, const Doubles& x) {
   return all;
 }
 
+Doubles activated(const LayerPlan& layer, const Doubles& gate_up) {
+  const auto n_ff = static_cast<size_t>(layer.n_ff);
+  Doubles act(n_ff);
+  for (size_t i = 0; i < n_ff; ++i) {
+    const double g = gate_up[i];
+    const double one = layer.activation == Activation::silu
+                           ? g / (1 + std::exp(-g))
+                           : g / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+    act[i] = one * gate_up[n_ff + i];
+  }
+  return act;
+}
+
+/// Of a row that is normed already.
+Doubles experts_in_double(const LayerPlan& layer, const Doubles& x) {
+  const ExpertsStage& stage = layer.experts;
+  const Doubles logits = product(stage.router, x);
+  std::vector<size_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+  double all = 0, chosen = 0;
+  for (size_t i = 0; i < order.size(); ++i) {
+    all += std::exp(logits[i]);
+    if (i < static_cast<size_t>(stage.spec.n_used)) chosen += std::exp(logits[order[i]]);
+  }
+  Doubles sum(x.size());
+  for (size_t i = 0; i < static_cast<size_t>(stage.spec.n_used); ++i) {
+    const ExpertOp& expert = stage.all[order[i]];
+    const double weight = std::exp(logits[order[i]]) / (stage.spec.normalised ? chosen : all) *
+                          static_cast<double>(stage.spec.scale);
+    Doubles gate_up;
+    for (const LinearOp& l : expert.gate_up) {
+      const Doubles y = product(l, x);
+      gate_up.insert(gate_up.end(), y.begin(), y.end());
+    }
+    const Doubles y = product(expert.down, activated(layer, gate_up));
+    for (size_t o = 0; o < sum.size(); ++o) sum[o] += weight * y[o];
+  }
+  return sum;
+}
+
 /// A row of the residual stream through a layer that mixes as TakeQueries does.
 Doubles layer_in_double(const LayerPlan& layer, Doubles x) {
   const auto add = [&](const Doubles& y) {
@@ -82,17 +125,11 @@ Doubles layer_in_double(const LayerPlan& layer, Doubles x) {
   q.resize(static_cast<size_t>(layer.mix.attention.width_q()));
   const auto post = [](const NormOp& norm, const Doubles& y) { return norm.weight ? normed(norm, y) : y; };
   add(post(layer.out_norm, product(layer.out, q)));
-  const Doubles gate_up = project(layer.ffn, x);
-  const auto n_ff = static_cast<size_t>(layer.n_ff);
-  Doubles act(n_ff);
-  for (size_t i = 0; i < n_ff; ++i) {
-    const double g = gate_up[i];
-    const double activated = layer.activation == Activation::silu
-                                 ? g / (1 + std::exp(-g))
-                                 : g / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
-    act[i] = activated * gate_up[n_ff + i];
+  if (layer.experts) {
+    add(experts_in_double(layer, normed(layer.ffn.norm, x)));
+    return x;
   }
-  add(post(layer.down_norm, product(layer.down, act)));
+  add(post(layer.down_norm, product(layer.down, activated(layer, project(layer.ffn, x)))));
   return x;
 }
 

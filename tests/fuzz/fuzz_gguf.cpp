@@ -87,6 +87,10 @@ std::vector<Seed> seeds() {
   scaled.tied_output = false;
   scaled.output_bias = true;
   models.push_back(scaled);
+  TinyModel experts = small("qwen3moe");
+  experts.n_expert = 4;
+  experts.n_used = 2;
+  models.push_back(experts);
   std::vector<Seed> all;
   for (const TinyModel& m : models) {
     const std::string bytes = m.bytes();

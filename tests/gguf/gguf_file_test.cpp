@@ -257,17 +257,125 @@ TEST_F(GgufFileTest, RefusesOtherVersions) {
   }
 }
 
-TEST_F(GgufFileTest, RefusesAPartOfASplitModel) {
+// --- split models
+// -------------------------------------------------------------------------------------------------
+
+class SplitModel : public GgufFileTest {
+ protected:
+  void refused_parts(const std::vector<std::string>& words) {
+    for (const std::string& path : paths_)
+      expect_refusal(status_of(GgufFile::open(path)), StatusCode::invalid_file, words);
+  }
+  /// Part i again, with other metadata.
+  void write_again(size_t i, const std::function<void(gguf_context*)>& edit) {
+    TinyModel m;
+    m.edit_metadata = [&](gguf_context* g) {
+      gguf_set_val_u16(g, "split.no", static_cast<uint16_t>(i));
+      gguf_set_val_u16(g, "split.count", 3);
+      edit(g);
+    };
+    m.edit_tensors = [&](std::vector<TinyTensor>& all) { all.resize(1); };
+    m.write(paths_[i]);
+  }
+
+  const TinyModel model_;
+  std::vector<std::string> paths_ = write_split(model_, dir_.path("m"), 3);
+};
+
+TEST_F(SplitModel, IsOpenedByAnyPart) {
+  const auto whole = GgufFile::open(model_.write(dir_.path("whole.gguf")));
+  ASSERT_TRUE(whole.ok());
+  std::vector<std::string> fingerprints;
+  for (const std::string& path : paths_) {
+    const auto split = GgufFile::open(path);
+    ASSERT_TRUE(split.ok()) << split.status().message();
+    EXPECT_EQ(split->path(), paths_.front());
+    EXPECT_EQ(*split->text("general.name").value(), "tiny");
+    ASSERT_EQ(split->tensors().size(), whole->tensors().size());
+    for (const TensorEntry& t : whole->tensors()) {
+      const TensorEntry* same = split->find(t.name);
+      ASSERT_NE(same, nullptr);
+      std::string want(static_cast<size_t>(t.bytes), '\0'), got = want, tail(4, '\0');
+      ASSERT_TRUE(whole->read(t, 0, t.bytes, want.data()).ok());
+      ASSERT_TRUE(split->read(*same, 0, t.bytes, got.data()).ok());
+      EXPECT_EQ(got, want) << t.name;
+      ASSERT_TRUE(split->read(*same, t.bytes - 4, 4, tail.data()).ok());
+      EXPECT_EQ(tail, want.substr(want.size() - 4));
+    }
+    EXPECT_TRUE(split->unchanged_under_its_name().ok());
+    fingerprints.push_back(split->fingerprint().value());
+  }
+  EXPECT_EQ(fingerprints[0], fingerprints[1]);
+  EXPECT_EQ(fingerprints[0], fingerprints[2]);
+  EXPECT_NE(fingerprints[0], whole->fingerprint().value());
+}
+
+TEST_F(SplitModel, OfOnePartOrNoneIsAnyFile) {
   TinyModel m;
-  uint16_t n_part = 3;
-  m.edit_metadata = [&](gguf_context* g) {
-    gguf_set_val_u16(g, "split.no", 1);
-    gguf_set_val_u16(g, "split.count", n_part);
-  };
-  refused(m.bytes(), {"part 2 of 3", "llama-gguf-split --merge"});
-  for (n_part = 0; n_part < 2; ++n_part) EXPECT_TRUE(open(m.bytes()).ok());  // as joined files have them
+  for (const uint16_t n_part : {uint16_t{0}, uint16_t{1}}) {  // as joined files have them
+    m.edit_metadata = [&](gguf_context* g) { gguf_set_val_u16(g, "split.count", n_part); };
+    EXPECT_TRUE(open(m.bytes()).ok());
+  }
   m.edit_metadata = [](gguf_context* g) { gguf_set_val_str(g, "split.count", "three"); };
   EXPECT_TRUE(open(m.bytes()).ok());
+}
+
+TEST_F(SplitModel, NoticesThatAnyPartIsOverwritten) {
+  const auto split = GgufFile::open(paths_[0]);
+  ASSERT_TRUE(split.ok());
+  ASSERT_TRUE(split->unchanged().ok());
+  const std::string same = "x";
+  ASSERT_EQ(::truncate(paths_[2].c_str(), 100), 0);
+  expect_refusal(split->unchanged(), StatusCode::io_error, {"m-00003-of-00003.gguf", "overwritten"});
+  const TensorEntry& last = split->tensors().back();
+  std::string content(static_cast<size_t>(last.bytes), '\0');
+  EXPECT_EQ(split->read(last, 0, last.bytes, content.data()).code(), StatusCode::io_error);
+}
+
+TEST_F(SplitModel, SaysWhichPartIsMissingOrWrong) {
+  ASSERT_EQ(::rename(paths_[1].c_str(), dir_.path("elsewhere").c_str()), 0);
+  expect_refusal(status_of(GgufFile::open(paths_[0])), StatusCode::invalid_file,
+                 {"m-00002-of-00003.gguf", "cannot be opened", "part 2 of 3", "one folder"});
+  ASSERT_EQ(::rename(dir_.path("elsewhere").c_str(), paths_[1].c_str()), 0);
+  ASSERT_EQ(::truncate(paths_[2].c_str(), 3000), 0);
+  refused_parts({"m-00003-of-00003.gguf", "cut off"});
+}
+
+TEST_F(SplitModel, RefusesPartsThatDoNotBelongTogether) {
+  write_again(1, [](gguf_context* g) { gguf_set_val_u16(g, "split.count", 4); });
+  expect_refusal(status_of(GgufFile::open(paths_[0])), StatusCode::invalid_file,
+                 {"m-00002-of-00003.gguf", "part 2 of 4, not 2 of 3"});
+  write_again(1, [](gguf_context* g) { gguf_set_val_u16(g, "split.no", 0); });
+  expect_refusal(status_of(GgufFile::open(paths_[2])), StatusCode::invalid_file, {"part 1 of 3, not 2 of 3"});
+  write_again(1, [](gguf_context* g) { gguf_set_val_u16(g, "split.no", 3); });
+  expect_refusal(status_of(GgufFile::open(paths_[0])), StatusCode::invalid_file, {"split.no = 3"});
+  // The embedding twice, in parts 1 and 2, and then one tensor too few.
+  write_again(1, [](gguf_context*) {});
+  refused_parts({"should have", "not of one model"});
+  write_split(model_, dir_.path("m"), 3);
+  TinyModel twice;
+  twice.edit_metadata = [](gguf_context* g) {
+    gguf_set_val_u16(g, "split.no", 1);
+    gguf_set_val_u16(g, "split.count", 2);
+  };
+  const std::string second = twice.write(dir_.path("t-00002-of-00002.gguf"));
+  twice.edit_metadata = [](gguf_context* g) { gguf_set_val_u16(g, "split.count", 2); };
+  twice.write(dir_.path("t-00001-of-00002.gguf"));
+  expect_refusal(status_of(GgufFile::open(second)), StatusCode::invalid_file, {"two tensors"});
+}
+
+TEST_F(SplitModel, RefusesNamesThatTellNoOthers) {
+  ASSERT_EQ(::rename(paths_[1].c_str(), dir_.path("other.gguf").c_str()), 0);
+  expect_refusal(status_of(GgufFile::open(dir_.path("other.gguf"))), StatusCode::invalid_file,
+                 {"part 2 of 3", "-00002-of-00003.gguf", "llama-gguf-split --merge"});
+  TinyModel m;
+  m.edit_metadata = [](gguf_context* g) { gguf_set_val_u16(g, "split.count", 60000); };
+  refused(m.bytes(), {"split.count = 60000", "512"});
+  m.edit_metadata = [](gguf_context* g) {
+    gguf_set_val_u16(g, "split.count", 3);
+    gguf_set_val_u16(g, "split.no", 3);
+  };
+  refused(m.bytes(), {"split.no = 3"});
 }
 
 TEST_F(GgufFileTest, NoticesThatItIsOverwritten) {

@@ -157,10 +157,66 @@ TEST(ModelFile, RefusesTensorsThatItWouldNotUse) {
   }
   refused(added("a\nb\x1b", 16), {"llama"}, StatusCode::unsupported);  // one line all the same
   refused(added("", 16), {"llama"}, StatusCode::unsupported);
-  // Experts are told by name before their tensors are missed.
-  TinyModel experts;
-  experts.edit_metadata = [](gguf_context* g) { gguf_set_val_u32(g, "llama.expert_count", 8); };
-  refused(experts, {"8 experts"}, StatusCode::unsupported);
+}
+
+// Experts of which a tensor is missing, or of another shape than the metadata says: one matrix too few, two
+// dimensions, a router of other experts.
+TEST(ModelFile, SaysWhatIsWrongWithExperts) {
+  TinyModel m;
+  m.architecture = "qwen3moe";
+  m.n_ff = 48;
+  m.n_expert = 4;
+  m.n_used = 2;
+  for (const std::string part : {"gate_inp", "gate_exps", "up_exps", "down_exps"}) {
+    const std::string name = "blk.1.ffn_" + part + ".weight";
+    m.edit_tensors = [&](std::vector<TinyTensor>& all) {
+      std::erase_if(all, [&](const TinyTensor& t) { return t.name == name; });
+    };
+    refused(m, {name, "missing"});
+    std::vector<int64_t> right;
+    const auto reshaped = [&](const std::function<void(std::vector<int64_t>&)>& change) {
+      m.edit_tensors = [&](std::vector<TinyTensor>& all) {
+        TinyTensor& t = tensor(all, name);
+        right = t.ne;
+        change(t.ne);
+        int64_t n = 1;
+        for (const int64_t d : t.ne) n *= d;
+        t.data.assign(static_cast<size_t>(n), 0.5F);
+      };
+      const Status s = load(m);
+      const std::string shape = right.size() == 3 ? std::to_string(right[1]) + ", 4]" : "4]";
+      expect_refusal(s, StatusCode::invalid_file,
+                     {"m.gguf", name, "should be [" + std::to_string(right[0]), shape});
+    };
+    reshaped([](std::vector<int64_t>& ne) { ne.back() = 3; });
+    reshaped([](std::vector<int64_t>& ne) { ne[0] += 32; });
+    reshaped([](std::vector<int64_t>& ne) { ne = {ne[0], ne[1] * 4}; });
+    reshaped([](std::vector<int64_t>& ne) { ne = {ne[0], ne[1], 4, 2}; });
+  }
+  // A dense model's tensors are no experts, and the other way round.
+  TinyModel dense;
+  dense.edit_metadata = [](gguf_context* g) {
+    gguf_set_val_u32(g, "llama.expert_count", 8);
+    gguf_set_val_u32(g, "llama.expert_used_count", 2);
+  };
+  refused(dense, {"blk.0.ffn_gate_inp.weight", "missing"});
+  m.architecture = "llama";
+  m.edit_tensors = {};
+  m.edit_metadata = [](gguf_context* g) { gguf_set_val_u32(g, "llama.expert_count", 0); };
+  refused(m, {"blk.0.ffn_gate.weight", "missing"});
+}
+
+TEST(ModelFile, ToldExperts) {
+  TinyModel m;
+  m.architecture = "qwen3moe";
+  m.n_expert = 6;
+  m.n_used = 2;
+  const TempDir dir;
+  auto loaded = Model::load(m.write(dir.path("m.gguf")));
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ((*loaded)->info().n_expert, 6);
+  EXPECT_EQ((*loaded)->info().n_expert_used, 2);
+  EXPECT_EQ((*loaded)->info().n_ff, 128);
 }
 
 TEST(ModelFile, RefusesTypesThatItCannotComputeWith) {

@@ -168,6 +168,44 @@ TEST(Weights, EmbeddingRowsOfEveryType) {
   }
 }
 
+// An expert's matrices are its slice of the file's tensors, gate and up joined where they have one type.
+TEST(Weights, ExpertsAreSlices) {
+  TinyModel m;
+  m.architecture = "qwen3moe";
+  m.n_ff = 32;
+  m.n_expert = 5;
+  m.n_used = 2;
+  const auto slice = [](const TinyTensor& t, int64_t e) {
+    const int64_t n = t.ne[0] * t.ne[1];
+    return std::vector<float>(t.data.begin() + e * n, t.data.begin() + (e + 1) * n);
+  };
+  const Loaded loaded(m);
+  auto all = m.tensors();
+  EXPECT_EQ(max_difference(floats(loaded.layer(1).router), tensor(all, "blk.1.ffn_gate_inp.weight").data), 0);
+  ASSERT_EQ(loaded.layer(1).experts.size(), 5U);
+  EXPECT_FALSE(loaded.layer(1).gate_up);
+  EXPECT_FALSE(loaded.layer(1).down);
+  for (int64_t e = 0; e < 5; ++e) {
+    const ExpertWeights& w = loaded.layer(1).experts[static_cast<size_t>(e)];
+    std::vector<float> gate_up = slice(tensor(all, "blk.1.ffn_gate_exps.weight"), e);
+    const std::vector<float> up = slice(tensor(all, "blk.1.ffn_up_exps.weight"), e);
+    gate_up.insert(gate_up.end(), up.begin(), up.end());
+    EXPECT_EQ(max_difference(floats(w.gate_up), gate_up), 0) << e;
+    EXPECT_EQ(max_difference(floats(w.down), slice(tensor(all, "blk.1.ffn_down_exps.weight"), e)), 0) << e;
+  }
+  m.types = {{"ffn_up_exps", GGML_TYPE_Q8_0}, {"ffn_gate_exps", GGML_TYPE_Q4_0}};
+  const Loaded mixed(m, true), plain(m, false);
+  for (size_t e = 0; e < 5; ++e) {
+    const ExpertWeights &tiles = mixed.layer(0).experts[e], &rows = plain.layer(0).experts[e];
+    EXPECT_FALSE(tiles.gate_up);
+    for (const auto& [a, b] : {std::pair(&tiles.gate, &rows.gate), std::pair(&tiles.up, &rows.up)}) {
+      EXPECT_TRUE(a->tiles);
+      EXPECT_FALSE(b->tiles);
+      EXPECT_EQ(max_difference(floats(*a), floats(*b)), 0);
+    }
+  }
+}
+
 // Any run of rows, across the borders of joined matrices.
 TEST(Weights, AnyRowsAreUnpacked) {
   for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0}) {

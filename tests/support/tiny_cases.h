@@ -77,6 +77,26 @@ inline std::vector<TinyCase> float_cases() {
     m.rope_factor = 2;
     m.tied_output = true;
   });
+  TinyModel experts;
+  experts.architecture = "qwen3moe";
+  experts.head_dim = 32;
+  experts.n_ff = 48;
+  experts.n_expert = 8;
+  experts.n_used = 3;
+  experts.freq_base = 1e6;
+  add("qwen3moe", experts, [](TinyModel&) {});
+  add("qwen3moe_one_used_tied", experts, [](TinyModel& m) {
+    m.n_used = 1;
+    m.tied_output = true;
+  });
+  add("qwen3moe_all_used", experts, [](TinyModel& m) { m.n_expert = m.n_used = 5; });
+  add("qwen3moe_one_expert", experts, [](TinyModel& m) { m.n_expert = m.n_used = 1; });
+  add("mixtral", experts, [](TinyModel& m) {
+    m.architecture = "llama";
+    m.head_dim = 16;
+    m.n_ff = 40;  // no multiple of a tile
+    m.n_used = 2;
+  });
   TinyModel gemma3;
   gemma3.architecture = "gemma3";
   gemma3.head_dim = 32;
@@ -126,6 +146,28 @@ inline std::vector<TinyCase> quantised_cases() {
   tied.architecture = "llama";
   tied.tied_output = true;
   all.push_back({"llama_mixed_tied", tied, false});
+  TinyModel experts;
+  experts.architecture = "qwen3moe";
+  experts.n_ff = 96;
+  experts.n_expert = 6;
+  experts.n_used = 2;
+  for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+    experts.type = type;
+    all.push_back({std::string("qwen3moe_") + ggml_type_name(type), experts, false});
+  }
+  experts.type = GGML_TYPE_Q5_0;  // gate and up stay apart
+  experts.types = {{"ffn_up_exps", GGML_TYPE_Q8_0}, {"ffn_down_exps", GGML_TYPE_F16}};
+  experts.tied_output = true;
+  all.push_back({"qwen3moe_mixed_tied", experts, false});
+  experts = k_quants;
+  experts.architecture = "qwen3moe";
+  // Experts alone, all of them used and nearly alike: else what rounding changes of the choice is more than
+  // what is asked of a quantised model here (libllama's own f16 cache costs a KL of .006 to .03 then).
+  experts.type = GGML_TYPE_F32;
+  experts.types = {{"gate_exps", GGML_TYPE_Q4_K}, {"up_exps", GGML_TYPE_Q4_K}, {"down_exps", GGML_TYPE_Q6_K}};
+  experts.n_expert = experts.n_used = 4;
+  experts.router_gain = 0.3;
+  all.push_back({"qwen3moe_q4_K_q6_K", experts, false});
   return all;
 }
 

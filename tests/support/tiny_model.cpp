@@ -50,6 +50,14 @@ class Draw {
     }
     all_.push_back(std::move(t));
   }
+  /// One matrix for each expert.
+  void experts(const std::string& name, int64_t n_in, int64_t n_out, int64_t n, double deviation) {
+    matrix(name, n_in, n_out * n, deviation);
+    all_.back().ne = {n_in, n_out, n};
+  }
+  void floats(const std::string& name, int64_t n_in, int64_t n_out, double deviation) {
+    all_.push_back({name, GGML_TYPE_F32, {n_in, n_out}, normal(name, n_in * n_out, 0, deviation)});
+  }
   void vector(const std::string& name, int64_t n, double mean, double deviation) {
     all_.push_back({name, GGML_TYPE_F32, {n}, normal(name, n, mean, deviation)});
   }
@@ -93,6 +101,15 @@ class Draw {
 
 double by_width(double gain, int64_t n_in) { return gain / std::sqrt(static_cast<double>(n_in)); }
 
+/// Routers are float32 in files of all types. Their outputs are far enough apart that rounding changes the
+/// choice of an expert seldom, and then of one that weighs little.
+void draw_experts(Draw& draw, const TinyModel& m, const std::string& p) {
+  draw.floats(p + "ffn_gate_inp.weight", m.n_embd, m.n_expert, by_width(m.router_gain, m.n_embd));
+  draw.experts(p + "ffn_gate_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
+  draw.experts(p + "ffn_up_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
+  draw.experts(p + "ffn_down_exps.weight", m.n_ff, m.n_embd, m.n_expert, by_width(1, m.n_ff));
+}
+
 void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   const std::string p = "blk." + std::to_string(i) + ".";
   const int64_t d_q = m.n_head * m.head_dim;
@@ -105,7 +122,7 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   if (bias) draw.vector(p + "attn_q.bias", d_q, 0, 0.5);
   if (bias) draw.vector(p + "attn_k.bias", m.width(), 0, 2);  // Qwen2's key biases are large
   if (bias) draw.vector(p + "attn_v.bias", m.width(), 0, 0.5);
-  if (m.architecture == "qwen3" || m.architecture == "gemma3") {
+  if (m.architecture.starts_with("qwen3") || m.architecture == "gemma3") {
     draw.vector(p + "attn_q_norm.weight", m.head_dim, 1.5, 0.3);
     draw.vector(p + "attn_k_norm.weight", m.head_dim, 1.5, 0.3);
   }
@@ -115,6 +132,7 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
     draw.vector(p + "post_ffw_norm.weight", m.n_embd, 1, 0.2);
   }
   draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
+  if (m.n_expert > 0) return draw_experts(draw, m, p);
   draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_up.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_down.weight", m.n_ff, m.n_embd, by_width(1, m.n_ff));
@@ -144,6 +162,9 @@ Gguf metadata_of(const TinyModel& m) {
   count("attention.head_count", m.n_head);
   count("attention.head_count_kv", m.n_head_kv);
   count("context_length", m.n_ctx);
+  if (m.n_expert > 0) count("expert_count", m.n_expert);
+  if (m.n_used > 0) count("expert_used_count", m.n_used);
+  if (m.n_expert > 0) count("expert_feed_forward_length", m.n_ff);
   real("attention.layer_norm_rms_epsilon", 1e-5);
   if (m.head_dim * m.n_head != m.n_embd) {
     count("attention.key_length", m.head_dim);
@@ -215,6 +236,30 @@ std::string TinyModel::write(const std::string& path) const {
   out.close();
   if (!out) give_up(path + " cannot be written");
   return path;
+}
+
+std::vector<std::string> write_split(const TinyModel& model, const std::string& prefix, size_t n) {
+  const size_t n_tensor = model.tensors().size();
+  std::vector<std::string> paths;
+  for (size_t part = 0; part < n; ++part) {
+    TinyModel m = model;
+    m.edit_metadata = [&](gguf_context* g) {
+      if (model.edit_metadata) model.edit_metadata(g);
+      gguf_set_val_u16(g, "split.no", static_cast<uint16_t>(part));
+      gguf_set_val_u16(g, "split.count", static_cast<uint16_t>(n));
+      gguf_set_val_i32(g, "split.tensors.count", static_cast<int32_t>(n_tensor));
+    };
+    m.edit_tensors = [&](std::vector<TinyTensor>& all) {
+      if (model.edit_tensors) model.edit_tensors(all);
+      std::vector<TinyTensor> kept;
+      for (size_t i = part; i < all.size(); i += n) kept.push_back(std::move(all[i]));
+      all = std::move(kept);
+    };
+    char ending[40];
+    (void)std::snprintf(ending, sizeof(ending), "-%05zu-of-%05zu.gguf", part + 1, n);
+    paths.push_back(m.write(prefix + ending));
+  }
+  return paths;
 }
 
 TinyTensor& tensor(std::vector<TinyTensor>& all, const std::string& name) {

@@ -34,7 +34,10 @@ struct TinyModel {
   int64_t n_head = 4;
   int64_t n_head_kv = 2;
   int64_t head_dim = 16;
-  int64_t n_ff = 128;
+  int64_t n_ff = 128;    ///< of an expert, if there are such
+  int64_t n_expert = 0;  ///< 0: not in the file
+  int64_t n_used = 0;
+  double router_gain = 2;  ///< deviation of the router's outputs
   int64_t n_ctx = 2048;
   bool tied_output = false;
   bool qkv_bias = false;    ///< always there with qwen2
@@ -68,6 +71,9 @@ struct TinyModel {
   /// Writes it; the path again.
   std::string write(const std::string& path) const;
 };
+
+/// The model as n files, FOLDER/PREFIX-00001-of-0000n.gguf and so on, tensors dealt out in turn; their paths.
+std::vector<std::string> write_split(const TinyModel& model, const std::string& prefix, size_t n);
 
 /// The named tensor; ends the test program if there is none.
 TinyTensor& tensor(std::vector<TinyTensor>& all, const std::string& name);

@@ -144,6 +144,34 @@ TEST(ChatTemplate, OfTheFileIsUsed) {
   EXPECT_EQ((*tokenizer)->apply_chat_template(std::span(&kQuestion, 1), false)->text, "[user] hi\n");
 }
 
+TEST(ChatTemplate, OptionsGiveAnotherAndItsArguments) {
+  const TempDir dir;
+  TinyVocabulary vocabulary;
+  vocabulary.chat_template = "{% if enable_thinking %}think {% endif %}{{ depth }}{{ messages[0].content }}";
+  ASSERT_TRUE(vocabulary.write(dir.path("v.gguf")));
+  const auto rendered = [&](const ChatTemplateOptions& options) {
+    auto tokenizer = Tokenizer::load(dir.path("v.gguf"), options);
+    EXPECT_TRUE(tokenizer.ok()) << tokenizer.status().message();
+    return (*tokenizer)->apply_chat_template(std::span(&kQuestion, 1), true)->text;
+  };
+  EXPECT_EQ(rendered({}), "think hi");
+  EXPECT_EQ(rendered({"", {{"enable_thinking", "false"}, {"depth", "3"}}}), "3hi");
+  EXPECT_EQ(rendered({"{{ messages[0].role }}{{ depth }}", {{"depth", "\"deep\""}}}), "userdeep");
+  EXPECT_EQ(rendered({"chatml", {}}), "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
+  // In a file without one too.
+  vocabulary.chat_template.clear();
+  ASSERT_TRUE(vocabulary.write(dir.path("v.gguf")));
+  EXPECT_EQ(rendered({"<{{ messages[0].content }}>", {}}), "<hi>");
+  for (const auto& [options, word] :
+       {std::pair(ChatTemplateOptions{"{% if %}", {}}, "cannot be read"),
+        std::pair(ChatTemplateOptions{"", {{"enable_thinking", "\"no\""}}}, "true or false")}) {
+    const auto refused = Tokenizer::load(dir.path("v.gguf"), options);
+    ASSERT_FALSE(refused.ok());
+    EXPECT_EQ(refused.status().code(), StatusCode::invalid_argument);
+    EXPECT_THAT(refused.status().message(), HasSubstr(word));
+  }
+}
+
 TEST(ChatTemplate, BrokenOneSpoilsChatOnly) {
   const TempDir dir;
   TinyVocabulary vocabulary;

@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 #include "base/part.h"
+#include "exec/cpu/gated.h"
 #include "kernels/ops.h"
 
 namespace narrows {
@@ -53,10 +54,6 @@ void add_normed(const NormOp& norm, int64_t n, float* y, float* x) {
   for (int64_t i = 0; i < n; ++i) x[i] += y[i];
 }
 
-auto gated_by(Activation activation) {
-  return activation == Activation::gelu ? kernels::ops().geglu : kernels::ops().swiglu;
-}
-
 }  // namespace
 
 CpuExecutor::Widths CpuExecutor::widths_of(const ModelSpec& spec, const Plan& plan) {
@@ -64,7 +61,7 @@ CpuExecutor::Widths CpuExecutor::widths_of(const ModelSpec& spec, const Plan& pl
   for (const LayerPlan& l : plan.layers) {
     w.qkv = std::max(w.qkv, l.project.n_out);
     w.q = std::max(w.q, l.mix.attention.width_q());
-    w.ff = std::max(w.ff, l.n_ff);
+    if (!l.experts) w.ff = std::max(w.ff, l.n_ff);
     if (l.out_norm.weight != nullptr || l.down_norm.weight != nullptr) w.added = spec.n_embd;
     w.wide = std::max({w.wide, l.ffn.n_out, l.project.n_out, spec.n_embd});
   }
@@ -84,6 +81,7 @@ Result<std::unique_ptr<CpuExecutor>> CpuExecutor::create(const ModelSpec& spec, 
   if (!pool.ok()) return pool.status();
   made->pool_ = std::move(*pool);
   made->workers_.resize(static_cast<size_t>(n_threads));
+  made->experts_ = std::make_unique<ExpertFfn>(ExpertFfn::sizes_of(plan, spec.n_embd), n_threads);
   return made;
 }
 
@@ -108,9 +106,13 @@ Status CpuExecutor::reserve(int64_t n, bool loaded) {
     const int64_t norm = std::max(few, block) * width_.embd;
     if (w.norm.size() < norm) w.norm = AlignedArray<float>(norm);
     if (w.wide.size() < block * width_.wide) w.wide = AlignedArray<float>(block * width_.wide);
-    if (w.act.size() < block * width_.ff) w.act = AlignedArray<float>(block * width_.ff);
+    if (!w.act.ok() || w.act.size() < block * width_.ff) w.act = AlignedArray<float>(block * width_.ff);
     if (!w.input.reserve(few, width_.input) || !w.norm.ok() || (loaded && (!w.wide.ok() || !w.act.ok())))
       return no_memory;
+  }
+  if (!experts_->reserve(n)) {
+    rows_ = loaded_rows_ = 0;
+    return no_memory;
   }
   if (loaded) {
     loaded_rows_ = std::max(loaded_rows_, n);
@@ -134,6 +136,7 @@ void CpuExecutor::shrink() {
   rows_ = loaded_rows_ = 0;
   for (AlignedArray<float>* a : {&qkv_, &mixed_, &gate_up_, &added_, &normed_}) *a = AlignedArray<float>();
   bytes_ = ByteInput();
+  experts_->shrink();
   for (Worker& w : workers_) w = Worker();
 }
 
@@ -150,6 +153,7 @@ int64_t CpuExecutor::bytes_needed(const ModelSpec& spec, const Plan& plan, int64
     floats += n * (2 * w.ff + w.added);
     if (n > kFewRows) floats += n * (w.embd + w.input * 2 / 5);
   }
+  bytes += ExpertFfn::bytes_needed(ExpertFfn::sizes_of(plan, spec.n_embd), n, n_threads);
   return floats * static_cast<int64_t>(sizeof(float)) + bytes;
 }
 
@@ -214,6 +218,17 @@ void CpuExecutor::mix(const LayerPlan& layer, Thread& t) {
   for (size_t i = 0; i < stages.size(); ++i) times_[static_cast<size_t>(RunStage::score) + i] += stages[i];
 }
 
+/// The feed-forward of rows from `from` on, if it is one of experts.
+void CpuExecutor::run_experts(const LayerPlan& layer, int64_t from, Thread& t) {
+  float* x = run_->x + from * width_.embd;
+  const int64_t n = run_->n - from;
+  if (n == 0) return;
+  experts_->activate(layer, x, n, t);
+  finish_stage(RunStage::ffn, t);
+  experts_->add(layer, x, n, t);
+  finish_stage(RunStage::down, t);
+}
+
 // --- by outputs
 
 void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t) {
@@ -233,6 +248,7 @@ void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t
   add_product(layer.out, layer.out_norm, taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), x,
               t);
   finish_stage(RunStage::out, t);
+  if (layer.experts) return run_experts(layer, from, t);
   activate(layer, normed(layer.ffn.norm, layer.ffn.linears, from, t), t);
   finish_stage(RunStage::ffn, t);
   add_product(layer.down, layer.down_norm, taken(gate_up_.data(), layer.n_ff, n, layer.down, t), x, t);
@@ -379,6 +395,11 @@ void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
   through(0, {&CpuExecutor::project_rows});
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
+  if (layer.experts) {
+    through(from, {&CpuExecutor::out_rows});
+    finish_stage(RunStage::out, t);
+    return run_experts(layer, from, t);
+  }
   through(from, {&CpuExecutor::out_rows, &CpuExecutor::ffn_rows, &CpuExecutor::down_rows});
   finish_stage(RunStage::down, t);
 }

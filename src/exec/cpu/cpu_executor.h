@@ -7,6 +7,7 @@
 // rows, out of packed tiles; the weights are read once, which is what bounds a step. What is small, norms and
 // the rounding of inputs to bytes, every thread does for itself while rows are few. By rows: every thread
 // computes all outputs of some rows, out of a loaded layer; then stages follow each other without a barrier.
+// Experts are never loaded: of a chunk's rows few go through each (expert_ffn.h).
 #pragma once
 
 #include <memory>
@@ -16,6 +17,7 @@
 #include "base/guarded.h"
 #include "base/memory_ledger.h"
 #include "base/thread_pool.h"
+#include "exec/cpu/expert_ffn.h"
 #include "exec/cpu/linear.h"
 #include "exec/cpu/loaded_layer.h"
 #include "exec/executor.h"
@@ -49,8 +51,9 @@ class CpuExecutor final : public Executor {
   class Thread;
   /// Sizes of the largest layer.
   struct Widths {
-    int64_t embd, qkv, q, ff, wide, input;  ///< wide: outputs of a product, input: its inputs
-    int64_t added;                          ///< embd if a layer norms what it adds, else 0
+    int64_t embd, qkv, q, ff, wide,
+        input;      ///< wide: outputs of a product, input: its inputs; none of experts
+    int64_t added;  ///< embd if a layer norms what it adds, else 0
   };
   /// What one thread works in.
   struct Worker {
@@ -83,6 +86,7 @@ class CpuExecutor final : public Executor {
   void run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t);
   void run_by_rows(const LayerPlan& layer, int64_t from, Thread& t);
   void mix(const LayerPlan& layer, Thread& t);
+  void run_experts(const LayerPlan& layer, int64_t from, Thread& t);
   void run_logits(Thread& t);
 
   Input normed(const NormOp& norm, std::span<const LinearOp> linears, int64_t from, Thread& t);
@@ -106,6 +110,7 @@ class CpuExecutor final : public Executor {
   MemoryClaim claim_{MemoryUse::scratch};  ///< for few rows; what more a prompt takes belongs to the prompt
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<LoadedLayer> loaded_;
+  std::unique_ptr<ExpertFfn> experts_;
   std::vector<Worker> workers_;
   int64_t rows_ = 0;             ///< reserved, by outputs
   int64_t loaded_rows_ = 0;      ///< reserved, by rows

@@ -1,7 +1,7 @@
-// A layer's weights for many rows, multiplied by oneDNN: unpacked once for a prompt into the layout that its
-// product likes, in bfloat16 with float32 sums where the CPU multiplies that, float32 weights as they are.
-// Where the products of a step round activations to 8 bits in groups, here both factors keep 8 significant
-// bits.
+// A layer's weights, its experts' aside, for many rows, multiplied by oneDNN: unpacked once for a prompt into
+// the layout that its product likes, in bfloat16 with float32 sums where the CPU multiplies that, float32
+// weights as they are. Where the products of a step round activations to 8 bits in groups, here both factors
+// keep 8 significant bits.
 #pragma once
 
 #include <cstdint>

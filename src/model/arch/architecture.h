@@ -18,9 +18,12 @@ struct Architecture {
 /// All that this build has, by name.
 std::span<const Architecture* const> architectures();
 
+/// Whether files of a family have experts.
+enum class Experts { never, if_said, always };
+
 /// The decoder that most families share: equal layers of RMS norm, grouped attention with one RoPE and a
-/// gated feed-forward, their sizes by GGUF's usual keys. What a family does otherwise it changes in the
-/// result.
-Status read_transformer(KeyReader& keys, ModelSpec& spec);
+/// gated feed-forward or experts, their sizes by GGUF's usual keys. What a family does otherwise it changes
+/// in the result.
+Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts);
 
 }  // namespace narrows

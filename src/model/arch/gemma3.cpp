@@ -9,7 +9,7 @@ namespace narrows {
 namespace {
 
 Status read(KeyReader& keys, ModelSpec& spec) {
-  if (Status s = read_transformer(keys, spec); !s.ok()) return s;
+  if (Status s = read_transformer(keys, spec, Experts::never); !s.ok()) return s;
   const AttentionSpec common = spec.layers.front().attention;
   const int64_t window = keys.integer("attention.sliding_window", 0, 0, int64_t{1} << 30);
   const int64_t period = keys.integer("attention.sliding_window_pattern", 6, 1, 4096);

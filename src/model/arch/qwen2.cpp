@@ -3,6 +3,7 @@
 
 namespace narrows {
 
-extern const Architecture qwen2_architecture = {"qwen2", read_transformer};
+extern const Architecture qwen2_architecture = {
+    "qwen2", [](KeyReader& keys, ModelSpec& spec) { return read_transformer(keys, spec, Experts::never); }};
 
 }  // namespace narrows

@@ -4,7 +4,7 @@
 namespace narrows {
 
 extern const Architecture qwen3_architecture = {"qwen3", [](KeyReader& keys, ModelSpec& spec) {
-                                                  Status s = read_transformer(keys, spec);
+                                                  Status s = read_transformer(keys, spec, Experts::never);
                                                   for (LayerSpec& l : spec.layers) l.attention.qk_norm = true;
                                                   return s;
                                                 }};

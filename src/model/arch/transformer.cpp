@@ -2,6 +2,7 @@
 // enough that no product of two sizes overflows 64 bits later on.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/utf8.h"
@@ -10,10 +11,6 @@
 namespace narrows {
 
 namespace {
-
-/// Seven times the longest context of any model (10M); RoPE's table grows with it and stays below 140 MB at
-/// head_dim 128.
-constexpr int64_t kMaxContext = int64_t{1} << 26;
 
 /// YaRN's growth of the attention temperature with the scaling factor.
 double yarn_mscale(double factor, double mscale) {
@@ -47,9 +44,38 @@ Status read_rope(KeyReader& keys, int64_t head_dim, int64_t n_ctx_train, kernels
   return keys.status();
 }
 
+/// ffn.n_ff before: that of a dense layer. The models that people run have up to 512 experts.
+Status read_experts(KeyReader& keys, Experts which, FfnSpec& ffn) {
+  const int64_t n_expert = keys.integer("expert_count", 0, 0, 4096);
+  if (!keys.status().ok()) return keys.status();
+  if (n_expert == 0) {
+    return which == Experts::always
+               ? keys.bad("metadata expert_count is missing or 0, its layers are of experts")
+               : Status();
+  }
+  if (which == Experts::never) {
+    return keys.unsupported(
+        fmt::format("{} experts are not supported in a model of this architecture", n_expert));
+  }
+  ExpertSpec& e = ffn.experts;
+  e.n_expert = n_expert;
+  e.n_used = keys.integer("expert_used_count", std::nullopt, 1, n_expert);
+  const double scale = keys.real("expert_weights_scale", 0.0, 0.0, 1e6);
+  const int64_t n_group = keys.integer("expert_group_count", 0, 0, n_expert);
+  if (!keys.status().ok()) return keys.status();
+  if (scale != 0) e.scale = static_cast<float>(scale);
+  if (n_group > 1)
+    return keys.unsupported(fmt::format("experts chosen by groups ({} of them) are not supported", n_group));
+  // Older files of some families say only what all experts of a token have together.
+  ffn.n_ff = keys.integer("expert_feed_forward_length",
+                          which == Experts::always ? std::max<int64_t>(ffn.n_ff / e.n_used, 1) : ffn.n_ff, 1,
+                          1 << 22);
+  return keys.status();
+}
+
 }  // namespace
 
-Status read_transformer(KeyReader& keys, ModelSpec& spec) {
+Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts) {
   const int64_t n_layer = keys.integer("block_count", std::nullopt, 1, 4096);
   spec.n_embd = keys.integer("embedding_length", std::nullopt, 1, 1 << 20);
   LayerSpec layer;
@@ -58,7 +84,6 @@ Status read_transformer(KeyReader& keys, ModelSpec& spec) {
   a.n_head = keys.integer("attention.head_count", std::nullopt, 1, 1 << 14);
   a.n_head_kv = keys.integer("attention.head_count_kv", a.n_head, 1, a.n_head);
   spec.n_ctx_train = keys.integer("context_length", std::nullopt, 1, kMaxContext);
-  const int64_t n_expert = keys.integer("expert_count", 0, 0, 1 << 20);
   const bool has_head_dim = keys.has("attention.key_length");
   if (!keys.status().ok()) return keys.status();
   if (!has_head_dim && spec.n_embd % a.n_head != 0) {
@@ -77,10 +102,7 @@ Status read_transformer(KeyReader& keys, ModelSpec& spec) {
   const std::optional<int64_t> vocabulary = keys.file().array_size("tokenizer.ggml.tokens");
   if (!vocabulary || *vocabulary < 1) return keys.bad("metadata tokenizer.ggml.tokens is missing or empty");
   spec.n_vocab = *vocabulary;
-  if (n_expert > 0) {
-    return keys.unsupported(
-        fmt::format("mixture-of-experts models ({} experts) are not supported", n_expert));
-  }
+  if (Status s = read_experts(keys, experts, layer.ffn); !s.ok()) return s;
   if (a.n_head % a.n_head_kv != 0) {
     return keys.bad(
         fmt::format("attention.head_count {} is no multiple of head_count_kv {}", a.n_head, a.n_head_kv));
