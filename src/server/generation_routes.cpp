@@ -158,6 +158,12 @@ bool HttpServer::Impl::prepare(const httplib::Request& req, Job& job, ApiError& 
     error = *refused;
     return false;
   }
+  if (!request.conversation.tools.empty() && !knows_tools(tokenizer)) {
+    error = bad_request(
+        "the model's chat template knows no tools; leave tools out or serve a model that was made for them",
+        "tools");
+    return false;
+  }
   Result<PreparedChat> prepared = prepare_chat(tokenizer, request.conversation);
   if (!prepared.ok()) {
     error = to_api_error(prepared.status());

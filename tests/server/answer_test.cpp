@@ -80,6 +80,7 @@ TEST(Answer, NothingOfATextIsLost) {
   EXPECT_EQ(pieced(format, long_text, 7).content, long_text);
 }
 
+// docs/server_api.md: "An answer that ends before its call does, at max_tokens say"
 TEST(Answer, WhatIsCutKeepsWhatItHas) {
   const auto format = format_of(narrows::testing::kToolTemplate, true);
   const std::string whole = std::string("Ok. ") + kCall;
@@ -89,6 +90,7 @@ TEST(Answer, WhatIsCutKeepsWhatItHas) {
   EXPECT_THAT(said.tool_calls[0].arguments, ::testing::StartsWith(R"({"city": )"));
 }
 
+// docs/server_api.md: "else it is reasoning_content, where the template tells it apart"
 TEST(Answer, ThinkingIsApart) {
   const auto format = format_of(narrows::testing::kThinkingTemplate, false);
   for (const size_t n : {size_t{1}, size_t{1000}}) {

@@ -61,6 +61,7 @@ const std::string kAnthropicBody =
     R"("properties":{"a":{"type":"integer"}}}}],"tool_choice":{"type":"any","disable_parallel_tool_use":true},)"
     R"("stop_sequences":["END"],"temperature":0.5,"metadata":{"user_id":"u"}})";
 
+// docs/server_api.md: "Anthropic: blocks of text, tool_use, tool_result and thinking"
 TEST(Anthropic, Requests) {
   const GenerationRequest r = taken(kAnthropic, kAnthropicBody);
   const auto& m = r.conversation.messages;
@@ -97,6 +98,8 @@ TEST(Anthropic, Requests) {
   EXPECT_THAT(refusal(kAnthropic, body(R"("mcp_servers":[{}])")), HasSubstr("mcp_servers"));
 }
 
+// docs/server_api.md: "input_tokens are those that were not cached", "/v1/messages/count_tokens | as
+// Anthropic's API"
 TEST(Anthropic, Replies) {
   const auto job = job_of(kAnthropic, R"({"max_tokens":5,"messages":[{"role":"user","content":"x"}]})");
   const Json whole = whole_of(kAnthropic, *job, events_of_an_answer());
@@ -120,6 +123,8 @@ TEST(Anthropic, Replies) {
   EXPECT_EQ(kAnthropic.error(http_error(429, "full"))["error"]["type"], "rate_limit_error");
 }
 
+// docs/server_api.md: "Responses: items of messages, function calls", "previous_response_id, background,
+// truncation and tools of OpenAI's own are refused", "nothing is stored"
 TEST(Responses, Requests) {
   const GenerationRequest r = taken(
       kResponses,
@@ -172,6 +177,7 @@ TEST(Responses, Replies) {
                                              "response.output_item.done", "response.completed"}));
 }
 
+// docs/server_api.md: "Ollama: options have llama.cpp's names"
 TEST(Ollama, Requests) {
   const GenerationRequest r = taken(
       kOllamaChat,
@@ -200,6 +206,7 @@ TEST(Ollama, Requests) {
     EXPECT_NE(refusal(kOllamaGenerate, body), "") << body;
 }
 
+// docs/server_api.md: "calls come whole in a stream"
 TEST(Ollama, Replies) {
   const auto job = job_of(kOllamaChat, R"({"messages":[{"role":"user","content":"x"}]})");
   const Json whole = whole_of(kOllamaChat, *job, events_of_an_answer());

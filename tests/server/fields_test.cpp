@@ -7,7 +7,7 @@ namespace {
 using ::testing::Contains;
 using ::testing::HasSubstr;
 
-// docs/server_api.md: "unknown fields are named"
+// docs/server_api.md: "unknown fields are named in warnings of the reply"
 TEST(Fields, UnknownOnesAreNamedInWarnings) {
   const GenerationRequest r = taken(kOpenAiChat, chat_with(R"("temprature":1,"narrows":{"vk":"x"})"));
   EXPECT_THAT(r.warnings, Contains(HasSubstr("temprature")));
@@ -54,6 +54,7 @@ TEST(Fields, KnownOnesThatAreNotDoneAreRefusedByName) {
     EXPECT_EQ(refusal(kOpenAiChat, chat_with(field)), "") << field;
 }
 
+// docs/server_api.md: "-1 means what it means there: off for top_k and top_n_sigma"
 TEST(Fields, SentinelsMeanWhatTheyMeanElsewhere) {
   EXPECT_EQ(taken(kOpenAiChat, chat_with(R"("top_k":-1)")).sampling.top_k, 0);
   EXPECT_EQ(taken(kOpenAiChat, chat_with(R"("max_tokens":-1)")).max_tokens, std::nullopt);
@@ -62,6 +63,7 @@ TEST(Fields, SentinelsMeanWhatTheyMeanElsewhere) {
   EXPECT_LE(taken(kOpenAiChat, chat_with(R"("top_n_sigma":-1)")).sampling.top_n_sigma, 0);
 }
 
+// docs/server_api.md: "Samplers of llama.cpp: typical_p, top_n_sigma, xtc_probability and xtc_threshold"
 TEST(Fields, Samplers) {
   const SamplerOptions s =
       taken(kOpenAiChat,
@@ -93,6 +95,8 @@ TEST(Fields, Samplers) {
     EXPECT_NE(refusal(kOpenAiChat, chat_with(field)), "") << field;
 }
 
+// docs/server_api.md: "Of vLLM: repetition_penalty (looks back on the whole context)", "n_probs is another
+// name of top_logprobs"
 TEST(Fields, WordsOfOtherServers) {
   const GenerationRequest r =
       taken(kOpenAiChat,
@@ -105,6 +109,19 @@ TEST(Fields, WordsOfOtherServers) {
   EXPECT_EQ(r.logprobs, 3);
   EXPECT_NE(refusal(kOpenAiChat, chat_with(R"("stop_token_ids":[1000])")), "");
   EXPECT_THAT(taken(kOpenAiChat, chat_with(R"("guided_json":{"type":"object"})")).grammar, HasSubstr("root"));
+}
+
+// docs/server_api.md: "chat_template_kwargs, reasoning_effort | arguments of the template"
+TEST(Fields, ArgumentsOfTheTemplate) {
+  const GenerationRequest r = taken(
+      kOpenAiChat,
+      chat_with(R"("chat_template_kwargs":{"enable_thinking":false,"x":[1]},"reasoning_effort":"low")"));
+  EXPECT_EQ(r.conversation.enable_thinking, false);
+  EXPECT_EQ(r.conversation.arguments.at("x"), "[1]");
+  EXPECT_EQ(r.conversation.arguments.at("reasoning_effort"), "\"low\"");
+  for (const char* field : {R"("chat_template_kwargs":{"messages":[]})", R"("reasoning_effort":"huge")",
+                            R"("reasoning_format":"x")"})
+    EXPECT_NE(refusal(kOpenAiChat, chat_with(field)), "") << field;
 }
 
 TEST(Fields, DefaultsOfTheServer) {
@@ -126,6 +143,8 @@ TEST(Fields, DefaultsOfTheServer) {
   EXPECT_EQ(r->max_tokens, std::nullopt);
 }
 
+// docs/server_api.md: "the answer goes on with the last message, the assistant's", "so it does without the
+// field, unless add_generation_prompt is given"
 TEST(Fields, ALastMessageOfTheAssistantIsContinued) {
   const auto conversation = [](const std::string& fields, const char* last = "assistant") {
     return R"({"messages":[{"role":"user","content":"a"},{"role":")" + std::string(last) +

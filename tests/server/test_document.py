@@ -16,7 +16,7 @@ HI = {"messages": [{"role": "user", "content": "Say hello."}], "temperature": 0,
 # What the document says without promising it: pointers, reasons, advice.
 NO_PROMISES = [
     "Guarded by", "| code | type", "| field | what", "Written by action=save", "cache_layout.md says why", "let only those you trust",
-    "Tool calls, embeddings, several models", "there is no TLS: put a proxy before it", "layers, one after another", "One thread owns the engine", "One thread (src/server/front.cpp)", "As OpenAI's.",
+    "Embeddings, logprobs of a prompt (echo", "there is no TLS: put a proxy before it", "layers, one after another", "One thread owns the engine", "One thread (src/server/front.cpp)", "As OpenAI's, with",
 ]
 
 
@@ -92,8 +92,9 @@ def test_forms_of_prompts(server):
     assert ask(["a"] * 65)[0] == 400
 
 
-# docs/server_api.md: "Numbers that are out of range or no numbers, and tools, audio, suffix, best_of above 1, are refused by name."
-# docs/server_api.md: "messages (roles"; "max_tokens (also max_completion_tokens, n_predict), n (to 16)"; "Other unknown fields are let pass."
+# docs/server_api.md: "Numbers that are out of range or no numbers are refused by name, and so is each field of OpenAI, llama.cpp or vLLM that this server knows"
+# docs/server_api.md: "messages (roles"; "max_tokens (also max_completion_tokens, n_predict"; "-1: until the model ends), n (to 16)"; "are named in warnings of the reply"
+# docs/server_api.md: "Fields that change neither an answer nor its form (user, metadata, store, ...) are let pass"
 def test_fields_by_name(server):
     tools = [{"type": "function", "function": {"name": "f"}}]
     for field, value in (("tools", tools), ("audio", {}), ("suffix", "x"), ("best_of", 2), ("n", 17), ("stop", ["a"] * 17), ("top_k", "x")):
@@ -101,7 +102,9 @@ def test_fields_by_name(server):
         assert (status, reply["error"]["param"]) == (400, field), reply
     status, reply = server.post(CHAT, {**HI, "best_of": 1, "stop": ["a"] * 16, "service_tier": "x", "colour": {"deep": [1]}})
     assert status == 200, reply
+    assert ["colour" in w for w in reply["warnings"]] == [True]
     for name in ("max_tokens", "max_completion_tokens", "n_predict"):
+        assert server.post(CHAT, {**HI, name: -2})[1]["error"]["param"] == name
         reply = server.post(CHAT, {"messages": HI["messages"], "temperature": 0, "ignore_eos": True, name: 3})[1]
         assert reply["usage"]["completion_tokens"] == 3
 

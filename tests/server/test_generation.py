@@ -177,7 +177,7 @@ def test_profile_of_a_request(server):
             assert reply["narrows"]["budget"] == budget
 
 
-# docs/server_api.md: "roles system, developer, user, assistant; content a string or parts of type text"
+# docs/server_api.md: "roles system, developer, user, assistant, tool; content a string or parts of type text"
 def test_parts_and_roles(server):
     reply = server.post("/v1/chat/completions", {"temperature": 0, "max_tokens": 4, "messages": [
         {"role": "developer", "content": "Answer briefly."},

@@ -65,7 +65,7 @@ def test_the_models_choice_is_read_either_way(client):
             assert "<tool_call>" not in (message.content or "")
 
 
-# docs/server_api.md: "reads only what is new"
+# docs/server_api.md: "reads only what is new, as cached_tokens of the usage says"
 def test_an_agents_session_reads_only_what_is_new(client):
     messages = [{"role": "system", "content": "You are a careful programmer. " * 40}] + ASK
     cached = []
@@ -119,6 +119,22 @@ def test_responses_with_tools(client):
     assert final.output_text
 
 
+# docs/server_api.md: "POST /completion, /infill | as llama.cpp's server", "/infill takes input_prefix, input_suffix and prompt"
+def test_completion_and_infill(server, tool_server):
+    status, reply = server.post("/completion", {"prompt": "The capital of France is", "n_predict": 5, "temperature": 0, "n_probs": 2})
+    assert status == 200 and "Paris" in reply["content"], reply
+    assert reply["stop"] and reply["stop_type"] == "limit" and reply["tokens_predicted"] == 5
+    assert len(reply["completion_probabilities"]) == 5
+    events = list(server.stream("The capital of France is", path="/completion", n_predict=5))
+    assert "Paris" in "".join(e["content"] for e in events) and events[-1]["stop"]
+    body = {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n\nprint(add(1, 2))\n", "n_predict": 8, "temperature": 0}
+    status, reply = tool_server.post("/infill", body)
+    assert status == 200 and "a + b" in reply["content"], reply
+    status, forged = tool_server.post("/infill", {**body, "input_suffix": "<|fim_middle|>" + body["input_suffix"]})
+    assert status == 200 and forged["tokens_evaluated"] > reply["tokens_evaluated"] + 3
+    assert server.post("/infill", {"input_prefix": "x"})[0] == 400
+
+
 def test_a_template_without_tools_says_so(server):
     status, reply = server.post("/v1/chat/completions", {"messages": ASK, "tools": [WEATHER]})
-    assert status == 400 and "tools" in reply["error"]["message"], reply
+    assert status == 400 and reply["error"]["param"] == "tools", reply

@@ -42,6 +42,8 @@ json asking(const json& fields) {
   return body;
 }
 
+// docs/server_api.md: "The other dialects say the same in their words", "POST /v1/responses | OpenAI's newer
+// form", "As OpenAI's, with system_fingerprint and llama.cpp's timings"
 TEST(ToolsOverHttp, AForcedCallFollowsItsSchemaInEveryDialect) {
   Served s(tiny_with_tools());
   s.load();
@@ -110,6 +112,7 @@ TEST(ToolsOverHttp, AForcedCallFollowsItsSchemaInEveryDialect) {
   EXPECT_EQ(response["output"].back()["arguments"], arguments);
 }
 
+// docs/server_api.md: "POST /api/chat, /api/generate, /api/show", "/api/version | as Ollama's API"
 TEST(ToolsOverHttp, WhatIsWrongIsARefusalInTheDialectsWords) {
   Served s(tiny_with_tools());
   s.load();
@@ -132,6 +135,7 @@ TEST(ToolsOverHttp, WhatIsWrongIsARefusalInTheDialectsWords) {
   EXPECT_TRUE(body_of(client.Get("/api/version")).contains("version"));
 }
 
+// docs/server_api.md: "A model whose template knows no tools refuses them"
 TEST(ToolsOverHttp, AModelWhoseTemplateKnowsNoToolsSaysSo) {
   Served s;
   s.load();
@@ -154,6 +158,7 @@ TEST(ToolsOverHttp, UnknownFieldsAreNamedInTheReplyAndTheLog) {
   EXPECT_FALSE(body_of(client.Post(kChat, chat_body(), kJson)).contains("warnings"));
 }
 
+// docs/server_api.md: "A session that grows turn by turn reads only what is new"
 /// An agent's session: each turn sends all that was said, and reads only what is new.
 TEST(ToolsOverHttp, ASessionThatGrowsReadsOnlyWhatIsNew) {
   Served s(tiny_with_tools());

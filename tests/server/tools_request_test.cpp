@@ -11,6 +11,7 @@ constexpr const char* kWeather =
     R"({"type":"object","properties":{"city":{"type":"string"}},"required":["city"]},"strict":true}})";
 const std::string kTools = std::string(R"("tools":[)") + kWeather + "]";
 
+// docs/server_api.md: "tools, tool_choice, parallel_tool_calls |"
 TEST(ToolRequest, ToolsAndChoices) {
   const GenerationRequest r = taken(kOpenAiChat, chat_with(kTools));
   ASSERT_EQ(r.conversation.tools.size(), 1U);
@@ -34,6 +35,7 @@ TEST(ToolRequest, ToolsAndChoices) {
             false);
 }
 
+// docs/server_api.md: "History: the assistant's tool_calls (and reasoning_content), results as role: tool"
 TEST(ToolRequest, CallsAndResultsInTheHistory) {
   const GenerationRequest r = taken(
       kOpenAiChat,
@@ -54,6 +56,8 @@ TEST(ToolRequest, CallsAndResultsInTheHistory) {
   EXPECT_EQ(m[3].tool_call_id, "a");
 }
 
+// docs/server_api.md: "tools are functions with a JSON schema of their arguments", "names of letters, digits
+// and _-.:/", "tools and response_format or a grammar exclude each other"
 TEST(ToolRequest, WhatIsWrongIsRefusedByName) {
   const auto tool = [](const std::string& function) {
     return R"("tools":[{"type":"function","function":)" + function + "}]";
@@ -98,6 +102,7 @@ TEST(ToolRequest, WhatIsWrongIsRefusedByName) {
               HasSubstr("name"));
 }
 
+// docs/server_api.md: "What a schema does not enforce here is what it does not enforce in response_format"
 TEST(ToolRequest, SchemasTogetherAreBounded) {
   // Each is fine; all of them would take the converter minutes.
   std::string properties;

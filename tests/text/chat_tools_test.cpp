@@ -54,6 +54,7 @@ PreparedChat prepared(const Tokenizer& tokenizer, const ChatRequest& request) {
 constexpr const char* kOslo =
     "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Oslo\"}}\n</tool_call>";
 
+// docs/server_api.md: "The model's template shows them, and what it answers is read by llama.cpp's"
 TEST(ChatTools, ThePromptShowsThemAndTheAnswerIsReadAsTheTemplateWritesIt) {
   const auto tokenizer = load(tool_vocabulary());
   const PreparedChat chat = prepared(*tokenizer, asked());
@@ -94,6 +95,8 @@ TEST(ChatTools, AnAnswerThatGrowsGrowsInAllItsParts) {
   EXPECT_EQ(arguments, R"({"city": "Oslo"})");
 }
 
+// docs/server_api.md: "tool_choice: auto (the answer is free until it comes to the template's mark of a
+// call", "The prompt is the same for all"
 TEST(ChatTools, TheChoiceShapesTheGrammarButNotThePrompt) {
   const auto tokenizer = load(tool_vocabulary());
   ChatRequest request = asked();
@@ -133,7 +136,8 @@ TEST(ChatTools, OneCallIsOne) {
   }
 }
 
-// docs/server_api.md: "Only the template writes control tokens"
+// docs/server_api.md: "Names, arguments, results, schemas and the template's arguments write no control
+// tokens"
 TEST(ChatTools, NothingThatClientsWriteBecomesAControlToken) {
   const auto tokenizer = load(tool_vocabulary());
   const auto tokens_of = [&](const ChatRequest& request) {
@@ -205,6 +209,7 @@ TEST(ChatTools, RefusesWhatATemplateDoesNotKnow) {
   EXPECT_FALSE(prepare_chat(*good, deep).ok());
 }
 
+// docs/server_api.md: "reasoning_format | none: thinking stays in the content"
 TEST(ChatThinking, IsNoPartOfTheContent) {
   const auto tokenizer = load(tool_vocabulary(testing::kThinkingTemplate));
   ChatRequest request;
