@@ -223,6 +223,14 @@ TEST(Ruler, KeysAndWordsNeverComeTwice) {
   }
 }
 
+TEST(Ruler, AnEarlyEndHasAsManyOfEachTask) {
+  RulerOptions o = options({"vt", "fwe"}, 4000);
+  o.samples = 2;
+  const auto items = ruler_items(bytes(), o);
+  const std::vector<ItemId> want = {{"vt", 4000, 0}, {"fwe", 4000, 0}, {"vt", 4000, 1}, {"fwe", 4000, 1}};
+  EXPECT_EQ(items->ids, want);
+}
+
 TEST(Ruler, Refusals) {
   expect_refusal(ruler_items(bytes(), options({"niah_single_4"}, 4000)).status(),
                  StatusCode::invalid_argument, {"niah_single_4", "niah_single_3", "fwe"});

@@ -311,6 +311,15 @@ TEST(TaskRun, Refusals) {
   o.n_ctx = 305;
   expect_refusal(run_task(tiny().model, items(1), o, answers).status(), StatusCode::invalid_argument,
                  {"305", "12", "question 0"});
+  // A template that refuses what a line has: the line is named.
+  TinyModel strict;
+  strict.edit_metadata = [](gguf_context* file) {
+    gguf_set_val_str(file, "tokenizer.chat_template", "{{ raise_exception('no such role') }}");
+  };
+  const LoadedTiny refusing(strict);
+  const auto asked = question_items(*read("\n{\"input\": \"A\", \"answer\": 1}"), {});
+  expect_refusal(run_task(refusing.model, *asked, options({}), answers).status(),
+                 StatusCode::invalid_argument, {"line 2", "no such role"});
   EXPECT_EQ(
       run_task(tiny().model, items(1), options({}), answers, [](double) { return false; }).status().code(),
       StatusCode::cancelled);

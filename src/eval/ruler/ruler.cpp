@@ -107,8 +107,8 @@ Result<TaskItems> ruler_items(const Tokenizer& tokenizer, const RulerOptions& op
   }
   TaskItems items;
   for (const int64_t context : options.contexts) {
-    for (const std::string& task : tasks) {
-      for (int64_t i = 0; i < options.samples; ++i) items.ids.push_back({task, context, i});
+    for (int64_t i = 0; i < options.samples; ++i) {
+      for (const std::string& task : tasks) items.ids.push_back({task, context, i});
     }
   }
   items.make = [&tokenizer, sentences, seed = options.seed, raw = options.raw](const ItemId& id) {

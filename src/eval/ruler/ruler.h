@@ -25,11 +25,11 @@ struct RulerOptions {
   bool raw = false;    ///< no chat template
 };
 
-/// The questions, ordered by context, task, number; make() fits one to its length: at most `context` tokens
-/// with max_tokens of answer, and at least nine tenths of what that leaves for the prompt, whatever the task,
-/// if it can be filled so finely. The tokenizer outlives them. invalid_argument: an unknown task (lists the
-/// names), no context or sample, a filler without a sentence; of make(): a context that cannot hold the
-/// question (both counts).
+/// The questions, ordered by context, number, task, so that a run that is ended early has as many of each
+/// task; make() fits one to its length: at most `context` tokens with max_tokens of answer, and at least nine
+/// tenths of what that leaves for the prompt, whatever the task, if it can be filled so finely. The tokenizer
+/// outlives them. invalid_argument: an unknown task (lists the names), no context or sample, a filler without
+/// a sentence; of make(): a context that cannot hold the question (both counts).
 Result<TaskItems> ruler_items(const Tokenizer& tokenizer, const RulerOptions& options);
 
 }  // namespace narrows

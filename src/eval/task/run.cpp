@@ -162,7 +162,10 @@ Result<TaskResult> run_task(const std::shared_ptr<const Model>& model, const Tas
     }
     if (!missing.empty()) {
       const Result<std::vector<Token>> prompt = item_prompt(model->tokenizer(), *item, options.raw);
-      if (!prompt.ok()) return prompt.status();
+      if (!prompt.ok()) {
+        return Status(prompt.status().code(),
+                      fmt::format("{}: {}", name_of(item->id), prompt.status().message()));
+      }
       const auto n_prompt = static_cast<int64_t>(prompt->size());
       if (n_prompt + item->max_tokens > runner.n_ctx()) {
         return Status(StatusCode::invalid_argument,
