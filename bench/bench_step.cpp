@@ -146,7 +146,7 @@ int run(const Arguments& a) {
     of(RunStage::qkv) += bytes_of(l.project.linears);
     of(RunStage::out) += bytes_of({&l.out, 1});
     of(RunStage::ffn) += bytes_of(l.ffn.linears);
-    if (!l.experts) of(RunStage::down) += bytes_of({&l.down, 1});
+    if (l.down.w != nullptr) of(RunStage::down) += bytes_of({&l.down, 1});
     for (int64_t i = 0; l.experts && i < l.experts.spec.n_used; ++i) {  // of one sequence
       const ExpertOp& expert = l.experts.all[static_cast<size_t>(i)];
       of(RunStage::ffn) += bytes_of(expert.gate_up);

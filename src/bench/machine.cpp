@@ -146,9 +146,8 @@ ModelWork work_of(const Plan& plan) {
         for (const LinearOp& l : expert.gate_up) add(l, work.flops_token);
         add(expert.down, work.flops_token);
       }
-    } else {
-      add(layer.down, work.flops_token);
     }
+    if (layer.down.w != nullptr) add(layer.down, work.flops_token);
     work.flops_pair += 4.0 * static_cast<double>(layer.mix.attention.width_q());
   }
   add(plan.output.logits, work.flops_logits);

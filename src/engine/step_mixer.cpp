@@ -63,34 +63,38 @@ DecodeStep StepMixer::step_of(const MixRows& rows, int64_t sequence) {
           rows.out + sequence * rows.ldo};
 }
 
-/// Heads [first, end) of q, then k, of a sequence.
-void StepMixer::norm_sequence(const LayerPlan& layer, const MixRows& rows, int64_t sequence, int64_t first,
-                              int64_t end) {
-  const AttentionSpec& a = layer.mix.attention;
-  const int64_t split = std::clamp(a.n_head, first, end);
-  const int64_t first_k = split - a.n_head, at = sequence * rows.ld;
-  norm_heads(layer.mix.q_norm, split - first, a.head_dim, rows.q + at + first * a.head_dim);
-  if (split < end) norm_heads(layer.mix.k_norm, end - split, a.head_dim, rows.k + at + first_k * a.head_dim);
+/// Runs [first, end) of q, then k, of a sequence: norms, and the queries' factor.
+void StepMixer::prepare_sequence(const LayerPlan& layer, const MixRows& rows, int64_t sequence, int64_t first,
+                                 int64_t end) const {
+  const HeadNorms &q = layer.mix.q_norm, &k = layer.mix.k_norm;
+  const int64_t split = std::clamp(q.n, first, end), at = sequence * rows.ld;
+  norm_heads(q, first, split, rows.q + at);
+  if (split < end) norm_heads(k, split - q.n, end - q.n, rows.k + at);
+  if (layer.mix.attention.temperature == 0) return;
+  const float factor =
+      layer.mix.attention.query_factor(sequences_[static_cast<size_t>(sequence)].cache->n_tokens());
+  for (int64_t i = first * q.width; i < split * q.width; ++i) rows.q[at + i] *= factor;
 }
 
 void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
   const int ith = team.ith(), n_threads = team.n_threads();
-  const bool norms = layer.mix.q_norm.weight != nullptr || layer.mix.k_norm.weight != nullptr;
-  const int64_t heads = layer.mix.attention.n_head + layer.mix.attention.n_head_kv;
+  const bool prepares = layer.mix.q_norm.norm.weight != nullptr || layer.mix.k_norm.norm.weight != nullptr ||
+                        layer.mix.attention.temperature != 0;
+  const int64_t runs = layer.mix.q_norm.n + layer.mix.k_norm.n;
   for (size_t i = 0; i < sequences_.size(); ++i) {
     if (owner_[i] != ith) continue;
     const auto sequence = static_cast<int64_t>(i);
-    if (norms) norm_sequence(layer, rows, sequence, 0, heads);
+    if (prepares) prepare_sequence(layer, rows, sequence, 0, runs);
     KvLayer& kv = sequences_[i].cache->layer(layer.index);
     for (int p = 0; p < kv.n_phase(); ++p)
       kv.run_phase(p, step_of(rows, sequence), *sequences_[i].scratch, 0, 1);
   }
   int n_phase = 0;
-  if (norms && n_shared_ > 0) {
+  if (prepares && n_shared_ > 0) {
     // A product's parts do not end where heads do, hence a stage of its own.
-    const Part mine = part_of(heads, ith, n_threads);
+    const Part mine = part_of(runs, ith, n_threads);
     for (size_t i = 0; i < sequences_.size(); ++i) {
-      if (owner_[i] < 0) norm_sequence(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
+      if (owner_[i] < 0) prepare_sequence(layer, rows, static_cast<int64_t>(i), mine.begin, mine.end);
     }
     team.barrier();
   }

@@ -42,8 +42,8 @@ class StepMixer final : public Mixer {
  private:
   void share_sequences();
   static DecodeStep step_of(const MixRows& rows, int64_t sequence);
-  static void norm_sequence(const LayerPlan& layer, const MixRows& rows, int64_t sequence, int64_t first,
-                            int64_t end);
+  void prepare_sequence(const LayerPlan& layer, const MixRows& rows, int64_t sequence, int64_t first,
+                        int64_t end) const;
 
   std::span<const StepSequence> sequences_;  ///< of the running step
   std::vector<int> by_tokens_;               ///< [max_sequences] sequences, longest first

@@ -1,13 +1,23 @@
 #include "exec/executor.h"
 
+#include <algorithm>
+
 #include "kernels/ops.h"
 
 namespace narrows {
 
-void norm_heads(const NormOp& norm, int64_t n_head, int64_t head_dim, float* x) {
-  if (norm.weight == nullptr) return;
-  for (int64_t h = 0; h < n_head; ++h)
-    kernels::ops().rms_norm(x + h * head_dim, norm.weight, head_dim, norm.eps, x + h * head_dim);
+void norm_row(const NormOp& norm, const float* x, int64_t n, float* y) {
+  if (norm.weight == nullptr) {
+    std::copy_n(x, n, y);
+  } else {
+    kernels::ops().rms_norm(x, norm.weight, n, norm.eps, y);
+  }
+}
+
+void norm_heads(const HeadNorms& norms, int64_t first, int64_t end, float* x) {
+  if (norms.norm.weight == nullptr) return;
+  for (int64_t i = first; i < end; ++i)
+    norm_row(norms.norm, x + i * norms.width, norms.width, x + i * norms.width);
 }
 
 }  // namespace narrows

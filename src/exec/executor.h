@@ -38,8 +38,10 @@ struct MixRows {
   int64_t n = 0;
 };
 
-/// Heads [n_head, head_dim] of one row, each normed in place; nothing if there is no such norm.
-void norm_heads(const NormOp& norm, int64_t n_head, int64_t head_dim, float* x);
+/// y [n] = the norm of x; x itself if there is no such norm.
+void norm_row(const NormOp& norm, const float* x, int64_t n, float* y);
+/// Runs [first, end) of a row's heads, each normed in place; nothing if there is no such norm.
+void norm_heads(const HeadNorms& norms, int64_t first, int64_t end, float* x);
 
 /// The mix stage of a run: attention of its rows over whatever they may see.
 class Mixer {

@@ -300,6 +300,27 @@ Result<std::optional<std::string>> GgufFile::text(const std::string& key) const 
   return std::optional<std::string>(gguf_get_val_str(gguf_, id));
 }
 
+Result<std::optional<bool>> GgufFile::boolean(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0) return std::optional<bool>();
+  if (gguf_get_kv_type(gguf_, id) != GGUF_TYPE_BOOL) {
+    return bad(path_, fmt::format("metadata {} should be true or false but is of type {}", key,
+                                  gguf_type_name(gguf_get_kv_type(gguf_, id))));
+  }
+  return std::optional<bool>(gguf_get_val_bool(gguf_, id));
+}
+
+std::optional<std::vector<bool>> GgufFile::booleans(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0 || gguf_get_kv_type(gguf_, id) != GGUF_TYPE_ARRAY ||
+      gguf_get_arr_type(gguf_, id) != GGUF_TYPE_BOOL)
+    return std::nullopt;
+  const auto* data = static_cast<const uint8_t*>(gguf_get_arr_data(gguf_, id));
+  std::vector<bool> all;
+  for (size_t i = 0; i < gguf_get_arr_n(gguf_, id); ++i) all.push_back(data[i] != 0);
+  return all;
+}
+
 std::optional<int64_t> GgufFile::array_size(const std::string& key) const {
   const int64_t id = gguf_find_key(gguf_, key.c_str());
   if (id < 0 || gguf_get_kv_type(gguf_, id) != GGUF_TYPE_ARRAY) return std::nullopt;

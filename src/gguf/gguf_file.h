@@ -51,6 +51,9 @@ class GgufFile {
   Result<std::optional<int64_t>> integer(const std::string& key) const;
   Result<std::optional<double>> real(const std::string& key) const;
   Result<std::optional<std::string>> text(const std::string& key) const;
+  Result<std::optional<bool>> boolean(const std::string& key) const;
+  /// nullopt if there is no such key, or it is no array of them.
+  std::optional<std::vector<bool>> booleans(const std::string& key) const;
   /// Number of elements if key is an array (of any type).
   std::optional<int64_t> array_size(const std::string& key) const;
 

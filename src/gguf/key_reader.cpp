@@ -35,6 +35,22 @@ std::string KeyReader::text(const std::string& key, const std::string& fallback)
   return r->value_or(fallback);
 }
 
+bool KeyReader::flag(const std::string& key, bool fallback) {
+  const Result<std::optional<bool>> r = file_.boolean(prefix_ + key);
+  if (!r.ok()) return fail(r.status(), fallback);
+  return r->value_or(fallback);
+}
+
+std::vector<bool> KeyReader::flags(const std::string& key, int64_t n) {
+  const std::optional<std::vector<bool>> all = file_.booleans(prefix_ + key);
+  if (!all) return {};
+  if (static_cast<int64_t>(all->size()) != n)
+    return fail(bad(fmt::format("metadata {}{} has {} entries, not one for each of {} layers", prefix_, key,
+                                all->size(), n)),
+                std::vector<bool>());
+  return *all;
+}
+
 bool KeyReader::has(const std::string& key) const {
   const auto r = file_.integer(prefix_ + key);
   return r.ok() && r->has_value();

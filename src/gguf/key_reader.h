@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "gguf/gguf_file.h"
 #include "narrows/status.h"
@@ -19,6 +20,9 @@ class KeyReader {
   int64_t integer(const std::string& key, std::optional<int64_t> fallback, int64_t low, int64_t high);
   double real(const std::string& key, std::optional<double> fallback, double low, double high);
   std::string text(const std::string& key, const std::string& fallback);
+  bool flag(const std::string& key, bool fallback);
+  /// Empty if there is no such array; else one for each of n layers. On a failure empty.
+  std::vector<bool> flags(const std::string& key, int64_t n);
   bool has(const std::string& key) const;
 
   const Status& status() const { return status_; }

@@ -20,6 +20,7 @@ struct RopeParams {
   double beta_slow = 1.0;
   int64_t n_ctx_orig = 0;                ///< context before scaling, for YaRN
   std::vector<float> freq_factors = {};  ///< [n_rot / 2] or empty (rope_freqs.weight)
+  std::vector<float> long_factors = {};  ///< in their place where a context is longer than n_ctx_orig
 };
 
 /// cos/sin of pos = 256 a + b by the angle sum of two small tables: (n_ctx / 256 + 256) * n_rot / 2 pairs,

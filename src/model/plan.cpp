@@ -10,8 +10,8 @@ ProjectStage project(const NormOp& norm, std::vector<LinearOp> linears) {
   return stage;
 }
 
-ExpertsStage experts_of(const LayerWeights& w, const ExpertSpec& spec) {
-  ExpertsStage stage{spec, {&w.router, nullptr}, {}};
+ExpertsStage experts_of(const LayerWeights& w, const FfnSpec& ffn) {
+  ExpertsStage stage{ffn.experts, {&w.router, nullptr}, ffn.n_ff, w.shared_gate, {}};
   for (const ExpertWeights& e : w.experts) {
     std::vector<LinearOp> gate_up = {{&e.gate_up, nullptr}};
     if (!e.gate_up) gate_up = {{&e.gate, nullptr}, {&e.up, nullptr}};
@@ -34,19 +34,29 @@ Plan make_plan(const ModelWeights& weights) {
     std::vector<LinearOp> qkv = {{&w.wqkv, w.bqkv}};
     if (!w.wqkv) qkv = {{&w.wq, w.bq}, {&w.wk, w.bk}, {&w.wv, w.bv}};
     l.project = project(norm(w.attn_norm), std::move(qkv));
-    l.mix = {spec.layer(i).attention, norm(w.q_norm), norm(w.k_norm)};
+    const AttentionSpec& a = spec.layer(i).attention;
+    const auto heads = [&](const float* weight, int64_t n_head) {
+      return a.qk_norm_whole ? HeadNorms{norm(weight), 1, n_head * a.head_dim}
+                             : HeadNorms{norm(weight), n_head, a.head_dim};
+    };
+    l.mix = {a, heads(w.q_norm, a.n_head), heads(w.k_norm, a.n_head_kv)};
+    l.residual_scale = spec.layer(i).residual_scale;
     l.out = {&w.wo, w.bo};
     l.out_norm = norm(w.attn_post_norm);
-    l.n_ff = spec.layer(i).ffn.n_ff;
-    l.activation = spec.layer(i).ffn.activation;
-    if (w.experts.empty()) {
+    const FfnSpec& ffn = spec.layer(i).ffn;
+    l.n_ff = ffn.experts ? ffn.experts.n_shared_ff : ffn.n_ff;
+    l.activation = ffn.activation;
+    if (l.n_ff > 0) {
       std::vector<LinearOp> gate_up = {{&w.gate_up, nullptr}};
       if (!w.gate_up) gate_up = {{&w.gate, w.b_gate}, {&w.up, w.b_up}};
       l.ffn = project(norm(w.ffn_norm), std::move(gate_up));
       l.down = {&w.down, w.b_down};
     } else {
       l.ffn = project(norm(w.ffn_norm), {});
-      l.experts = experts_of(w, spec.layer(i).ffn.experts);
+    }
+    if (ffn.experts) {
+      l.experts = experts_of(w, ffn);
+      l.experts.spec.scale *= l.residual_scale;
     }
     l.down_norm = norm(w.ffn_post_norm);
     plan.layers.push_back(std::move(l));

@@ -7,12 +7,14 @@
 //   ffn       act = activation(gate) * up of W norm(x) + b
 //   down      x += norm(W act + b), or without a norm
 //
-// of which the last two are, where a layer has experts,
+// (what is added may be scaled), of which the last two are, where a layer has experts,
 //
 //   ffn       act_e = weight_e * activation(gate_e) * up_e of norm(x), for the experts e that softmax(W
 //   norm(x))
 //             chooses
 //   down      x += sum of W_e act_e
+//
+// before the second of which the first two are done too, for an expert that all rows go through.
 //
 // and the logits are W norm(x) + b. An executor (exec/executor.h) maps a stage to whatever its device does
 // best.
@@ -28,7 +30,7 @@ namespace narrows {
 
 /// x / rms(x) * weight [n_embd].
 struct NormOp {
-  const float* weight = nullptr;
+  const float* weight = nullptr;  ///< null: x as it is
   float eps = 0;
 };
 
@@ -45,10 +47,16 @@ struct ProjectStage {
   int64_t n_out = 0;  ///< of all of them
 };
 
+/// Norms of a row's q or k before RoPE: n runs of `width` coordinates, each for itself.
+struct HeadNorms {
+  NormOp norm;
+  int64_t n = 0;
+  int64_t width = 0;
+};
+
 struct MixStage {
   AttentionSpec attention;
-  NormOp q_norm;  ///< of each head before RoPE, weight [head_dim]; null: none
-  NormOp k_norm;
+  HeadNorms q_norm, k_norm;
 };
 
 struct ExpertOp {
@@ -56,11 +64,13 @@ struct ExpertOp {
   LinearOp down;
 };
 
-/// In place of a layer's ffn.linears and down.
+/// In place of a layer's ffn.linears and down, or beside them: those are the expert that all rows go through.
 struct ExpertsStage {
   ExpertSpec spec;
   LinearOp router;
-  std::vector<ExpertOp> all;  ///< [n_expert]; empty: the layer has none
+  int64_t n_ff = 0;                    ///< of an expert
+  const float* shared_gate = nullptr;  ///< [n_embd]: what the layer's ffn gives times sigmoid(it x); null: 1
+  std::vector<ExpertOp> all;           ///< [n_expert]; empty: the layer has none
 
   explicit operator bool() const { return !all.empty(); }
 };
@@ -76,7 +86,8 @@ struct LayerPlan {
   Activation activation = Activation::silu;
   LinearOp down;
   NormOp down_norm;  ///< null: none
-  int64_t n_ff = 0;  ///< of an expert, if there are such
+  float residual_scale = 1;
+  int64_t n_ff = 0;  ///< of ffn and down; 0: there are experts alone
 };
 
 struct OutputPlan {

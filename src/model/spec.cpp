@@ -4,11 +4,16 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/utf8.h"
 #include "model/arch/architecture.h"
 
 namespace narrows {
+
+float AttentionSpec::query_factor(int64_t position) const {
+  return static_cast<float>(1 + temperature * std::log(static_cast<double>(position / temperature_step) + 1));
+}
 
 int64_t ModelSpec::most_width_q() const {
   int64_t most = 0;
@@ -30,7 +35,10 @@ int64_t ModelSpec::most_ff() const {
 
 std::vector<kernels::RopeTable> rope_tables(const ModelSpec& spec, int64_t n_ctx) {
   std::vector<kernels::RopeTable> tables;
-  for (const kernels::RopeParams& r : spec.ropes) tables.emplace_back(r, n_ctx);
+  for (kernels::RopeParams r : spec.ropes) {
+    if (!r.long_factors.empty() && n_ctx > r.n_ctx_orig) r.freq_factors = r.long_factors;
+    tables.emplace_back(r, n_ctx);
+  }
   return tables;
 }
 

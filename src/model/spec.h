@@ -17,11 +17,17 @@ struct AttentionSpec {
   int64_t n_head = 0;
   int64_t n_head_kv = 0;
   int64_t head_dim = 0;
-  float scale = 0;       ///< on q.k
-  int64_t rope = 0;      ///< index into ModelSpec::ropes
-  bool qk_norm = false;  ///< RMS norm of each head's q and k before RoPE
-  int64_t window = 0;    ///< a query sees this many tokens, itself the last of them; 0: all before it
+  float scale = 0;             ///< on q.k
+  int64_t rope = 0;            ///< index into ModelSpec::ropes
+  bool qk_norm = false;        ///< RMS norm of each head's q and k before RoPE
+  bool qk_norm_whole = false;  ///< of all heads together instead
+  int64_t window = 0;          ///< a query sees this many tokens, itself the last of them; 0: all before it
 
+  /// Queries at position p are multiplied by 1 + temperature log(1 + floor(p / temperature_step)).
+  double temperature = 0;
+  int64_t temperature_step = 1;
+
+  float query_factor(int64_t position) const;
   int64_t width_q() const { return n_head * head_dim; }
   int64_t width_kv() const { return n_head_kv * head_dim; }
 };
@@ -36,6 +42,9 @@ struct ExpertSpec {
   int64_t n_used = 0;
   bool normalised = true;  ///< weights of those that count add up to `scale`
   float scale = 1;         ///< on all weights
+  /// A feed-forward of this width beside them that every row goes through; 0: none.
+  int64_t n_shared_ff = 0;
+  bool shared_gate = false;  ///< what it gives is multiplied by sigmoid(g x)
 
   explicit operator bool() const { return n_expert > 0; }
 };
@@ -45,11 +54,14 @@ struct FfnSpec {
   int64_t n_ff = 0;  ///< of an expert, where there are such
   Activation activation = Activation::silu;
   ExpertSpec experts;
+  bool gate_in_up = false;  ///< the file has both in one tensor, gate first
 };
 
 struct LayerSpec {
+  float residual_scale = 1;  ///< on what attention and the feed-forward give, before it is added
   AttentionSpec attention;
   FfnSpec ffn;
+  bool pre_norms = true;    ///< what goes into attention and feed-forward is normed
   bool post_norms = false;  ///< what attention and the (one) feed-forward give is normed before it is added
 };
 
@@ -65,6 +77,7 @@ struct ModelSpec {
   int64_t n_ctx_train = 0;
   float rms_eps = 0;
   float embedding_scale = 1;
+  float logit_scale = 1;
   /// The file rotates neighbours (2i, 2i + 1): rows of q and k are reordered at load, see model/weights.h.
   bool rope_neighbours = false;
   std::vector<kernels::RopeParams> ropes;  ///< freq_factors are filled in by the weight loader

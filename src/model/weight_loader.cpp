@@ -40,7 +40,8 @@ struct Wanted {
   std::vector<Rows> parts;         ///< one after another
   int64_t head_dim = 0;            ///< of rows that are reordered
   int64_t n_rot = 0;
-  int64_t at = 0;  ///< bytes before it in its array
+  int64_t at = 0;   ///< bytes before it in its array
+  float scale = 1;  ///< on a vector's numbers
 
   const Rows& front() const { return parts.front(); }
 };
@@ -118,34 +119,47 @@ class WeightLoader {
     const AttentionSpec& a = spec_.layer(i).attention;
     const int64_t d_q = a.width_q(), d_kv = a.width_kv(), n_rot = spec_.rope_of(i).n_rot;
     const bool turn = spec_.rope_neighbours;
-    vector(&l.attn_norm, p + "attn_norm.weight", spec_.n_embd);
-    const TensorEntry* q = take(p + "attn_q.weight", spec_.n_embd, d_q);
-    const TensorEntry* k = take(p + "attn_k.weight", spec_.n_embd, d_kv);
-    const TensorEntry* v = take(p + "attn_v.weight", spec_.n_embd, d_kv);
-    if (q == nullptr || k == nullptr || v == nullptr) return;
+    if (spec_.layer(i).pre_norms) vector(&l.attn_norm, p + "attn_norm.weight", spec_.n_embd);
+    std::vector<Rows> qkv;
+    if (m_.file_.find(p + "attn_qkv.weight") != nullptr && m_.file_.find(p + "attn_q.weight") == nullptr) {
+      const TensorEntry* all = take(p + "attn_qkv.weight", spec_.n_embd, d_q + 2 * d_kv);
+      if (all == nullptr) return;
+      qkv = {Rows(all, 0, d_q), Rows(all, d_q, d_kv), Rows(all, d_q + d_kv, d_kv)};
+    } else {
+      for (const auto& [name, n] :
+           {std::pair("attn_q.weight", d_q), {"attn_k.weight", d_kv}, {"attn_v.weight", d_kv}}) {
+        if (const TensorEntry* t = take(p + name, spec_.n_embd, n)) qkv.emplace_back(t);
+      }
+      if (qkv.size() < 3) return;
+    }
+    Rows &q = qkv[0], &k = qkv[1], &v = qkv[2];
+    q.reorder = k.reorder = turn;
     const TensorEntry* bq = take(p + "attn_q.bias", d_q, 1, true);
     const TensorEntry* bk = take(p + "attn_k.bias", d_kv, 1, true);
     const TensorEntry* bv = take(p + "attn_v.bias", d_kv, 1, true);
     const bool all_biases = bq != nullptr && bk != nullptr && bv != nullptr;
     const bool no_bias = bq == nullptr && bk == nullptr && bv == nullptr;
-    const auto want = [&](Matrix* m, const float** b, const TensorEntry* t, bool reorder) {
-      if (t != nullptr) wanted_.push_back({m, b, {{t, reorder}}, a.head_dim, n_rot});
+    const auto want = [&](Matrix* m, const float** b, const Rows& rows) {
+      wanted_.push_back({m, b, {rows}, a.head_dim, n_rot});
     };
-    if (q->type == k->type && q->type == v->type && (all_biases || no_bias)) {
-      wanted_.push_back({&l.wqkv, nullptr, {{q, turn}, {k, turn}, v}, a.head_dim, n_rot});
+    const auto bias = [&](const float** b, const TensorEntry* t, bool reorder) {
+      if (t != nullptr) want(nullptr, b, {t, reorder});
+    };
+    if (q.of->type == k.of->type && q.of->type == v.of->type && (all_biases || no_bias)) {
+      wanted_.push_back({&l.wqkv, nullptr, qkv, a.head_dim, n_rot});
       if (all_biases) wanted_.push_back({nullptr, &l.bqkv, {{bq, turn}, {bk, turn}, bv}, a.head_dim, n_rot});
     } else {
-      want(&l.wq, nullptr, q, turn);
-      want(&l.wk, nullptr, k, turn);
-      want(&l.wv, nullptr, v, false);
-      want(nullptr, &l.bq, bq, turn);
-      want(nullptr, &l.bk, bk, turn);
-      want(nullptr, &l.bv, bv, false);
+      want(&l.wq, nullptr, q);
+      want(&l.wk, nullptr, k);
+      want(&l.wv, nullptr, v);
+      bias(&l.bq, bq, turn);
+      bias(&l.bk, bk, turn);
+      bias(&l.bv, bv, false);
     }
     if (a.qk_norm) {
-      // Their weights stand as the file's rows do, which are in halves order where models have such norms.
-      vector(&l.q_norm, p + "attn_q_norm.weight", a.head_dim);
-      vector(&l.k_norm, p + "attn_k_norm.weight", a.head_dim);
+      const bool whole = a.qk_norm_whole;
+      bias(&l.q_norm, take(p + "attn_q_norm.weight", whole ? d_q : a.head_dim, 1), turn);
+      bias(&l.k_norm, take(p + "attn_k_norm.weight", whole ? d_kv : a.head_dim, 1), turn);
     }
     matrix(&l.wo, take(p + "attn_output.weight", d_q, spec_.n_embd));
     vector(&l.bo, p + "attn_output.bias", spec_.n_embd, true);
@@ -155,19 +169,22 @@ class WeightLoader {
   void declare_ffn(int64_t i, LayerWeights& l) {
     const std::string p = fmt::format("blk.{}.", i);
     const int64_t n_ff = spec_.layer(i).ffn.n_ff;
-    vector(&l.ffn_norm, p + "ffn_norm.weight", spec_.n_embd);
-    const TensorEntry* gate = take(p + "ffn_gate.weight", spec_.n_embd, n_ff);
-    const TensorEntry* up = take(p + "ffn_up.weight", spec_.n_embd, n_ff);
+    if (spec_.layer(i).pre_norms) vector(&l.ffn_norm, p + "ffn_norm.weight", spec_.n_embd);
+    const bool both = spec_.layer(i).ffn.gate_in_up;
+    const TensorEntry* gate = both ? nullptr : take(p + "ffn_gate.weight", spec_.n_embd, n_ff);
+    const TensorEntry* up = take(p + "ffn_up.weight", spec_.n_embd, both ? 2 * n_ff : n_ff);
+    if (both) gate = up;
     if (gate == nullptr || up == nullptr) return;
+    const Rows gates(gate, 0, n_ff), ups(up, both ? n_ff : 0, n_ff);
     vector(&l.b_gate, p + "ffn_gate.bias", n_ff, true);
     vector(&l.b_up, p + "ffn_up.bias", n_ff, true);
     const bool biases =
         m_.file_.find(p + "ffn_gate.bias") != nullptr || m_.file_.find(p + "ffn_up.bias") != nullptr;
     if (!biases && joins(*gate, *up, n_ff)) {
-      wanted_.push_back({&l.gate_up, nullptr, {gate, up}});
+      wanted_.push_back({&l.gate_up, nullptr, {gates, ups}});
     } else {
-      matrix(&l.gate, gate);
-      matrix(&l.up, up);
+      wanted_.push_back({&l.gate, nullptr, {gates}});
+      wanted_.push_back({&l.up, nullptr, {ups}});
     }
     matrix(&l.down, take(p + "ffn_down.weight", n_ff, spec_.n_embd));
     vector(&l.b_down, p + "ffn_down.bias", spec_.n_embd, true);
@@ -179,12 +196,31 @@ class WeightLoader {
     return gate.type == up.type && (!packing(gate) || n_ff % kernels::kPackRows == 0);
   }
 
+  /// Of a layer or of an expert: one matrix or two.
+  template <class Weights>
+  void gate_and_up(Weights& w, const Rows& gate, const Rows& up, int64_t n_ff) {
+    if (joins(*gate.of, *up.of, n_ff)) {
+      wanted_.push_back({&w.gate_up, nullptr, {gate, up}});
+    } else {
+      wanted_.push_back({&w.gate, nullptr, {gate}});
+      wanted_.push_back({&w.up, nullptr, {up}});
+    }
+  }
+
   void declare_experts(int64_t i, LayerWeights& l) {
     const std::string p = fmt::format("blk.{}.", i);
     const FfnSpec& ffn = spec_.layer(i).ffn;
     const int64_t n_ff = ffn.n_ff, n_embd = spec_.n_embd, n_expert = ffn.experts.n_expert;
     vector(&l.ffn_norm, p + "ffn_norm.weight", n_embd);
     matrix(&l.router, take(p + "ffn_gate_inp.weight", n_embd, n_expert));
+    if (const int64_t n_shared = ffn.experts.n_shared_ff; n_shared > 0) {
+      const TensorEntry* gate = take(p + "ffn_gate_shexp.weight", n_embd, n_shared);
+      const TensorEntry* up = take(p + "ffn_up_shexp.weight", n_embd, n_shared);
+      if (gate == nullptr || up == nullptr) return;
+      gate_and_up(l, gate, up, n_shared);
+      matrix(&l.down, take(p + "ffn_down_shexp.weight", n_shared, n_embd));
+      if (ffn.experts.shared_gate) vector(&l.shared_gate, p + "ffn_gate_inp_shexp.weight", n_embd);
+    }
     const TensorEntry* gate = take(p + "ffn_gate_exps.weight", n_embd, n_ff, false, n_expert);
     const TensorEntry* up = take(p + "ffn_up_exps.weight", n_embd, n_ff, false, n_expert);
     const TensorEntry* down = take(p + "ffn_down_exps.weight", n_ff, n_embd, false, n_expert);
@@ -193,12 +229,7 @@ class WeightLoader {
     for (int64_t e = 0; e < n_expert; ++e) {
       ExpertWeights& w = l.experts[static_cast<size_t>(e)];
       const Rows gates(gate, e * n_ff, n_ff), ups(up, e * n_ff, n_ff);
-      if (joins(*gate, *up, n_ff)) {
-        wanted_.push_back({&w.gate_up, nullptr, {gates, ups}});
-      } else {
-        wanted_.push_back({&w.gate, nullptr, {gates}});
-        wanted_.push_back({&w.up, nullptr, {ups}});
-      }
+      gate_and_up(w, gates, ups, n_ff);
       wanted_.push_back({&w.down, nullptr, {Rows(down, e * n_embd, n_embd)}});
     }
   }
@@ -207,13 +238,21 @@ class WeightLoader {
     const TensorEntry* embedding = take("token_embd.weight", spec_.n_embd, spec_.n_vocab);
     if (embedding == nullptr) return;
     m_.embedding_ = *embedding;
-    vector(&m_.output_norm_, "output_norm.weight", spec_.n_embd);
+    if (const TensorEntry* t = take("output_norm.weight", spec_.n_embd, 1)) {
+      vector(&m_.output_norm_, t);
+      wanted_.back().scale = spec_.logit_scale;  // where a bias follows, there is none
+    }
     const TensorEntry* output = take("output.weight", spec_.n_embd, spec_.n_vocab, true);
     matrix(&m_.output_, output != nullptr ? output : embedding);
     vector(&m_.output_bias_, "output.bias", spec_.n_vocab, true);
     kernels::RopeParams& rope = m_.spec_.ropes.front();
-    if (const TensorEntry* t = take("rope_freqs.weight", rope.n_rot / 2, 1, true))
-      read_rope_factors(*t, rope);
+    read_rope_factors("rope_freqs.weight", rope.n_rot, rope.freq_factors);
+    if (rope.freq_factors.empty()) {
+      read_rope_factors("rope_factors_short.weight", rope.n_rot, rope.freq_factors);
+      read_rope_factors("rope_factors_long.weight", rope.n_rot, rope.long_factors);
+      if (rope.freq_factors.empty() != rope.long_factors.empty())
+        fail(bad("has one of the tensors rope_factors_short.weight and rope_factors_long.weight alone"));
+    }
     m_.layers_.resize(static_cast<size_t>(spec_.n_layer()));
     for (int64_t i = 0; i < spec_.n_layer() && status_.ok(); ++i) {
       declare_attention(i, m_.layers_[static_cast<size_t>(i)]);
@@ -225,14 +264,15 @@ class WeightLoader {
     }
   }
 
-  void read_rope_factors(const TensorEntry& t, kernels::RopeParams& rope) {
-    if (t.type != TensorType::f32) return fail(bad("tensor rope_freqs.weight should be F32"));
-    std::vector<float>& factors = rope.freq_factors;
-    factors.resize(static_cast<size_t>(t.ne[0]));
-    if (Status s = m_.file_.read(t, 0, t.bytes, factors.data()); !s.ok()) return fail(std::move(s));
-    if (!std::all_of(factors.begin(), factors.end(), [](float f) { return f > 0 && f < 1e9F; })) {
-      fail(bad("tensor rope_freqs.weight has a factor that is not positive"));
-    }
+  /// Left as it is if there is no such tensor.
+  void read_rope_factors(const std::string& name, int64_t n_rot, std::vector<float>& factors) {
+    const TensorEntry* t = take(name, n_rot / 2, 1, true);
+    if (t == nullptr) return;
+    if (t->type != TensorType::f32) return fail(bad(fmt::format("tensor {} should be F32", name)));
+    factors.resize(static_cast<size_t>(t->ne[0]));
+    if (Status s = m_.file_.read(*t, 0, t->bytes, factors.data()); !s.ok()) return fail(std::move(s));
+    if (!std::all_of(factors.begin(), factors.end(), [](float f) { return f > 0 && f < 1e9F; }))
+      fail(bad(fmt::format("tensor {} has a factor that is not positive", name)));
   }
 
   Status check_leftovers() const {
@@ -399,6 +439,7 @@ class WeightLoader {
     if (to_f32(p)) {
       numbers.resize(static_cast<size_t>(part.n_in() * part.n));
       to_float(part.of->type, raw, numbers.data(), static_cast<int64_t>(numbers.size()));
+      for (float& x : numbers) x *= p.scale;
       raw = reinterpret_cast<const char*>(numbers.data());
       bytes = static_cast<int64_t>(numbers.size() * sizeof(float));
     }

@@ -52,6 +52,7 @@ struct LayerWeights {
   const float* ffn_post_norm = nullptr;  ///< [n_embd]
   Matrix router;                         ///< [n_expert, n_embd], and the experts in place of gate, up, down
   std::vector<ExpertWeights> experts;
+  const float* shared_gate = nullptr;  ///< [n_embd]; the shared expert is gate_up and down
 
   /// All that it has.
   std::vector<const Matrix*> matrices() const;

@@ -122,8 +122,12 @@ class Prefill::ChunkMixer final : public Mixer {
     for (int64_t r = mine.begin; r < mine.end; ++r) {
       float* q = rows.q + r * rows.ld;
       float* k = rows.k + r * rows.ld;
-      norm_heads(mix.q_norm, a.n_head, a.head_dim, q);
-      norm_heads(mix.k_norm, a.n_head_kv, a.head_dim, k);
+      norm_heads(mix.q_norm, 0, mix.q_norm.n, q);
+      norm_heads(mix.k_norm, 0, mix.k_norm.n, k);
+      if (a.temperature != 0) {
+        const float factor = a.query_factor(position + r);
+        for (int64_t i = 0; i < width_q; ++i) q[i] *= factor;
+      }
       rope_.at(position + r, angle.data(), angle.data() + half);
       std::copy_n(k, width, b_.k_raw.data() + (first_ + r) * width);
       std::copy_n(rows.v + r * rows.ld, width, b_.v.data() + (b_.tail + first_ + r) * width);

@@ -58,6 +58,7 @@ Doubles product(const LinearOp& l, const Doubles& x) {
 }
 
 Doubles normed(const NormOp& norm, const Doubles& x) {
+  if (norm.weight == nullptr) return x;
   double square = 0;
   for (const double v : x) square += v * v;
   const double scale = 1 / std::sqrt(square / static_cast<double>(x.size()) + static_cast<double>(norm.eps));
@@ -76,7 +77,7 @@ Doubles project(const ProjectStage& stage, const Doubles& x) {
 }
 
 Doubles activated(const LayerPlan& layer, const Doubles& gate_up) {
-  const auto n_ff = static_cast<size_t>(layer.n_ff);
+  const size_t n_ff = gate_up.size() / 2;
   Doubles act(n_ff);
   for (size_t i = 0; i < n_ff; ++i) {
     const double g = gate_up[i];
@@ -113,6 +114,20 @@ Doubles experts_in_double(const LayerPlan& layer, const Doubles& x) {
     const Doubles y = product(expert.down, activated(layer, gate_up));
     for (size_t o = 0; o < sum.size(); ++o) sum[o] += weight * y[o];
   }
+  if (layer.n_ff == 0) return sum;
+  double weight = 1;
+  if (stage.shared_gate != nullptr) {
+    double gate = 0;
+    for (size_t i = 0; i < x.size(); ++i) gate += static_cast<double>(stage.shared_gate[i]) * x[i];
+    weight = 1 / (1 + std::exp(-gate));
+  }
+  Doubles gate_up;
+  for (const LinearOp& l : layer.ffn.linears) {
+    const Doubles y = product(l, x);
+    gate_up.insert(gate_up.end(), y.begin(), y.end());
+  }
+  const Doubles y = product(layer.down, activated(layer, gate_up));
+  for (size_t o = 0; o < sum.size(); ++o) sum[o] += weight * static_cast<double>(layer.residual_scale) * y[o];
   return sum;
 }
 
@@ -121,15 +136,18 @@ Doubles layer_in_double(const LayerPlan& layer, Doubles x) {
   const auto add = [&](const Doubles& y) {
     for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
   };
+  const auto scaled = [&](Doubles y) {
+    for (double& v : y) v *= static_cast<double>(layer.residual_scale);
+    return y;
+  };
   Doubles q = project(layer.project, x);
   q.resize(static_cast<size_t>(layer.mix.attention.width_q()));
-  const auto post = [](const NormOp& norm, const Doubles& y) { return norm.weight ? normed(norm, y) : y; };
-  add(post(layer.out_norm, product(layer.out, q)));
+  add(scaled(normed(layer.out_norm, product(layer.out, q))));
   if (layer.experts) {
     add(experts_in_double(layer, normed(layer.ffn.norm, x)));
     return x;
   }
-  add(post(layer.down_norm, product(layer.down, activated(layer, project(layer.ffn, x)))));
+  add(scaled(normed(layer.down_norm, product(layer.down, activated(layer, project(layer.ffn, x))))));
   return x;
 }
 

@@ -241,6 +241,10 @@ TEST(ModelFile, RefusesRopeFactorsThatCannotBe) {
     m.rope_factors = {1, 1, 1, 1, 2, bad, 2, 2};
     refused(m, {"rope_freqs.weight"});
   }
+  TinyModel one;  // of two that belong together
+  one.architecture = "phi3";
+  one.short_factors = {1, 1, 1, 1, 2, 2, 2, 2};
+  refused(one, {"rope_factors_short.weight", "alone"});
   for (const size_t n : {size_t{4}, size_t{16}}) {
     TinyModel m;
     m.rope_factors.assign(n, 1.0F);

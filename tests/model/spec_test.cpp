@@ -216,8 +216,54 @@ TEST(SpecRefusals, ExpertsThatCannotBe) {
     experts_refused(dense, "expert_count", 8, {"8 experts"}, StatusCode::unsupported);
 }
 
+TEST(Spec, LayersThatKnowNoPositions) {
+  TinyModel m;
+  m.architecture = "smollm3";
+  m.n_layer = 9;
+  const ModelSpec spec = good(m);
+  for (int64_t i = 0; i < 9; ++i) EXPECT_EQ(spec.rope_of(i).freq_scale, i % 4 == 3 ? 0 : 1) << i;
+  m.architecture = "granite";
+  m.logit_scale = 4;
+  m.residual_scale = 0.25;
+  m.no_rope = true;
+  const ModelSpec granite = good(m);
+  EXPECT_EQ(granite.rope_of(0).freq_scale, 0);
+  EXPECT_EQ(granite.logit_scale, 0.25F);
+  EXPECT_EQ(granite.layers.at(8).residual_scale, 0.25F);
+  EXPECT_EQ(granite.embedding_scale, 1);
+}
+
+TEST(Spec, QueriesThatGrowWithThePosition) {
+  AttentionSpec a;
+  EXPECT_EQ(a.query_factor(1 << 20), 1);
+  a.temperature = 0.1;
+  a.temperature_step = 100;
+  EXPECT_EQ(a.query_factor(99), 1);
+  EXPECT_FLOAT_EQ(a.query_factor(100), static_cast<float>(1 + 0.1 * std::log(2.0)));
+  EXPECT_FLOAT_EQ(a.query_factor(999), static_cast<float>(1 + 0.1 * std::log(10.0)));
+}
+
+TEST(SpecRefusals, KeysOfOneArchitecture) {
+  TinyModel m;
+  m.architecture = "granite";
+  expect_refusal(status_of(read(m)), StatusCode::invalid_file, {"granite.logit_scale", "missing"});
+  m.logit_scale = 1;
+  m.edit_metadata = [](gguf_context* g) { gguf_set_val_u32(g, "granite.rope.scaling.finetuned", 1); };
+  expect_refusal(status_of(read(m)), StatusCode::invalid_file, {"finetuned", "true or false", "u32"});
+  TinyModel olmo2;
+  olmo2.architecture = "olmo2";
+  olmo2.window = 8;
+  olmo2.windows = {true, false, true};
+  expect_refusal(status_of(read(olmo2)), StatusCode::invalid_file,
+                 {"sliding_window_pattern", "3 entries", "2 layers"});
+  TinyModel glm4;
+  glm4.architecture = "glm4";
+  glm4.edit_metadata = [](gguf_context* g) { gguf_set_val_u32(g, "glm4.nextn_predict_layers", 1); };
+  expect_refusal(status_of(read(glm4)), StatusCode::unsupported, {"nextn"});
+}
+
 TEST(SpecRefusals, OtherArchitecturesListOurs) {
-  for (const std::string name : {"gemma2", "phi3", "", "LLAMA", "clip"}) {
+  for (const std::string name : {"gemma2", "phi2", "", "LLAMA", "clip"}) {
     TinyModel m;
     m.edit_metadata = [=](gguf_context* g) { gguf_set_val_str(g, "general.architecture", name.c_str()); };
     expect_refusal(status_of(read(m)), StatusCode::unsupported,

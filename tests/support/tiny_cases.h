@@ -97,6 +97,91 @@ inline std::vector<TinyCase> float_cases() {
     m.n_ff = 40;  // no multiple of a tile
     m.n_used = 2;
   });
+  add("olmoe", experts, [](TinyModel& m) {
+    m.architecture = "olmoe";
+    m.head_dim = 16;
+    m.n_head_kv = 4;  // libllama knows no others
+    m.freq_base = 1e4;
+  });
+  const auto granite = [](TinyModel& m) {
+    m.embedding_scale = 1.5;
+    m.residual_scale = 0.7;
+    m.logit_scale = 0.5;
+    m.attention_scale = 0.2;
+  };
+  add("granite", llama, [&](TinyModel& m) {
+    m.architecture = "granite";
+    granite(m);
+    m.other_bias = true;
+  });
+  add("granite_no_rope_tied", llama, [&](TinyModel& m) {
+    m.architecture = "granite";
+    m.logit_scale = 0.8;
+    m.no_rope = m.tied_output = true;
+  });
+  add("granitemoe", experts, [&](TinyModel& m) {
+    m.architecture = "granitemoe";
+    m.head_dim = 16;
+    granite(m);
+  });
+  add("granitemoe_shared", experts, [&](TinyModel& m) {
+    m.architecture = "granitemoe";
+    m.head_dim = 16;
+    m.n_shared_ff = 80;
+    granite(m);
+  });
+  add("qwen2moe", experts, [&](TinyModel& m) {
+    m.architecture = "qwen2moe";
+    m.head_dim = 16;
+    m.n_shared_ff = 72;
+  });
+  add("smollm3", llama, [](TinyModel& m) {
+    m.architecture = "smollm3";
+    m.n_layer = 5;  // layer 3 knows no positions
+    m.tied_output = true;
+  });
+  add("glm4", llama, [](TinyModel& m) {
+    m.architecture = "glm4";
+    m.n_rot = 8;
+  });
+  add("glm4_biases", llama, [](TinyModel& m) {
+    m.architecture = "glm4";
+    m.qkv_bias = true;
+  });
+  TinyModel phi3;
+  phi3.architecture = "phi3";
+  phi3.short_factors = {1, 1, 1.1F, 1.2F, 1.3F, 1.5F, 2, 2};
+  phi3.long_factors = {1, 1.2F, 1.5F, 2, 4, 8, 16, 20};
+  phi3.rope_scaling = "longrope";
+  add("phi3_long", phi3, [](TinyModel& m) { m.n_ctx_orig = 100; });
+  add("phi3_short", phi3, [](TinyModel& m) { m.n_ctx_orig = 4096; });
+  add("phi3_one_rope", phi3, [](TinyModel& m) {
+    m.short_factors = m.long_factors = {};
+    m.rope_scaling.clear();
+    m.n_ff = 120;  // no multiple of a tile
+  });
+  add("mistral3", llama, [](TinyModel& m) {
+    m.architecture = "mistral3";
+    m.rope_scaling = "yarn";
+    m.rope_factor = 4;
+    m.n_ctx_orig = 50;
+    m.temperature = 0.3;
+  });
+  TinyModel olmo2;
+  olmo2.architecture = "olmo2";
+  olmo2.n_layer = 4;
+  add("olmo2", olmo2, [](TinyModel&) {});
+  add("olmo2_windows_one_by_one", olmo2, [](TinyModel& m) {
+    m.window = 30;
+    m.windows = {true, false, false, true};
+  });
+  add("olmo2_windows_yarn", olmo2, [](TinyModel& m) {
+    m.n_layer = 5;
+    m.window = 24;  // but layer 3
+    m.rope_scaling = "yarn";
+    m.rope_factor = 4;
+    m.n_ctx_orig = 128;
+  });
   TinyModel gemma3;
   gemma3.architecture = "gemma3";
   gemma3.head_dim = 32;
@@ -155,10 +240,26 @@ inline std::vector<TinyCase> quantised_cases() {
     experts.type = type;
     all.push_back({std::string("qwen3moe_") + ggml_type_name(type), experts, false});
   }
+  TinyModel joined;  // tensors that are cut up
+  joined.architecture = "phi3";
+  joined.type = GGML_TYPE_Q8_0;
+  joined.n_ff = 96;
+  all.push_back({"phi3_q8_0", joined, false});
+  joined.architecture = "glm4";
+  joined.type = GGML_TYPE_Q4_0;
+  all.push_back({"glm4_q4_0", joined, false});
   experts.type = GGML_TYPE_Q5_0;  // gate and up stay apart
   experts.types = {{"ffn_up_exps", GGML_TYPE_Q8_0}, {"ffn_down_exps", GGML_TYPE_F16}};
   experts.tied_output = true;
   all.push_back({"qwen3moe_mixed_tied", experts, false});
+  experts.architecture = "qwen2moe";
+  experts.types.clear();
+  experts.type = GGML_TYPE_Q8_0;
+  experts.n_shared_ff = 64;
+  experts.n_used = experts.n_expert;  // and nearly alike, as below
+  experts.router_gain = 0.3;
+  experts.tied_output = false;
+  all.push_back({"qwen2moe_q8_0", experts, false});
   experts = k_quants;
   experts.architecture = "qwen3moe";
   // Experts alone, all of them used and nearly alike: else what rounding changes of the choice is more than

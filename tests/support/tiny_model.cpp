@@ -1,6 +1,7 @@
 // Random tensors, their types and the file around them, by ggml's own writer.
 #include "support/tiny_model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -108,17 +109,33 @@ void draw_experts(Draw& draw, const TinyModel& m, const std::string& p) {
   draw.experts(p + "ffn_gate_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
   draw.experts(p + "ffn_up_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
   draw.experts(p + "ffn_down_exps.weight", m.n_ff, m.n_embd, m.n_expert, by_width(1, m.n_ff));
+  if (m.n_shared_ff == 0) return;
+  draw.matrix(p + "ffn_gate_shexp.weight", m.n_embd, m.n_shared_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_up_shexp.weight", m.n_embd, m.n_shared_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_down_shexp.weight", m.n_shared_ff, m.n_embd, by_width(1, m.n_shared_ff));
+  if (m.architecture == "qwen2moe")
+    draw.vector(p + "ffn_gate_inp_shexp.weight", m.n_embd, 0, by_width(2, m.n_embd));
+}
+
+bool is_one_of(const TinyModel& m, std::initializer_list<const char*> architectures) {
+  return std::any_of(architectures.begin(), architectures.end(),
+                     [&](const char* a) { return m.architecture == a; });
 }
 
 void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   const std::string p = "blk." + std::to_string(i) + ".";
   const int64_t d_q = m.n_head * m.head_dim;
-  const bool bias = m.qkv_bias || m.architecture == "qwen2";
-  draw.vector(p + "attn_norm.weight", m.n_embd, 1, 0.2);
-  draw.matrix(p + "attn_q.weight", m.n_embd, d_q, by_width(1.5, m.n_embd));
-  draw.matrix(p + "attn_k.weight", m.n_embd, m.width(), by_width(1.5, m.n_embd));
-  if (m.key_rank > 0) draw.lower_rank(m.key_rank);
-  draw.matrix(p + "attn_v.weight", m.n_embd, m.width(), by_width(1, m.n_embd));
+  const bool bias = m.qkv_bias || m.architecture == "qwen2" || m.architecture == "qwen2moe";
+  const bool pre_norms = !is_one_of(m, {"olmo2"}), post_norms = is_one_of(m, {"gemma3", "glm4", "olmo2"});
+  if (pre_norms) draw.vector(p + "attn_norm.weight", m.n_embd, 1, 0.2);
+  if (is_one_of(m, {"phi3"})) {
+    draw.matrix(p + "attn_qkv.weight", m.n_embd, d_q + 2 * m.width(), by_width(1.4, m.n_embd));
+  } else {
+    draw.matrix(p + "attn_q.weight", m.n_embd, d_q, by_width(1.5, m.n_embd));
+    draw.matrix(p + "attn_k.weight", m.n_embd, m.width(), by_width(1.5, m.n_embd));
+    if (m.key_rank > 0) draw.lower_rank(m.key_rank);
+    draw.matrix(p + "attn_v.weight", m.n_embd, m.width(), by_width(1, m.n_embd));
+  }
   if (bias) draw.vector(p + "attn_q.bias", d_q, 0, 0.5);
   if (bias) draw.vector(p + "attn_k.bias", m.width(), 0, 2);  // Qwen2's key biases are large
   if (bias) draw.vector(p + "attn_v.bias", m.width(), 0, 0.5);
@@ -126,15 +143,20 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
     draw.vector(p + "attn_q_norm.weight", m.head_dim, 1.5, 0.3);
     draw.vector(p + "attn_k_norm.weight", m.head_dim, 1.5, 0.3);
   }
+  if (is_one_of(m, {"olmo2", "olmoe"})) {
+    draw.vector(p + "attn_q_norm.weight", d_q, 1.5, 0.3);
+    draw.vector(p + "attn_k_norm.weight", m.width(), 1.5, 0.3);
+  }
   draw.matrix(p + "attn_output.weight", d_q, m.n_embd, by_width(1, d_q));
-  if (m.architecture == "gemma3") {
+  if (post_norms) {
     draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
     draw.vector(p + "post_ffw_norm.weight", m.n_embd, 1, 0.2);
   }
-  draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
+  if (pre_norms) draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
   if (m.n_expert > 0) return draw_experts(draw, m, p);
-  draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
-  draw.matrix(p + "ffn_up.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
+  const bool gate_in_up = is_one_of(m, {"phi3", "glm4"});
+  if (!gate_in_up) draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_up.weight", m.n_embd, gate_in_up ? 2 * m.n_ff : m.n_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_down.weight", m.n_ff, m.n_embd, by_width(1, m.n_ff));
   if (m.other_bias) {
     draw.vector(p + "attn_output.bias", m.n_embd, 0, 0.3);
@@ -165,6 +187,7 @@ Gguf metadata_of(const TinyModel& m) {
   if (m.n_expert > 0) count("expert_count", m.n_expert);
   if (m.n_used > 0) count("expert_used_count", m.n_used);
   if (m.n_expert > 0) count("expert_feed_forward_length", m.n_ff);
+  if (m.n_shared_ff > 0) count("expert_shared_feed_forward_length", m.n_shared_ff);
   real("attention.layer_norm_rms_epsilon", 1e-5);
   if (m.head_dim * m.n_head != m.n_embd) {
     count("attention.key_length", m.head_dim);
@@ -178,7 +201,17 @@ Gguf metadata_of(const TinyModel& m) {
   if (m.n_ctx_orig > 0) count("rope.scaling.original_context_length", m.n_ctx_orig);
   if (m.window > 0) count("attention.sliding_window", m.window);
   if (m.window_period > 0) count("attention.sliding_window_pattern", m.window_period);
+  if (!m.windows.empty()) {
+    const std::vector<int8_t> each(m.windows.begin(), m.windows.end());
+    gguf_set_arr_data(file.get(), key("attention.sliding_window_pattern").c_str(), GGUF_TYPE_BOOL,
+                      each.data(), each.size());
+  }
   if (m.attention_scale > 0) real("attention.scale", m.attention_scale);
+  if (m.temperature > 0) real("attention.temperature_scale", m.temperature);
+  if (m.embedding_scale > 0) real("embedding_scale", m.embedding_scale);
+  if (m.residual_scale > 0) real("residual_scale", m.residual_scale);
+  if (m.logit_scale > 0) real("logit_scale", m.logit_scale);
+  if (m.no_rope) gguf_set_val_bool(file.get(), key("rope.scaling.finetuned").c_str(), false);
   if (m.edit_metadata) m.edit_metadata(file.get());
   return file;
 }
@@ -202,8 +235,10 @@ std::vector<TinyTensor> TinyModel::tensors() const {
   draw.vector("output_norm.weight", n_embd, 1, 0.2);
   if (!tied_output) draw.matrix("output.weight", n_embd, kTinyVocab, by_width(2.5, n_embd));
   if (output_bias) draw.vector("output.bias", kTinyVocab, 0, 0.5);
-  if (!rope_factors.empty()) {
-    draw.add({"rope_freqs.weight", GGML_TYPE_F32, {static_cast<int64_t>(rope_factors.size())}, rope_factors});
+  for (const auto& [name, factors] : {std::pair("rope_freqs.weight", &rope_factors),
+                                      {"rope_factors_short.weight", &short_factors},
+                                      {"rope_factors_long.weight", &long_factors}}) {
+    if (!factors->empty()) draw.add({name, GGML_TYPE_F32, {static_cast<int64_t>(factors->size())}, *factors});
   }
   std::vector<TinyTensor> all = draw.take();
   if (edit_tensors) edit_tensors(all);

@@ -37,7 +37,8 @@ struct TinyModel {
   int64_t n_ff = 128;    ///< of an expert, if there are such
   int64_t n_expert = 0;  ///< 0: not in the file
   int64_t n_used = 0;
-  double router_gain = 2;  ///< deviation of the router's outputs
+  int64_t n_shared_ff = 0;  ///< of the expert that all go through; 0: there is none
+  double router_gain = 2;   ///< deviation of the router's outputs
   int64_t n_ctx = 2048;
   bool tied_output = false;
   bool qkv_bias = false;    ///< always there with qwen2
@@ -49,14 +50,22 @@ struct TinyModel {
   std::map<std::string, ggml_type> types;  ///< of matrices whose name contains the key
 
   double freq_base = 10000;
-  int64_t n_rot = 0;                ///< 0: not in the file
-  std::string rope_scaling;         ///< "", "none", "linear", "yarn"
-  double rope_factor = 0;           ///< 0: not in the file
-  int64_t n_ctx_orig = 0;           ///< 0: not in the file
-  std::vector<float> rope_factors;  ///< rope_freqs.weight
-  double attention_scale = 0;       ///< 0: not in the file
-  int64_t window = 0;               ///< attention.sliding_window; 0: not in the file
-  int64_t window_period = 0;        ///< a layer in so many sees all; 0: not in the file
+  int64_t n_rot = 0;                 ///< 0: not in the file
+  std::string rope_scaling;          ///< "", "none", "linear", "yarn"
+  double rope_factor = 0;            ///< 0: not in the file
+  int64_t n_ctx_orig = 0;            ///< 0: not in the file
+  std::vector<float> rope_factors;   ///< rope_freqs.weight
+  std::vector<float> short_factors;  ///< rope_factors_short.weight
+  std::vector<float> long_factors;   ///< rope_factors_long.weight
+  bool no_rope = false;              ///< the file says that there is none (Granite)
+  double temperature = 0;            ///< attention.temperature_scale; 0: not in the file
+  double attention_scale = 0;        ///< 0: not in the file
+  double embedding_scale = 0;        ///< 0: not in the file
+  double residual_scale = 0;         ///< 0: not in the file
+  double logit_scale = 0;            ///< 0: not in the file
+  int64_t window = 0;                ///< attention.sliding_window; 0: not in the file
+  int64_t window_period = 0;         ///< a layer in so many sees all; 0: not in the file
+  std::vector<bool> windows;         ///< in its place, layer by layer
 
   int64_t key_rank = 0;  ///< > 0: every layer's K weight has this rank (over all KV heads)
 

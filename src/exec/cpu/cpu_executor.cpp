@@ -48,10 +48,10 @@ void add_bias(const float* bias, int64_t n, float* y) {
   for (int64_t i = 0; bias != nullptr && i < n; ++i) y[i] += bias[i];
 }
 
-/// x [n] += norm(y); y is written over.
-void add_normed(const NormOp& norm, int64_t n, float* y, float* x) {
-  kernels::ops().rms_norm(y, norm.weight, n, norm.eps, y);
-  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+/// x [n] += scale norm(y); y is written over.
+void add_normed(const NormOp& norm, float scale, int64_t n, float* y, float* x) {
+  if (norm.weight != nullptr) norm_row(norm, y, n, y);
+  for (int64_t i = 0; i < n; ++i) x[i] += scale * y[i];
 }
 
 }  // namespace
@@ -61,8 +61,9 @@ CpuExecutor::Widths CpuExecutor::widths_of(const ModelSpec& spec, const Plan& pl
   for (const LayerPlan& l : plan.layers) {
     w.qkv = std::max(w.qkv, l.project.n_out);
     w.q = std::max(w.q, l.mix.attention.width_q());
-    if (!l.experts) w.ff = std::max(w.ff, l.n_ff);
-    if (l.out_norm.weight != nullptr || l.down_norm.weight != nullptr) w.added = spec.n_embd;
+    w.ff = std::max(w.ff, l.n_ff);
+    if (l.out_norm.weight != nullptr || l.down_norm.weight != nullptr || l.residual_scale != 1)
+      w.added = spec.n_embd;
     w.wide = std::max({w.wide, l.ffn.n_out, l.project.n_out, spec.n_embd});
   }
   w.input = std::max({w.embd, w.q, w.ff});
@@ -218,17 +219,6 @@ void CpuExecutor::mix(const LayerPlan& layer, Thread& t) {
   for (size_t i = 0; i < stages.size(); ++i) times_[static_cast<size_t>(RunStage::score) + i] += stages[i];
 }
 
-/// The feed-forward of rows from `from` on, if it is one of experts.
-void CpuExecutor::run_experts(const LayerPlan& layer, int64_t from, Thread& t) {
-  float* x = run_->x + from * width_.embd;
-  const int64_t n = run_->n - from;
-  if (n == 0) return;
-  experts_->activate(layer, x, n, t);
-  finish_stage(RunStage::ffn, t);
-  experts_->add(layer, x, n, t);
-  finish_stage(RunStage::down, t);
-}
-
 // --- by outputs
 
 void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t) {
@@ -245,34 +235,42 @@ void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
   if (n == 0) return;
-  add_product(layer.out, layer.out_norm, taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), x,
-              t);
+  add_product(layer, layer.out, layer.out_norm,
+              taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), x, t);
   finish_stage(RunStage::out, t);
-  if (layer.experts) return run_experts(layer, from, t);
-  activate(layer, normed(layer.ffn.norm, layer.ffn.linears, from, t), t);
+  if (layer.experts) experts_->activate(layer, x, n, t);
+  if (layer.n_ff > 0) {
+    if (layer.experts) t.barrier();  // for what the shared expert weighs
+    activate(layer, normed(layer.ffn.norm, layer.ffn.linears, from, t), t);
+  }
   finish_stage(RunStage::ffn, t);
-  add_product(layer.down, layer.down_norm, taken(gate_up_.data(), layer.n_ff, n, layer.down, t), x, t);
+  if (layer.n_ff > 0) {
+    add_product(layer, layer.down, layer.down_norm, taken(gate_up_.data(), layer.n_ff, n, layer.down, t), x,
+                t);
+    if (layer.experts) t.barrier();  // both add to all of x, shared out in other parts
+  }
+  if (layer.experts) experts_->add(layer, x, n, t);
   finish_stage(RunStage::down, t);
 }
 
-/// x [in.n, n_embd] += norm(W in + b). A norm wants whole rows, which no thread has.
-void CpuExecutor::add_product(const LinearOp& linear, const NormOp& norm, const Input& in, float* x,
-                              Thread& t) {
+/// x [in.n, n_embd] += scale norm(W in + b). A norm wants whole rows, which no thread has.
+void CpuExecutor::add_product(const LayerPlan& layer, const LinearOp& linear, const NormOp& norm,
+                              const Input& in, float* x, Thread& t) {
   const int64_t d = width_.embd;
-  const bool normed = norm.weight != nullptr;
+  const bool normed = norm.weight != nullptr || layer.residual_scale != 1;
   const Output out = {Linear(*linear.w), linear.bias, normed ? added_.data() : x, d, !normed};
   multiply({&out, 1}, in, t);
   if (!normed) return;
   t.barrier();
   const Part mine = t.part(in.n);
-  for (int64_t r = mine.begin; r < mine.end; ++r) add_normed(norm, d, added_.data() + r * d, x + r * d);
+  for (int64_t r = mine.begin; r < mine.end; ++r)
+    add_normed(norm, layer.residual_scale, d, added_.data() + r * d, x + r * d);
 }
 
 /// Rows [first, first + m) of the residual stream, normed, into y.
 void CpuExecutor::norm_rows(const NormOp& norm, int64_t first, int64_t m, float* y) const {
   const int64_t d = width_.embd;
-  for (int64_t r = 0; r < m; ++r)
-    kernels::ops().rms_norm(run_->x + (first + r) * d, norm.weight, d, norm.eps, y + r * d);
+  for (int64_t r = 0; r < m; ++r) norm_row(norm, run_->x + (first + r) * d, d, y + r * d);
 }
 
 void CpuExecutor::run_logits(Thread& t) {
@@ -344,6 +342,12 @@ void CpuExecutor::multiply(std::span<const Output> outputs, const Input& in, Thr
   }
 }
 
+/// Activations of row r (from the first that is not only mixed on) of the expert that all go through.
+void CpuExecutor::weigh_shared(const LayerPlan& layer, int64_t r, int64_t n, float* act) const {
+  if (layer.experts.shared_gate == nullptr) return;
+  for (int64_t i = 0; i < n; ++i) act[i] *= experts_->shared_weight()[r];
+}
+
 /// The same rows of gate and up, so that a thread has what its activations need.
 void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
   const int64_t n_ff = layer.n_ff;
@@ -372,6 +376,7 @@ void CpuExecutor::activate(const LayerPlan& layer, const Input& in, Thread& t) {
     for (int64_t r = 0; r < n; ++r) {
       float* at = g + r * n_ff + begin;
       gated(at, u + r * n_ff + begin, end - begin, at);
+      weigh_shared(layer, first + r, end - begin, at);
     }
   }
 }
@@ -398,9 +403,17 @@ void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
   if (layer.experts) {
     through(from, {&CpuExecutor::out_rows});
     finish_stage(RunStage::out, t);
-    return run_experts(layer, from, t);
+    float* x = run_->x + from * width_.embd;
+    if (from < run_->n) experts_->activate(layer, x, run_->n - from, t);
+    finish_stage(RunStage::ffn, t);
+    if (layer.n_ff > 0) {
+      through(from, {&CpuExecutor::ffn_rows, &CpuExecutor::down_rows});
+      t.barrier();
+    }
+    if (from < run_->n) experts_->add(layer, x, run_->n - from, t);
+  } else {
+    through(from, {&CpuExecutor::out_rows, &CpuExecutor::ffn_rows, &CpuExecutor::down_rows});
   }
-  through(from, {&CpuExecutor::out_rows, &CpuExecutor::ffn_rows, &CpuExecutor::down_rows});
   finish_stage(RunStage::down, t);
 }
 
@@ -422,9 +435,9 @@ Status CpuExecutor::project_rows(const LayerPlan& layer, int64_t first, int64_t 
   return {};
 }
 
-/// Rows [first, first + m) of x += norm(W from + b).
-Status CpuExecutor::add_rows(const LinearOp& linear, const NormOp& norm, const float* from, int64_t first,
-                             int64_t m, Thread& t) {
+/// Rows [first, first + m) of x += scale norm(W from + b).
+Status CpuExecutor::add_rows(const LayerPlan& layer, const LinearOp& linear, const NormOp& norm,
+                             const float* from, int64_t first, int64_t m, Thread& t) {
   const int64_t d = width_.embd;
   float* const x = run_->x + first * d;
   float* const wide = t.worker.wide.data();
@@ -432,18 +445,14 @@ Status CpuExecutor::add_rows(const LinearOp& linear, const NormOp& norm, const f
   for (int64_t r = 0; r < m; ++r) {
     float* y = wide + r * d;
     add_bias(linear.bias, d, y);
-    if (norm.weight != nullptr) {
-      add_normed(norm, d, y, x + r * d);
-    } else {
-      for (int64_t i = 0; i < d; ++i) x[r * d + i] += y[i];
-    }
+    add_normed(norm, layer.residual_scale, d, y, x + r * d);
   }
   return {};
 }
 
 Status CpuExecutor::out_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
   const float* mixed = mixed_.data() + first * layer.mix.attention.width_q();
-  return add_rows(layer.out, layer.out_norm, mixed, first, m, t);
+  return add_rows(layer, layer.out, layer.out_norm, mixed, first, m, t);
 }
 
 Status CpuExecutor::ffn_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
@@ -462,12 +471,16 @@ Status CpuExecutor::ffn_rows(const LayerPlan& layer, int64_t first, int64_t m, T
   const float* gate = w.wide.data();
   const float* up = gate + (joined ? n_ff : m * n_ff);
   const auto gated = gated_by(layer.activation);
-  for (int64_t r = 0; r < m; ++r) gated(gate + r * ld, up + r * ld, n_ff, w.act.data() + r * n_ff);
+  for (int64_t r = 0; r < m; ++r) {
+    float* act = w.act.data() + r * n_ff;
+    gated(gate + r * ld, up + r * ld, n_ff, act);
+    weigh_shared(layer, first + r - run_->from, n_ff, act);
+  }
   return {};
 }
 
 Status CpuExecutor::down_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
-  return add_rows(layer.down, layer.down_norm, t.worker.act.data(), first, m, t);
+  return add_rows(layer, layer.down, layer.down_norm, t.worker.act.data(), first, m, t);
 }
 
 void CpuExecutor::finish_stage(RunStage stage, Thread& t) {

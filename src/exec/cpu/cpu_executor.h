@@ -53,7 +53,7 @@ class CpuExecutor final : public Executor {
   struct Widths {
     int64_t embd, qkv, q, ff, wide,
         input;      ///< wide: outputs of a product, input: its inputs; none of experts
-    int64_t added;  ///< embd if a layer norms what it adds, else 0
+    int64_t added;  ///< embd if a layer norms or scales what it adds, else 0
   };
   /// What one thread works in.
   struct Worker {
@@ -86,19 +86,20 @@ class CpuExecutor final : public Executor {
   void run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t);
   void run_by_rows(const LayerPlan& layer, int64_t from, Thread& t);
   void mix(const LayerPlan& layer, Thread& t);
-  void run_experts(const LayerPlan& layer, int64_t from, Thread& t);
+  void weigh_shared(const LayerPlan& layer, int64_t r, int64_t n, float* act) const;
   void run_logits(Thread& t);
 
   Input normed(const NormOp& norm, std::span<const LinearOp> linears, int64_t from, Thread& t);
   Input taken(const float* x, int64_t ld, int64_t n, const LinearOp& linear, Thread& t);
   LinearInput& block_of(const Input& in, int64_t first, Thread& t);
   void multiply(std::span<const Output> outputs, const Input& in, Thread& t);
-  void add_product(const LinearOp& linear, const NormOp& norm, const Input& in, float* x, Thread& t);
+  void add_product(const LayerPlan& layer, const LinearOp& linear, const NormOp& norm, const Input& in,
+                   float* x, Thread& t);
   void activate(const LayerPlan& layer, const Input& in, Thread& t);
   void norm_rows(const NormOp& norm, int64_t first, int64_t m, float* y) const;
   Status project_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
-  Status add_rows(const LinearOp& linear, const NormOp& norm, const float* from, int64_t first, int64_t m,
-                  Thread& t);
+  Status add_rows(const LayerPlan& layer, const LinearOp& linear, const NormOp& norm, const float* from,
+                  int64_t first, int64_t m, Thread& t);
   Status out_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
   Status ffn_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
   Status down_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t);
@@ -117,9 +118,9 @@ class CpuExecutor final : public Executor {
   AlignedArray<float> qkv_;      ///< [rows, width_.qkv]
   AlignedArray<float> mixed_;    ///< [rows, width_.q]
   AlignedArray<float> gate_up_;  ///< [2][rows, width_.ff]; the first becomes the activation
-  AlignedArray<float> added_;    ///< [rows, width_.added] that are normed before they are added to x
-  AlignedArray<float> normed_;   ///< [rows, n_embd], if rows are many
-  ByteInput bytes_;              ///< the same, of any input
+  AlignedArray<float> added_;   ///< [rows, width_.added] that are normed or scaled before they are added to x
+  AlignedArray<float> normed_;  ///< [rows, n_embd], if rows are many
+  ByteInput bytes_;             ///< the same, of any input
 
   const Run* run_ = nullptr;  ///< the running one
   FirstError error_;

@@ -51,7 +51,7 @@ ExpertFfn::Sizes ExpertFfn::sizes_of(const Plan& plan, int64_t n_embd) {
   for (const LayerPlan& l : plan.layers) {
     if (!l.experts) continue;
     s.n_embd = n_embd;
-    s.n_ff = std::max(s.n_ff, l.n_ff);
+    s.n_ff = std::max(s.n_ff, l.experts.n_ff);
     s.n_expert = std::max(s.n_expert, l.experts.spec.n_expert);
     s.n_used = std::max(s.n_used, l.experts.spec.n_used);
   }
@@ -70,7 +70,8 @@ bool ExpertFfn::reserve(int64_t n) {
   chosen_ = AlignedArray<int32_t>(pairs);
   weight_ = AlignedArray<float>(pairs);
   gate_up_ = AlignedArray<float>(2 * pairs * s.n_ff);
-  bool ok = logits_.ok() && chosen_.ok() && weight_.ok() && gate_up_.ok();
+  shared_weight_ = AlignedArray<float>(n);
+  bool ok = shared_weight_.ok() && logits_.ok() && chosen_.ok() && weight_.ok() && gate_up_.ok();
   if (n > kBlock) {
     normed_ = AlignedArray<float>(n * s.n_embd);
     ok = ok && normed_.ok();
@@ -92,7 +93,8 @@ bool ExpertFfn::reserve(int64_t n) {
 
 void ExpertFfn::shrink() {
   rows_ = 0;
-  for (AlignedArray<float>* a : {&normed_, &logits_, &weight_, &gate_up_}) *a = AlignedArray<float>();
+  for (AlignedArray<float>* a : {&normed_, &logits_, &weight_, &gate_up_, &shared_weight_})
+    *a = AlignedArray<float>();
   chosen_ = AlignedArray<int32_t>();
   bytes_ = ByteInput();
   for (Worker& w : workers_) w = Worker();
@@ -101,7 +103,7 @@ void ExpertFfn::shrink() {
 int64_t ExpertFfn::bytes_needed(const Sizes& s, int64_t n, int n_threads) {
   if (s.n_used == 0) return 0;
   const int64_t pairs = n * s.n_used, block = std::min(n, kBlock);
-  int64_t floats = n * s.n_expert + pairs * (2 + 2 * s.n_ff);
+  int64_t floats = n * (s.n_expert + 1) + pairs * (2 + 2 * s.n_ff);
   if (n > kBlock) floats += n * s.n_embd;
   if (pairs > kBlock) floats += pairs * s.n_ff * 2 / 5;
   const int64_t input = std::min(pairs, kBlock) * std::max(s.n_embd, s.n_ff) * 3 / 2;
@@ -117,8 +119,7 @@ void ExpertFfn::route(const LayerPlan& layer, const float* x, int64_t n, Team& t
   const bool few = n <= kBlock;
   const Part rows = part_of(n, team.ith(), team.n_threads()), normed = few ? Part{0, n} : rows;
   float* y = few ? w.normed.data() : normed_.data();
-  for (int64_t r = normed.begin; r < normed.end; ++r)
-    kernels::ops().rms_norm(x + r * d, layer.ffn.norm.weight, d, layer.ffn.norm.eps, y + r * d);
+  for (int64_t r = normed.begin; r < normed.end; ++r) norm_row(layer.ffn.norm, x + r * d, d, y + r * d);
   if (!few) team.barrier();
 
   const Linear router(*experts.router.w);
@@ -134,6 +135,12 @@ void ExpertFfn::route(const LayerPlan& layer, const float* x, int64_t n, Team& t
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     choose_experts(experts.spec, logits_.data() + r * n_expert, chosen_.data() + r * n_used,
                    weight_.data() + r * n_used);
+    shared_weight_[r] = 1;
+    if (experts.shared_gate == nullptr) continue;
+    double sum = 0;
+    for (int64_t i = 0; i < d; ++i)
+      sum += static_cast<double>(experts.shared_gate[i]) * static_cast<double>(y[r * d + i]);
+    shared_weight_[r] = static_cast<float>(1 / (1 + std::exp(-sum)));
   }
   team.barrier();
 }
@@ -163,7 +170,7 @@ void ExpertFfn::activate(const LayerPlan& layer, const float* x, int64_t n, Team
   // An expert's outputs, in units, cost the same each; a thread's part may begin and end within an expert.
   const auto& gate_up = experts.all.front().gate_up;
   const int64_t unit = std::max(Linear(*gate_up.front().w).unit(), Linear(*gate_up.back().w).unit());
-  const int64_t units = ceil_div(layer.n_ff, unit);
+  const int64_t units = ceil_div(layer.experts.n_ff, unit);
   const auto cost = [&](size_t e) {
     const int64_t rows = w.begin[e + 1] - w.begin[e];
     return rows > 0 ? rows + kWeightCost : 0;
@@ -178,14 +185,14 @@ void ExpertFfn::activate(const LayerPlan& layer, const float* x, int64_t n, Team
     const int64_t begin = std::clamp<int64_t>(ceil_div(mine.begin - before, each), 0, units);
     const int64_t end = std::clamp<int64_t>(ceil_div(mine.end - before, each), 0, units);
     before += each * units;
-    if (begin < end) activate_outputs(layer, e, begin * unit, std::min(end * unit, layer.n_ff), n, w);
+    if (begin < end) activate_outputs(layer, e, begin * unit, std::min(end * unit, layer.experts.n_ff), n, w);
   }
 }
 
 /// Outputs [begin, end) of gate and up of one expert for all of its pairs.
 void ExpertFfn::activate_outputs(const LayerPlan& layer, size_t expert, int64_t begin, int64_t end, int64_t n,
                                  Worker& w) {
-  const int64_t d = sizes_.n_embd, n_ff = layer.n_ff;
+  const int64_t d = sizes_.n_embd, n_ff = layer.experts.n_ff;
   const auto& linears = layer.experts.all[expert].gate_up;
   const bool joined = linears.size() == 1;
   const Linear gate = Linear(*linears.front().w).rows(0, n_ff),
@@ -216,7 +223,7 @@ void ExpertFfn::activate_outputs(const LayerPlan& layer, size_t expert, int64_t 
 }
 
 void ExpertFfn::add(const LayerPlan& layer, float* x, int64_t n, Team& team) {
-  const int64_t d = sizes_.n_embd, n_ff = layer.n_ff, n_pair = n * layer.experts.spec.n_used;
+  const int64_t d = sizes_.n_embd, n_ff = layer.experts.n_ff, n_pair = n * layer.experts.spec.n_used;
   const ExpertsStage& experts = layer.experts;
   Worker& w = workers_[static_cast<size_t>(team.ith())];
   const float* act = gate_up_.data();

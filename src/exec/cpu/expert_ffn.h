@@ -44,6 +44,8 @@ class ExpertFfn {
   /// Activations of rows x [n, n_embd], n as reserved. Every thread calls it; what it makes is complete after
   /// a barrier of the caller's.
   void activate(const LayerPlan& layer, const float* x, int64_t n, Team& team);
+  /// [n] What the shared expert's activations of these rows are to be multiplied by, after activate().
+  const float* shared_weight() const { return shared_weight_.data(); }
   /// x += what the experts make of the activations. Every thread calls it, after that barrier.
   void add(const LayerPlan& layer, float* x, int64_t n, Team& team);
 
@@ -67,12 +69,13 @@ class ExpertFfn {
   Sizes sizes_;
   int64_t rows_ = 0;  ///< reserved
   std::vector<Worker> workers_;
-  AlignedArray<float> normed_;    ///< [rows, n_embd] if they are many
-  AlignedArray<float> logits_;    ///< [rows, n_expert]
-  AlignedArray<int32_t> chosen_;  ///< [rows, n_used]
-  AlignedArray<float> weight_;    ///< [rows, n_used]
-  AlignedArray<float> gate_up_;   ///< [2][pairs, n_ff]; the first becomes the activation
-  ByteInput bytes_;               ///< [pairs, n_ff] the same, rounded, if they are many
+  AlignedArray<float> normed_;         ///< [rows, n_embd] if they are many
+  AlignedArray<float> logits_;         ///< [rows, n_expert]
+  AlignedArray<int32_t> chosen_;       ///< [rows, n_used]
+  AlignedArray<float> weight_;         ///< [rows, n_used]
+  AlignedArray<float> shared_weight_;  ///< [rows]
+  AlignedArray<float> gate_up_;        ///< [2][pairs, n_ff]; the first becomes the activation
+  ByteInput bytes_;                    ///< [pairs, n_ff] the same, rounded, if they are many
 };
 
 }  // namespace narrows

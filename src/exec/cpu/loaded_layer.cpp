@@ -44,7 +44,7 @@ std::vector<const Matrix*> matrices_of(const LayerPlan& layer) {
   for (const LinearOp& l : layer.project.linears) all.push_back(l.w);
   all.push_back(layer.out.w);
   for (const LinearOp& l : layer.ffn.linears) all.push_back(l.w);
-  if (!layer.experts) all.push_back(layer.down.w);
+  if (layer.down.w != nullptr) all.push_back(layer.down.w);
   return all;
 }
 

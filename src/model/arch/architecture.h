@@ -26,4 +26,11 @@ enum class Experts { never, if_said, always };
 /// in the result.
 Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts);
 
+/// A RoPE that turns nothing, for layers that know no positions; its index among spec's.
+int64_t add_no_rope(ModelSpec& spec);
+
+/// What Granite's files scale: embeddings, what layers add, logits; and whether there is a RoPE. After
+/// read_transformer().
+Status read_granite_scales(KeyReader& keys, ModelSpec& spec);
+
 }  // namespace narrows

@@ -37,9 +37,12 @@ Status read_rope(KeyReader& keys, int64_t head_dim, int64_t n_ctx_train, kernels
     r.beta_slow = keys.real("rope.scaling.yarn_beta_slow", 1.0, 0.0, 1e6);
     const double log_multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0, 0.0, 1e3);
     if (log_multiplier != 0) r.attn_factor /= yarn_mscale(1.0 / r.freq_scale, log_multiplier);
-  } else if (kind != "linear" && kind != "none") {
-    return keys.unsupported(
-        fmt::format("RoPE scaling {} is not supported, this build has none, linear and yarn", quote(kind)));
+  } else if (kind != "linear" && kind != "none" &&
+             !(kind == "longrope" && keys.file().find("rope_factors_long.weight") != nullptr)) {
+    return keys.unsupported(fmt::format(
+        "RoPE scaling {} is not supported, this build has none, linear, yarn and longrope with its "
+        "tensors of factors",
+        quote(kind)));
   }
   return keys.status();
 }
@@ -113,6 +116,30 @@ Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts) {
   }
   spec.ropes.push_back(std::move(rope));
   spec.layers.assign(static_cast<size_t>(n_layer), layer);
+  return {};
+}
+
+int64_t add_no_rope(ModelSpec& spec) {
+  kernels::RopeParams still;
+  still.n_rot = spec.ropes.front().n_rot;
+  still.freq_scale = 0;
+  spec.ropes.push_back(std::move(still));
+  return static_cast<int64_t>(spec.ropes.size()) - 1;
+}
+
+Status read_granite_scales(KeyReader& keys, ModelSpec& spec) {
+  const double logit = keys.real("logit_scale", std::nullopt, 1e-6, 1e6);
+  const double residual = keys.real("residual_scale", 0.0, 0.0, 1e6);
+  const double embedding = keys.real("embedding_scale", 0.0, 0.0, 1e6);
+  const bool turns = keys.flag("rope.scaling.finetuned", true);
+  if (!keys.status().ok()) return keys.status();
+  spec.logit_scale = static_cast<float>(1 / logit);
+  if (embedding != 0) spec.embedding_scale = static_cast<float>(embedding);
+  const int64_t rope = turns ? 0 : add_no_rope(spec);
+  for (LayerSpec& l : spec.layers) {
+    if (residual != 0) l.residual_scale = static_cast<float>(residual);
+    l.attention.rope = rope;
+  }
   return {};
 }
 
