@@ -132,7 +132,8 @@ class F16Cache:
     def oracle(self, seq):
         k, v = self.blocks.rows(seq)
         first = max(0, self.lengths[seq] - self.window) if self.window else 0
-        return attend(self.shape, self.q[seq], k[:, first:], v[:, first:])
+        n = self.lengths[seq]
+        return attend(self.shape, self.q[seq], k[:, first:n], v[:, first:n])
 
 
 class PagedCache:
@@ -356,7 +357,7 @@ class KltCache(PagedCache):
             n = planes.octets[j]
             byte = rows[:, planes.offset[j]:planes.offset[j] + n].to(torch.int64)
             out[:, :n] += ((byte[..., None] >> shifts & 1) * 2 - 1).double() * 2.0 ** -j
-        return out.view(rows.shape[0], -1)
+        return out.view(rows.shape[0], 8 * len(bits))
 
     def key_latents(self, seq, part, most=8):
         a = self.amplitudes(seq, part.key_scale_at, self.n_coord)

@@ -25,12 +25,14 @@ int workspace_of(const Args* args, size_t* bytes, int (*plan_of)(const Args&, in
 }
 
 template <class Plan, class Args>
-int run(const Args* args, void* workspace, size_t bytes, void* stream, int (*plan_of)(const Args&, int, Plan&),
+int run(const Args* args, void* workspace, size_t bytes, void* stream,
+        int (*plan_of)(const Args&, int, Plan&),
         int (*launch)(const Args&, const Plan&, void*, cudaStream_t)) {
   if (args == nullptr) return NARROWS_CUDA_BAD_ARGUMENT;
   Plan plan;
   if (const int status = plan_of(*args, multiprocessors(), plan); status != NARROWS_CUDA_OK) return status;
-  if (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % 256 != 0) return NARROWS_CUDA_BAD_ARGUMENT;
+  if (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % 256 != 0)
+    return NARROWS_CUDA_BAD_ARGUMENT;
   if (bytes < plan.bytes) return NARROWS_CUDA_SMALL_WORKSPACE;
   return launch(*args, plan, workspace, static_cast<cudaStream_t>(stream));
 }
@@ -70,7 +72,8 @@ int narrows_cuda_f16_decode(const narrows_cuda_f16_args* args, void* workspace, 
 int narrows_cuda_sals_workspace(const narrows_cuda_sals_args* args, size_t* bytes) {
   return workspace_of<SalsPlan>(args, bytes, plan_sals);
 }
-int narrows_cuda_sals_decode(const narrows_cuda_sals_args* args, void* workspace, size_t bytes, void* stream) {
+int narrows_cuda_sals_decode(const narrows_cuda_sals_args* args, void* workspace, size_t bytes,
+                             void* stream) {
   return run<SalsPlan>(args, workspace, bytes, stream, plan_sals, launch_sals);
 }
 int narrows_cuda_sals_selection(const narrows_cuda_sals_args* args, narrows_cuda_selection* at) {

@@ -1,5 +1,5 @@
-// What the host decides before a launch: arguments checked, the work cut for the device, the work space laid out. Plain
-// C++ without CUDA, so that tests need no device.
+// What the host decides before a launch: arguments checked, the work cut for the device, the work space laid
+// out. Plain C++ without CUDA, so that tests need no device.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +13,16 @@ namespace narrows::cuda {
 inline constexpr int kTileHeads = 8;
 /// Pages that a block scores.
 inline constexpr int kScorePages = 16;
+/// Tokens that a block of SALS scores: a tile a warp.
+inline constexpr int kSalsScoreTokens = 64;
 /// Threads that make an SM busy in the attention kernels: blocks of 128 threads, four an SM.
 inline constexpr int kBlocksOfSm = 4;
-inline constexpr int kKltBlocksOfSm = 3;
+inline constexpr int kKltBlocksOfSm = 2;
 /// What plans are made for when nobody asked a device: an H100.
 inline constexpr int kSmOfH100 = 132;
 
-/// Parts [1, most] of each of n_list lists, so that all blocks together fill whole rounds of the device as well as they can.
+/// Parts [1, most] of each of n_list lists, so that all blocks together fill whole rounds of the device as
+/// well as they can.
 int plan_splits(int64_t n_list, int64_t most, int n_sm, int blocks_of_sm);
 
 struct F16Plan {
@@ -35,7 +38,8 @@ struct SelectionPlan {
 struct SalsPlan {
   int group = 0, n_split = 0, n_project = 0, n_chunk = 0;
   SelectionPlan at;
-  size_t counter = 0, projected = 0, query = 0, scores = 0, logits = 0, states = 0, bytes = 0;
+  size_t counter = 0, project_counter = 0, projected = 0, latent_query = 0, query = 0, scores = 0, logits = 0,
+         states = 0, bytes = 0;
 };
 
 struct KltPlan {

@@ -1,5 +1,6 @@
-// One warp attends with up to 8 query heads of a KV head to tiles of 16 tokens: S^T = K q^T, O^T += V^T P^T, so that the
-// query heads are the 8 columns of a product and rows of keys and values come straight from device memory.
+// One warp attends with up to 8 query heads of a KV head to tiles of 16 tokens: S^T = K q^T, O^T += V^T P^T,
+// so that the query heads are the 8 columns of a product and rows of keys and values come straight from
+// device memory.
 #pragma once
 
 #include "exec/cuda/mma.cuh"
@@ -9,8 +10,8 @@ namespace narrows::cuda {
 /// Query heads a warp attends with.
 inline constexpr int kHeadsOfTile = 8;
 
-/// Softmax of columns 2 c and 2 c + 1 (query heads), in base 2: max over all rows, l of this lane's rows alone. o: m-tile i
-/// has coordinate 64 (i / 4) + 8 g + 2 (i % 4) in its row g and the next one in row g + 8.
+/// Softmax of columns 2 c and 2 c + 1 (query heads), in base 2: max over all rows, l of this lane's rows
+/// alone. o: m-tile i has coordinate 64 (i / 4) + 8 g + 2 (i % 4) in its row g and the next one in row g + 8.
 template <int HD>
 struct FlashState {
   float m[2] = {-INFINITY, -INFINITY};
@@ -32,10 +33,11 @@ struct QueryFragments {
   }
 };
 
-/// Products of 16 rows of keys with the queries: k0, k1 are the rows of tokens g and g + 8 (read if has0, has1).
+/// Products of 16 rows of keys with the queries: k0, k1 are the rows of tokens g and g + 8 (read if has0,
+/// has1).
 template <int HD>
-__device__ inline void score_tile(const QueryFragments<HD>& q, const __half* k0, const __half* k1, bool has0, bool has1,
-                                  float (&s)[4]) {
+__device__ inline void score_tile(const QueryFragments<HD>& q, const __half* k0, const __half* k1, bool has0,
+                                  bool has1, float (&s)[4]) {
   const int c = threadIdx.x % 4;
   uint4 x[HD / 32], y[HD / 32];
 #pragma unroll
@@ -70,7 +72,9 @@ struct ValueRows {
   }
 };
 
-__device__ inline uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+__device__ inline uint32_t word_of(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
 
 /// Adds a tile whose scores (already in base 2, -inf where there is no token) are s.
 template <int HD>
@@ -80,9 +84,9 @@ __device__ inline void add_tile(FlashState<HD>& state, const float (&s)[4], cons
   for (int i = 0; i < 2; ++i) {
     const float top = fmaxf(state.m[i], max_rows(fmaxf(s[i], s[i + 2])));
     const float base = top == -INFINITY ? 0.0F : top;
-    const float keep = exp2f(state.m[i] - base);
-    p[i] = exp2f(s[i] - base);
-    p[i + 2] = exp2f(s[i + 2] - base);
+    const float keep = power2(state.m[i] - base);
+    p[i] = power2(s[i] - base);
+    p[i + 2] = power2(s[i + 2] - base);
     state.l[i] = state.l[i] * keep + p[i] + p[i + 2];
     state.m[i] = top;
 #pragma unroll
@@ -98,8 +102,8 @@ __device__ inline void add_tile(FlashState<HD>& state, const float (&s)[4], cons
     for (int i = 0; i < 4; ++i) {
       const uint32_t x = word_of(rows.v[h][0], i), y = word_of(rows.v[h][1], i);
       const uint32_t z = word_of(rows.v[h][2], i), w = word_of(rows.v[h][3], i);
-      mma_f16(state.o[h * 4 + i], __byte_perm(x, y, 0x5410), __byte_perm(x, y, 0x7632), __byte_perm(z, w, 0x5410),
-              __byte_perm(z, w, 0x7632), b0, b1);
+      mma_f16(state.o[h * 4 + i], __byte_perm(x, y, 0x5410), __byte_perm(x, y, 0x7632),
+              __byte_perm(z, w, 0x5410), __byte_perm(z, w, 0x7632), b0, b1);
     }
   }
 }
@@ -110,7 +114,8 @@ __device__ inline void attend_tile(FlashState<HD>& state, const QueryFragments<H
                                    const __half* v, int first, int last, float scale2) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const auto in = [&](int t) { return t >= first && t < last; };
-  const __half* const rows[4] = {v + (2 * c) * HD, v + (2 * c + 1) * HD, v + (2 * c + 8) * HD, v + (2 * c + 9) * HD};
+  const __half* const rows[4] = {v + (2 * c) * HD, v + (2 * c + 1) * HD, v + (2 * c + 8) * HD,
+                                 v + (2 * c + 9) * HD};
   const bool has[4] = {in(2 * c), in(2 * c + 1), in(2 * c + 8), in(2 * c + 9)};
   ValueRows<HD> values;
   values.load(rows, has);

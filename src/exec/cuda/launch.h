@@ -11,8 +11,8 @@ namespace narrows::cuda {
 int launched();
 
 int launch_f16(const narrows_cuda_f16_args& args, const F16Plan& plan, void* workspace, cudaStream_t stream);
-int launch_sals(const narrows_cuda_sals_args& args, const SalsPlan& plan, void* workspace, cudaStream_t stream);
+int launch_sals(const narrows_cuda_sals_args& args, const SalsPlan& plan, void* workspace,
+                cudaStream_t stream);
 int launch_klt(const narrows_cuda_klt_args& args, const KltPlan& plan, void* workspace, cudaStream_t stream);
-
 
 }  // namespace narrows::cuda

@@ -1,6 +1,7 @@
-// Exact top-k and what is kept from step to step, by one block for one list of tokens. Keys are 32-bit, larger is better, 0:
-// never. A first histogram over 4096 bins that the caller's function draws (any monotone one; fine where the threshold is
-// expected) leaves few tokens undecided, and three more over the digits of their keys find the threshold to the last bit.
+// Exact top-k and what is kept from step to step, by one block for one list of tokens. Keys are 32-bit,
+// larger is better, 0: never. A first histogram over 4096 bins that the caller's function draws (any monotone
+// one; fine where the threshold is expected) leaves few tokens undecided, and three more over the digits of
+// their keys find the threshold to the last bit.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,9 @@ namespace narrows::cuda {
 inline constexpr int kSelectThreads = 512;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
 inline constexpr int kBins = 4096;
+
+/// So many tokens that one bin leaves undecided are compared with each other directly.
+inline constexpr uint32_t kFew = 2 * kSelectThreads;
 
 struct SelectShared {
   uint32_t hist[kBins];
@@ -42,7 +46,8 @@ __device__ inline uint32_t scan_block(uint32_t x, uint32_t* warp_sums, uint32_t*
   return before + sum - x;
 }
 
-/// The bin, from the top, in which the want-th largest lies (found), and how many are in higher ones (above). There are as many.
+/// The bin, from the top, in which the want-th largest lies (found), and how many are in higher ones (above).
+/// There are as many.
 template <int kN>
 __device__ inline void find_bin(SelectShared& s, uint32_t want) {
   constexpr int kEach = kN / kSelectThreads;
@@ -70,12 +75,39 @@ struct Threshold {
   uint32_t key, n_equal;
 };
 
-/// The count-th largest of key [n] (count of them or more are not 0), whose histogram over bin() is in s.hist.
+/// The count-th largest of key [n] (count of them or more are not 0), whose histogram over bin() is in
+/// s.hist.
 template <class Bin>
-__device__ inline Threshold find_threshold(SelectShared& s, const uint32_t* key, int n, uint32_t count, const Bin& bin) {
+__device__ inline Threshold find_threshold(SelectShared& s, const uint32_t* key, int n, uint32_t count,
+                                           const Bin& bin) {
   find_bin<kBins>(s, count);
   const uint32_t first = s.found;
   uint32_t want = count - s.above, prefix = 0, mask = 0;
+  const uint32_t n_few = s.hist[first];
+  if (n_few <= kFew) {
+    if (threadIdx.x == 0) s.total = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+      const uint32_t k = key[i];
+      if (k != 0 && bin(k) == first)
+        s.hist[atomicAdd(&s.total, 1U)] = k;  // in any order: the histogram has served
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < n_few; i += kSelectThreads) {
+      const uint32_t own = s.hist[i];
+      uint32_t above = 0, equal = 0;
+      for (uint32_t j = 0; j < n_few; ++j) {
+        above += s.hist[j] > own;
+        equal += s.hist[j] == own;
+      }
+      if (above < want && above + equal >= want) {  // equals write the same
+        s.found = own;
+        s.above = want - above;
+      }
+    }
+    __syncthreads();
+    return {s.found, s.above};
+  }
   constexpr int kShift[3] = {21, 10, 0};
 #pragma unroll
   for (int pass = 0; pass < 3; ++pass) {
@@ -85,7 +117,8 @@ __device__ inline Threshold find_threshold(SelectShared& s, const uint32_t* key,
     const uint32_t digit = pass == 2 ? 1023U : 2047U;
     for (int i = threadIdx.x; i < n; i += kSelectThreads) {
       const uint32_t k = key[i];
-      if (k != 0 && (k & mask) == prefix && bin(k) == first) atomicAdd(&s.hist[k >> kShift[pass] & digit], 1U);
+      if (k != 0 && (k & mask) == prefix && bin(k) == first)
+        atomicAdd(&s.hist[k >> kShift[pass] & digit], 1U);
     }
     __syncthreads();
     find_bin<2048>(s, want);
@@ -96,7 +129,8 @@ __device__ inline Threshold find_threshold(SelectShared& s, const uint32_t* key,
   return {prefix, want};
 }
 
-/// Writes the indices of what `t` takes, ascending; returns how many (at most `room` are written). A warp has a run of keys.
+/// Writes the indices of what `t` takes, ascending; returns how many (at most `room` are written). A warp has
+/// a run of keys.
 __device__ inline uint32_t take(SelectShared& s, const uint32_t* key, int n, Threshold t, int32_t* selected,
                                 uint32_t room) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -130,7 +164,8 @@ __device__ inline uint32_t take(SelectShared& s, const uint32_t* key, int n, Thr
     const bool is_equal = i < end && k == t.key;
     const uint32_t equals = __ballot_sync(~0U, is_equal);
     const uint32_t lower = (1U << lane) - 1;
-    const bool taken = (i < end && k > t.key) || (is_equal && equal_before + __popc(equals & lower) < t.n_equal);
+    const bool taken =
+        (i < end && k > t.key) || (is_equal && equal_before + __popc(equals & lower) < t.n_equal);
     const uint32_t takes = __ballot_sync(~0U, taken);
     const uint32_t to = at + __popc(takes & lower);
     if (taken && to < room) selected[to] = i;
@@ -140,10 +175,12 @@ __device__ inline uint32_t take(SelectShared& s, const uint32_t* key, int n, Thr
   return min(total, room);
 }
 
-/// Gives the selected tokens [n] rows of what is kept: slot [n]; those that were not held are listed in missing (indices into the
-/// selected, ascending); returns how many. Who is not selected now leaves, in turn. used: a bit a row, shared.
-__device__ inline uint32_t hold(SelectShared& s, const int32_t* selected, uint32_t n, uint16_t* slot, int32_t* missing,
-                                int32_t* token_of, uint16_t* slot_of, uint32_t* hand, int capacity, uint32_t* used) {
+/// Gives the selected tokens [n] rows of what is kept: slot [n]; those that were not held are listed in
+/// missing (indices into the selected, ascending); returns how many. Who is not selected now leaves, in turn.
+/// used: a bit a row, shared.
+__device__ inline uint32_t hold(SelectShared& s, const int32_t* selected, uint32_t n, uint16_t* slot,
+                                int32_t* missing, int32_t* token_of, uint16_t* slot_of, uint32_t* hand,
+                                int capacity, uint32_t* used) {
   for (int i = threadIdx.x; i < (capacity + 31) / 32; i += kSelectThreads) used[i] = 0;
   __syncthreads();
   uint32_t n_missing = 0;
@@ -164,7 +201,8 @@ __device__ inline uint32_t hold(SelectShared& s, const int32_t* selected, uint32
   __syncthreads();
   const uint32_t from = *hand;
   uint32_t given = 0;
-  for (uint32_t base = 0; base < static_cast<uint32_t>(capacity) && given < n_missing; base += kSelectThreads) {
+  for (uint32_t base = 0; base < static_cast<uint32_t>(capacity) && given < n_missing;
+       base += kSelectThreads) {
     const uint32_t j = base + threadIdx.x;
     const uint32_t row = (from + j) % static_cast<uint32_t>(capacity);
     const bool is_free = j < static_cast<uint32_t>(capacity) && (used[row / 32] >> row % 32 & 1) == 0;

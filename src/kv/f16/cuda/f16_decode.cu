@@ -1,5 +1,5 @@
-// Attention of a step to exact tokens. A block takes a share of a sequence's tokens for one KV head (up to 8 of its query
-// heads), its warps tiles of 16 tokens in turn; the last block of a KV head merges the shares.
+// Attention of a step to exact tokens. A block takes a share of a sequence's tokens for one KV head (up to 8
+// of its query heads), its warps tiles of 16 tokens in turn; the last block of a KV head merges the shares.
 // Bound: 4 head_dim bytes a token and KV head from device memory; all else hides behind that.
 #include "exec/cuda/arguments.h"
 #include "exec/cuda/flash_tile.cuh"
@@ -19,7 +19,8 @@ struct F16Params {
 };
 
 template <int HD>
-__global__ __launch_bounds__(32 * kWarps, HD <= 128 ? 4 : 2) void f16_decode(const __grid_constant__ F16Params p) {
+__global__ __launch_bounds__(32 * kWarps,
+                             HD <= 128 ? 4 : 2) void f16_decode(const __grid_constant__ F16Params p) {
   const int split = blockIdx.x, seq = blockIdx.z;
   const int kv = blockIdx.y / p.n_chunk, chunk = blockIdx.y % p.n_chunk;
   const int warp = threadIdx.x / 32;
@@ -59,7 +60,7 @@ __global__ __launch_bounds__(32 * kWarps, HD <= 128 ? 4 : 2) void f16_decode(con
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, rows[w][h].m);
     float l = 0, o = 0;
     for (int w = 0; w < kWarps && top > -INFINITY; ++w) {
-      const float weight = exp2f(rows[w][h].m - top);
+      const float weight = power2(rows[w][h].m - top);
       l += weight * rows[w][h].l;
       o += weight * rows[w][h].o[d];
     }
@@ -90,7 +91,7 @@ __global__ __launch_bounds__(32 * kWarps, HD <= 128 ? 4 : 2) void f16_decode(con
     for (int s = 0; s < p.n_split; ++s) top = fmaxf(top, __ldcg(&from[s].m));
     float l = 0, o = 0;
     for (int s = 0; s < p.n_split && top > -INFINITY; ++s) {
-      const float weight = exp2f(__ldcg(&from[s].m) - top);
+      const float weight = power2(__ldcg(&from[s].m) - top);
       l += weight * __ldcg(&from[s].l);
       o += weight * __ldcg(&from[s].o[d]);
     }
@@ -101,14 +102,25 @@ __global__ __launch_bounds__(32 * kWarps, HD <= 128 ? 4 : 2) void f16_decode(con
 }  // namespace
 
 int launch_f16(const narrows_cuda_f16_args& args, const F16Plan& plan, void* workspace, cudaStream_t stream) {
-  F16Params p{args, static_cast<char*>(workspace) + plan.states, static_cast<uint32_t*>(workspace), plan.n_split,
-              plan.group, plan.n_chunk};
-  const dim3 grid(static_cast<unsigned>(plan.n_split), static_cast<unsigned>(args.heads.n_head_kv * plan.n_chunk),
+  F16Params p{args,
+              static_cast<char*>(workspace) + plan.states,
+              static_cast<uint32_t*>(workspace),
+              plan.n_split,
+              plan.group,
+              plan.n_chunk};
+  const dim3 grid(static_cast<unsigned>(plan.n_split),
+                  static_cast<unsigned>(args.heads.n_head_kv * plan.n_chunk),
                   static_cast<unsigned>(args.heads.n_seq));
   switch (args.heads.head_dim) {
-    case 64: f16_decode<64><<<grid, 32 * kWarps, 0, stream>>>(p); break;
-    case 128: f16_decode<128><<<grid, 32 * kWarps, 0, stream>>>(p); break;
-    default: f16_decode<256><<<grid, 32 * kWarps, 0, stream>>>(p); break;
+    case 64:
+      f16_decode<64><<<grid, 32 * kWarps, 0, stream>>>(p);
+      break;
+    case 128:
+      f16_decode<128><<<grid, 32 * kWarps, 0, stream>>>(p);
+      break;
+    default:
+      f16_decode<256><<<grid, 32 * kWarps, 0, stream>>>(p);
+      break;
   }
   return launched();
 }

@@ -1,5 +1,6 @@
-// Stage 2 of a klt step on the device: scores to probabilities over the whole cache, summed over the query heads of a KV head,
-// the tokens that `budget` and `mass` ask for (exactly, as klt_select.cpp finds them), and their rows among the kept keys.
+// Stage 2 of a klt step on the device: scores to probabilities over the whole cache, summed over the query
+// heads of a KV head, the tokens that `budget` and `mass` ask for (exactly, as klt_select.cpp finds them),
+// and their rows among the kept keys.
 #include "exec/cuda/launch.h"
 #include "exec/cuda/select.cuh"
 #include "kv/klt/cuda/klt_common.cuh"
@@ -8,8 +9,8 @@ namespace narrows::cuda {
 
 namespace {
 
-/// Keys are the bits of positive floats up to 8 (a group has at most 8 heads, and its probabilities' sum no more): bins of 1 /
-/// 128 octave below that, and one for all under 2^-29.
+/// Keys are the bits of positive floats up to 8 (a group has at most 8 heads, and its probabilities' sum no
+/// more): bins of 1 / 128 octave below that, and one for all under 2^-29.
 constexpr uint32_t kTopKey = 0x41000000;
 constexpr uint32_t kLowKey = kTopKey - (kBins << 16) + 0x10000;
 
@@ -22,7 +23,8 @@ struct KltBin {
 /// Probabilities as integers, summed in any order with one result.
 constexpr float kMassUnit = 268435456.0F;  // 2^28
 
-__global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_constant__ KltParams p, const int in_shared) {
+__global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_constant__ KltParams p,
+                                                                const int in_shared) {
   extern __shared__ __align__(16) uint32_t dynamic[];
   __shared__ SelectShared s;
   __shared__ float top[kTileHeads], factor[kTileHeads];
@@ -41,13 +43,13 @@ __global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_con
     for (int i = lane; i < p.plan.n_chunk; i += 32) {
       const float2 x = totals[i];
       const float most = fmaxf(all.x, x.x), base = most == -INFINITY ? 0.0F : most;
-      all = make_float2(most, all.y * exp2f(all.x - base) + x.y * exp2f(x.x - base));
+      all = make_float2(most, all.y * power2(all.x - base) + x.y * power2(x.x - base));
     }
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) {
       const float2 x = make_float2(__shfl_xor_sync(~0U, all.x, i), __shfl_xor_sync(~0U, all.y, i));
       const float most = fmaxf(all.x, x.x), base = most == -INFINITY ? 0.0F : most;
-      all = make_float2(most, all.y * exp2f(all.x - base) + x.y * exp2f(x.x - base));
+      all = make_float2(most, all.y * power2(all.x - base) + x.y * power2(x.x - base));
     }
     if (lane == 0) {
       top[warp] = all.x == -INFINITY ? 0.0F : all.x;
@@ -59,7 +61,8 @@ __global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_con
   if (threadIdx.x == 0) s.total = 0;
   __syncthreads();
 
-  const int64_t ld = static_cast<int64_t>(p.a.pages.n_max + NARROWS_CUDA_PAGE - 1) / NARROWS_CUDA_PAGE * NARROWS_CUDA_PAGE;
+  const int64_t ld =
+      static_cast<int64_t>(p.a.pages.n_max + NARROWS_CUDA_PAGE - 1) / NARROWS_CUDA_PAGE * NARROWS_CUDA_PAGE;
   float* scores = p.at<float>(p.plan.scores) + first_head * ld;
   uint32_t* keys = in_shared != 0 ? dynamic : reinterpret_cast<uint32_t*>(scores);
   uint32_t* used = in_shared != 0 ? dynamic + ld : dynamic;
@@ -67,23 +70,38 @@ __global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_con
   const float floor = may_lose / static_cast<float>(max(1, n));
   const KltBin bin;
   uint32_t candidates = 0;
-  for (int t = threadIdx.x; t < n; t += kSelectThreads) {
-    float pooled = 0;
-    bool never = false;
+  constexpr int kAhead = 4;
+  for (int base = threadIdx.x; base < n; base += kAhead * kSelectThreads) {
+    float pooled[kAhead] = {};
+    bool never[kAhead] = {};
     for (int h = 0; h < group; ++h) {
-      const float x = __ldcg(&scores[h * ld + t]);
-      never = never || !(x > -INFINITY);  // an anchor
-      pooled += exp2f(x - top[h]) * factor[h];
+      float x[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int t = base + k * kSelectThreads;
+        x[k] = t < n ? __ldcg(&scores[h * ld + t]) : 0.0F;
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        never[k] = never[k] || !(x[k] > -INFINITY);  // an anchor
+        pooled[k] += power2(x[k] - top[h]) * factor[h];
+      }
     }
-    const uint32_t key = never || !(pooled >= floor) ? 0U : max(1U, __float_as_uint(pooled));
-    keys[t] = key;
-    if (key == 0) continue;
-    ++candidates;
-    const uint32_t b = bin(key);
-    atomicAdd(&s.hist[b], 1U);
-    atomicAdd(&s.mass[b / 16], __float2uint_rn(fminf(pooled, 8.0F) * kMassUnit));
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int t = base + k * kSelectThreads;
+      if (t >= n) break;
+      const uint32_t key = never[k] || !(pooled[k] >= floor) ? 0U : max(1U, __float_as_uint(pooled[k]));
+      keys[t] = key;
+      if (key == 0) continue;
+      ++candidates;
+      const uint32_t b = bin(key);
+      atomicAdd(&s.hist[b], 1U);
+      if (p.a.mass < 1) atomicAdd(&s.mass[b / 16], __float2uint_rn(fminf(pooled[k], 8.0F) * kMassUnit));
+    }
   }
-  // What was dropped counts as attention in the pages too, but is less than what may be lost: sums are of candidates.
+  // What was dropped counts as attention in the pages too, but is less than what may be lost: sums are of
+  // candidates.
   candidates = __reduce_add_sync(~0U, candidates);
   if (lane == 0) atomicAdd(&s.total, candidates);
   __syncthreads();
@@ -97,7 +115,7 @@ __global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_con
       for (int h = 0; h < group; ++h) {
         const char* exact = p.at<const char>(p.plan.exact) + (first_head + h) * (p.a.heads.head_dim + 4) * 4;
         const float2 e = *reinterpret_cast<const float2*>(exact);
-        in_pages += 1 - (e.y > 0 ? e.y * exp2f(e.x - top[h]) * factor[h] : 0.0F);
+        in_pages += 1 - (e.y > 0 ? e.y * power2(e.x - top[h]) * factor[h] : 0.0F);
       }
       const float wanted = n > 0 ? in_pages - may_lose : 0.0F;
       uint32_t key = 0;
@@ -135,10 +153,10 @@ __global__ __launch_bounds__(kSelectThreads, 2) void klt_select(const __grid_con
   const uint32_t n_selected = take(s, keys, n, threshold, selected, budget);
   __syncthreads();
   const auto& kept = p.a.kept;
-  const uint32_t n_missing =
-      hold(s, selected, n_selected, p.at<uint16_t>(p.plan.at.slot) + list * p.a.pages.max_budget,
-           p.at<int32_t>(p.plan.at.missing) + list * p.a.pages.max_budget, kept.token_of + list * kept.capacity,
-           kept.slot_of + list * kept.ld, kept.hand + list, kept.capacity, used);
+  const uint32_t n_missing = hold(
+      s, selected, n_selected, p.at<uint16_t>(p.plan.at.slot) + list * p.a.pages.max_budget,
+      p.at<int32_t>(p.plan.at.missing) + list * p.a.pages.max_budget, kept.token_of + list * kept.capacity,
+      kept.slot_of + list * kept.ld, kept.hand + list, kept.capacity, used);
   if (threadIdx.x == 0) {
     p.at<uint32_t>(p.plan.at.n_selected)[list] = n_selected;
     p.at<uint32_t>(p.plan.at.n_missing)[list] = n_missing;

@@ -1,6 +1,7 @@
-// Stage 4 of a SALS step on the device: softmax over the selected tokens (products already known, or rows of kept keys) and the exact
-// ones, values unpacked in registers; the last block of a KV head merges all shares. A lane has 4 values of a token.
-// Bound: head_dim bits / 8 + 4 head_dim / 32 bytes a selected token and KV head (and 2 head_dim with kept keys) from memory.
+// Stage 4 of a SALS step on the device: softmax over the selected tokens (products already known, or rows of
+// kept keys) and the exact ones, values unpacked in registers; the last block of a KV head merges all shares.
+// A lane has 4 values of a token. Bound: head_dim bits / 8 + 4 head_dim / 32 bytes a selected token and KV
+// head (and 2 head_dim with kept keys) from memory.
 #include "exec/cuda/launch.h"
 #include "kv/sals/cuda/sals_common.cuh"
 
@@ -12,17 +13,21 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 
 struct AttendShared {
-  int room, token, score, rows, bytes;
-  __host__ __device__ AttendShared(int max_budget, int n_split, int group, int head_dim) {
+  int room, token, score, values, value_bytes, rows,
+      bytes;  ///< values [room]: of this head, codes then params
+  __host__ __device__ AttendShared(int max_budget, int n_split, int group, int head_dim, int bits) {
     room = ((max_budget + n_split - 1) / n_split + 15) / 16 * 16 + 16;
+    value_bytes = head_dim * bits / 8 + (bits < 16 ? head_dim / 8 : 0);
     token = kTileHeads * head_dim * 2;  // behind the query
     score = token + room * 4;
-    rows = (score + group * room * 4 + 15) / 16 * 16;
-    bytes = rows + 2 * kWarps * kTileHeads * (head_dim + 4) * 4;
+    values = (score + group * room * 4 + 15) / 16 * 16;
+    rows = values + room * value_bytes;
+    bytes = rows + 2 * kWarps * group * (head_dim + 4) * 4;
   }
 };
 
-/// Four values of a token: value_bits 2: i, i + 8, i + 16, i + 24 of a group; 4: 2 i, 2 i + 1 and those 16 on.
+/// Four values of a token: value_bits 2: i, i + 8, i + 16, i + 24 of a group; 4: 2 i, 2 i + 1 and those 16
+/// on.
 template <int kBits>
 __device__ inline void unpack4(uint32_t code, float2 params, float (&v)[4]) {
 #pragma unroll
@@ -40,7 +45,7 @@ __device__ inline int place_of(int lane, int i) {
 
 /// kGroup: query heads of a KV head at most.
 template <int HD, int kBits, int kGroup>
-__global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ SalsParams p) {
+__global__ __launch_bounds__(kThreads, 4) void sals_attend(const __grid_constant__ SalsParams p) {
   extern __shared__ __align__(16) char shared[];
   __shared__ float top_of[kWarps][kTileHeads], sum_of[kWarps][kTileHeads];
   __shared__ bool is_last;
@@ -48,11 +53,11 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const auto& heads = p.a.heads;
   const int first_head = kv * group, width = heads.n_head_kv * HD;
-  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, group, HD);
+  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, group, HD, kBits);
   auto* q = reinterpret_cast<__half*>(shared);
   auto* token = reinterpret_cast<int32_t*>(shared + at.token);
   auto* score = reinterpret_cast<float*>(shared + at.score);
-  auto* rows = reinterpret_cast<StateRow<HD>*>(shared + at.rows);  // [2 kWarps][kTileHeads]
+  auto* rows = reinterpret_cast<StateRow<HD>*>(shared + at.rows);  // [2 kWarps][group]
   const float scale2 = heads.scale * kLog2e;
   const int64_t n_all = p.at<const uint32_t>(p.plan.at.n_selected)[seq];
   const int begin = static_cast<int>(n_all * split / p.plan.n_split);
@@ -69,15 +74,42 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
     q[h * HD + pair] = __float2half_rn(x * turn.x - y * turn.y);
     q[h * HD + pair + HD / 2] = __float2half_rn(x * turn.y + y * turn.x);
   }
-  for (int i = threadIdx.x; i < n; i += kThreads) token[i] = p.at<const int32_t>(p.plan.at.selected)[list + begin + i];
+  for (int i = threadIdx.x; i < n; i += kThreads)
+    token[i] = p.at<const int32_t>(p.plan.at.selected)[list + begin + i];
   if (!keeps) {
     for (int h = 0; h < group; ++h) {
-      const float* from = p.at<const float>(p.plan.logits) +
-                          (static_cast<int64_t>(seq) * heads.n_head + first_head + h) * p.a.pages.max_budget + begin;
-      for (int i = threadIdx.x; i < n; i += kThreads) score[h * at.room + i] = from[i] * scale2;
+      constexpr int kShares = HD / 64;  // as sals_rebuild() wrote them
+      const float* from =
+          p.at<const float>(p.plan.logits) +
+          (static_cast<int64_t>(seq) * heads.n_head + first_head + h) * kShares * p.a.pages.max_budget +
+          begin;
+      for (int i = threadIdx.x; i < n; i += kThreads) {
+        float x = from[i];
+        if constexpr (kShares == 2) x += from[p.a.pages.max_budget + i];
+        score[h * at.room + i] = x * scale2;
+      }
     }
   }
   __syncthreads();
+  // Values are on their way while keys are scored.
+  constexpr int kCodeBytes = HD * kBits / 8, kParamBytes = kBits < 16 ? HD / 8 : 0;
+  constexpr int kStep = kParamBytes == 8 ? 8 : 16, kChunks = (kCodeBytes + kParamBytes) / kStep;
+  char* values = shared + at.values;
+  for (int i = threadIdx.x; i < n * kChunks; i += kThreads) {
+    const int k = i / kChunks, byte = i % kChunks * kStep, t = token[k], in_page = t % NARROWS_CUDA_PAGE;
+    const uint8_t* page = sals_page(p, seq, t / NARROWS_CUDA_PAGE);
+    const uint8_t* from = byte < kCodeBytes
+                              ? page + p.a.codes_offset +
+                                    (static_cast<int64_t>(in_page) * heads.n_head_kv + kv) * kCodeBytes + byte
+                              : page + p.a.params_offset +
+                                    (static_cast<int64_t>(in_page) * heads.n_head_kv + kv) * kParamBytes +
+                                    byte - kCodeBytes;
+    if constexpr (kStep == 16)
+      copy_async(values + k * at.value_bytes + byte, from);
+    else
+      copy_async8(values + k * at.value_bytes + byte, from);
+  }
+  commit_copies();
   QueryFragments<HD> fragments;
   fragments.load(q, group);
   if (keeps) {
@@ -110,7 +142,7 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
                         static_cast<int64_t>(kv) * NARROWS_CUDA_BLOCK * HD;
       attend_tile<HD>(state, fragments, k, k + half_block, 0, p.a.pages.exact_count[i], scale2);
     }
-    write_state<HD>(state, rows + warp * kTileHeads, group);
+    write_state<HD>(state, rows + warp * group, group);
   }
 
   for (int h = 0; h < group; ++h) {
@@ -126,7 +158,7 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
     for (int w = 1; w < kWarps; ++w) top = fmaxf(top, top_of[w][h]);
     float sum = 0;
     for (int i = threadIdx.x; i < n; i += kThreads) {
-      const float x = exp2f(score[h * at.room + i] - top);
+      const float x = power2(score[h * at.room + i] - top);
       score[h * at.room + i] = x;
       sum += x;
     }
@@ -136,6 +168,8 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
   }
   __syncthreads();
 
+  wait_copies<0>();
+  __syncthreads();
   // Values: a warp takes tokens in turn, 32 / kLanes at a time.
   constexpr int kLanes = HD / 4, kTokens = 32 / kLanes;
   const int sub = lane / kLanes, own = lane % kLanes;
@@ -143,36 +177,21 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
   constexpr int kUnroll = 4;
   for (int i = warp * kTokens * kUnroll; i < n; i += kWarps * kTokens * kUnroll) {
     float v[kUnroll][4];
-    if constexpr (kBits == 16) {
-      uint2 x[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int t = token[min(i + u * kTokens + sub, n - 1)];
-        const uint8_t* page = sals_page(p, seq, t / NARROWS_CUDA_PAGE);
-        x[u] = __ldg(reinterpret_cast<const uint2*>(page + p.a.codes_offset +
-                                                    (static_cast<int64_t>(t % NARROWS_CUDA_PAGE) * width + kv * HD + own * 4) * 2));
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&x[u].x));
-        const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&x[u].y));
+    for (int u = 0; u < kUnroll; ++u) {
+      const char* row = values + min(i + u * kTokens + sub, n - 1) * at.value_bytes;
+      if constexpr (kBits == 16) {
+        const uint2 x = *reinterpret_cast<const uint2*>(row + own * 8);
+        const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&x.x));
+        const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&x.y));
         v[u][0] = low.x, v[u][1] = low.y, v[u][2] = high.x, v[u][3] = high.y;
+      } else {
+        const uint32_t code = kBits == 2 ? *reinterpret_cast<const uint8_t*>(row + own)
+                                         : *reinterpret_cast<const uint16_t*>(row + own * 2);
+        const float2 params =
+            __half22float2(*reinterpret_cast<const __half2*>(row + kCodeBytes + own / 8 * 4));
+        unpack4<kBits>(code, params, v[u]);
       }
-    } else {
-      uint32_t code[kUnroll];
-      __half2 params[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int t = token[min(i + u * kTokens + sub, n - 1)], in_page = t % NARROWS_CUDA_PAGE;
-        const uint8_t* page = sals_page(p, seq, t / NARROWS_CUDA_PAGE);
-        const uint8_t* codes = page + p.a.codes_offset + static_cast<int64_t>(in_page) * (width * kBits / 8) +
-                               kv * (HD * kBits / 8) + own * (kBits / 2);
-        code[u] = kBits == 2 ? __ldg(codes) : __ldg(reinterpret_cast<const uint16_t*>(codes));
-        params[u] = __ldg(reinterpret_cast<const __half2*>(page + p.a.params_offset) +
-                          static_cast<int64_t>(in_page) * (width / 32) + kv * (HD / 32) + own / 8);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) unpack4<kBits>(code[u], __half22float2(params[u]), v[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -186,7 +205,7 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
       }
     }
   }
-  StateRow<HD>* sums = rows + kWarps * kTileHeads;
+  StateRow<HD>* sums = rows + kWarps * group;
 #pragma unroll
   for (int h = 0; h < kGroup; ++h) {
     if (h >= group) break;
@@ -196,12 +215,12 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
     for (int j = 0; j < 4; ++j) {
       float x = acc[h][j];
       if constexpr (kTokens == 2) x += __shfl_xor_sync(~0U, x, 16);
-      const int d = kBits == 16 ? own * 4 + j : place_of<kBits == 16 ? 2 : kBits>(own, j);
-      if (sub == 0) sums[warp * kTileHeads + h].o[d] = x;
+      const int d = kBits == 16 ? own * 4 + j : place_of < kBits == 16 ? 2 : kBits > (own, j);
+      if (sub == 0) sums[warp * group + h].o[d] = x;
     }
     if (lane == 0) {
-      sums[warp * kTileHeads + h].m = n > 0 ? top : -INFINITY;
-      sums[warp * kTileHeads + h].l = sum_of[warp][h];
+      sums[warp * group + h].m = n > 0 ? top : -INFINITY;
+      sums[warp * group + h].l = sum_of[warp][h];
     }
   }
   __syncthreads();
@@ -212,12 +231,12 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
   for (int i = threadIdx.x; i < group * HD; i += kThreads) {
     const int h = i / HD, d = i % HD;
     float top = -INFINITY;
-    for (int w = 0; w < 2 * kWarps; ++w) top = fmaxf(top, rows[w * kTileHeads + h].m);
+    for (int w = 0; w < 2 * kWarps; ++w) top = fmaxf(top, rows[w * group + h].m);
     float l = 0, o = 0;
     for (int w = 0; w < 2 * kWarps && top > -INFINITY; ++w) {
-      const StateRow<HD>& from = rows[w * kTileHeads + h];
+      const StateRow<HD>& from = rows[w * group + h];
       if (from.m == -INFINITY) continue;
-      const float weight = exp2f(from.m - top);
+      const float weight = power2(from.m - top);
       l += weight * from.l;
       o += weight * from.o[d];
     }
@@ -248,7 +267,7 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
     for (int s = 0; s < p.plan.n_split; ++s) top = fmaxf(top, __ldcg(&from[s].m));
     float l = 0, o = 0;
     for (int s = 0; s < p.plan.n_split && top > -INFINITY; ++s) {
-      const float weight = exp2f(__ldcg(&from[s].m) - top);
+      const float weight = power2(__ldcg(&from[s].m) - top);
       l += weight * __ldcg(&from[s].l);
       o += weight * __ldcg(&from[s].o[d]);
     }
@@ -258,7 +277,7 @@ __global__ __launch_bounds__(kThreads) void sals_attend(const __grid_constant__ 
 
 template <int HD, int kBits, int kGroup>
 int launch(const SalsParams& p, cudaStream_t stream) {
-  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, p.plan.group, HD);
+  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, p.plan.group, HD, kBits);
   const auto kernel = sals_attend<HD, kBits, kGroup>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes) != cudaSuccess)
     return launched();
@@ -287,7 +306,8 @@ int by_bits(const SalsParams& p, cudaStream_t stream) {
 int launch_sals_select(const SalsParams& p, cudaStream_t stream);
 int launch_sals_rebuild(const SalsParams& p, cudaStream_t stream);
 
-int launch_sals(const narrows_cuda_sals_args& args, const SalsPlan& plan, void* workspace, cudaStream_t stream) {
+int launch_sals(const narrows_cuda_sals_args& args, const SalsPlan& plan, void* workspace,
+                cudaStream_t stream) {
   const SalsParams p{args, plan, static_cast<char*>(workspace)};
   if (const int status = launch_sals_select(p, stream); status != NARROWS_CUDA_OK) return status;
   if (const int status = launch_sals_rebuild(p, stream); status != NARROWS_CUDA_OK) return status;

@@ -22,7 +22,7 @@ inline constexpr int kProjectRows = 128;
 /// Sequences that it projects together.
 inline constexpr int kProjectSequences = 8;
 /// Tokens that a block scores.
-inline constexpr int kScoreTokens = 256;
+inline constexpr int kScoreTokens = kSalsScoreTokens;
 
 __device__ inline const uint8_t* sals_page(const SalsParams& p, int seq, int page) {
   return static_cast<const uint8_t*>(p.a.pages.pool) +
