@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the order is the point; ninja uses the cores
-.PHONY: help deps build program install model model-qwen demo test asan tsan arm64 lint clean
+.PHONY: help deps build cuda program install model model-qwen demo test asan tsan arm64 lint clean
 
 smollm2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 qwen := models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
@@ -37,6 +37,10 @@ build/asan/build.ninja: CMakePresets.json | deps
 build/tsan/build.ninja: CMakePresets.json | deps
 	@cmake --preset debug-tsan
 	@touch $@
+
+cuda: ## build/cuda/libnarrows_cuda.so: the operators for CUDA devices; needs nvcc 13, cmake and ninja, no driver
+	@cmake --preset cuda
+	@cmake --build --preset cuda
 
 model: deps $(smollm2) ## the default model, SmolLM2 135M (98 MB)
 model-qwen: deps $(qwen) ## Qwen2.5-Coder 0.5B, for contexts up to 32K (491 MB)
