@@ -41,7 +41,7 @@ TEST(LoadOptions, PartsAreTheWhole) {
         ASSERT_TRUE(loaded.ok()) << loaded.status().message();
         EXPECT_EQ((*loaded)->path(), paths.front());  // which libllama wants
         EXPECT_EQ(max_difference(want, logits_of(*loaded)), 0);
-        ASSERT_TRUE(LlamaPeer::create((*loaded)->path(), {64, 1, false}).ok());
+        ASSERT_TRUE(LlamaPeer::create((*loaded)->path(), {.n_ctx = 64, .n_threads = 1}).ok());
       }
     }
   }
