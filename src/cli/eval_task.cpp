@@ -101,6 +101,9 @@ Outcome judge_file(const EvalFlags& flags) {
   if (flags.file.empty())
     return Status(StatusCode::invalid_argument,
                   "--task file needs a file of questions: give one with -f FILE");
+  if (flags.contexts.size() != 1)
+    return Status(StatusCode::invalid_argument,
+                  "--task file takes one --context: the most that a prompt and its answer may have");
   const Result<Score> score = parse_score(flags.score);
   if (!score.ok()) return score.status();
   // Not read_text_file(): a line that is no UTF-8 is to be named.

@@ -23,7 +23,7 @@ struct LongTextOptions {
   int n_threads = 0;
   PromptOptions prompt;
   uint32_t seed = 1;
-  float temperature = 0.7F;
+  float temperature = 1;  ///< the model's own distribution: with less, small models soon repeat themselves
 };
 
 /// Positions from to - 1 behind the context.

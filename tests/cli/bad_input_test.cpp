@@ -73,6 +73,7 @@ TEST(BadInput, TasksOfQuestions) {
                  {"q9", "q4_0"});
   expect_refusal(eval({"long", "--context", "10,20"}), 2, {"--context"});
   expect_refusal(eval({"file"}), 2, {"-f"});
+  expect_refusal(eval({"file", "-f", dir.path("none.jsonl"), "--context", "10,20"}), 2, {"--context"});
   expect_refusal(eval({"file", "-f", dir.path("none.jsonl")}), 2, {"none.jsonl"});
   expect_refusal(
       eval({"file", "-f", dir.file("q.jsonl", "{\"input\": \"A\", \"answer\": 1}\n{\"input\": 2}\n\xFF\n")}),
