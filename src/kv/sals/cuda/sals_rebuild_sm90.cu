@@ -14,9 +14,9 @@ constexpr int kRows = 128, kColumns = 128, kThreads = 256, kStages = 4;
 constexpr int kDepth = 64;  ///< of rank in a stage: 128 bytes
 constexpr int kTileBytes = kRows * kDepth * 2;
 
-__device__ inline int turned_chunk(int row, int chunk) { return row * 128 + ((chunk ^ row) & 7) * 16; }
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ inline int turned_chunk(int row, int chunk) { return row * 128 + ((chunk ^ row) & 7) * 16; }
 
 /// Rows of 128 bytes, groups of 8 rows 1,024 apart, 128-byte swizzle.
 __device__ inline uint64_t descriptor(const void* shared) {
