@@ -5,6 +5,4 @@ if(NOT CMAKE_CUDA_COMPILER AND NARROWS_NVCC)
   set(CMAKE_CUDA_COMPILER "${NARROWS_NVCC}")
 endif()
 enable_language(CUDA)
-# CUDA's standard follows C++'s, and the CMake of Debian 12 does not know that nvcc 13 has C++20: src/exec/cuda asks for it itself.
-unset(CMAKE_CXX_STANDARD)
 add_subdirectory(src/exec/cuda)

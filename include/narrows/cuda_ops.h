@@ -15,6 +15,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__GNUC__)
+#define NARROWS_CUDA_API __attribute__((visibility("default")))
+#else
+#define NARROWS_CUDA_API
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -28,7 +34,7 @@ enum narrows_cuda_status {
 };
 
 /* Name of the CUDA error of this thread's last NARROWS_CUDA_LAUNCH_FAILED; never null. */
-const char* narrows_cuda_last_error(void);
+NARROWS_CUDA_API const char* narrows_cuda_last_error(void);
 
 /* Tokens of a page of the SALS and klt caches, and of a block of exact tokens beside them. */
 #define NARROWS_CUDA_PAGE 64
@@ -64,8 +70,8 @@ struct narrows_cuda_f16_args {
   int32_t window;
 };
 
-int narrows_cuda_f16_workspace(const struct narrows_cuda_f16_args* args, size_t* bytes);
-int narrows_cuda_f16_decode(const struct narrows_cuda_f16_args* args, void* workspace, size_t bytes, void* stream);
+NARROWS_CUDA_API int narrows_cuda_f16_workspace(const struct narrows_cuda_f16_args* args, size_t* bytes);
+NARROWS_CUDA_API int narrows_cuda_f16_decode(const struct narrows_cuda_f16_args* args, void* workspace, size_t bytes, void* stream);
 
 /* Rebuilt keys that stay from step to step: `capacity` rows (a multiple of 16, at most 65520, at least max_budget) a list;
  * a list is a sequence (SALS: rows of n_head_kv * head_dim) or a KV head of a sequence (klt: rows of head_dim).
@@ -118,8 +124,8 @@ struct narrows_cuda_sals_args {
   int64_t codes_offset, params_offset;
 };
 
-int narrows_cuda_sals_workspace(const struct narrows_cuda_sals_args* args, size_t* bytes);
-int narrows_cuda_sals_decode(const struct narrows_cuda_sals_args* args, void* workspace, size_t bytes, void* stream);
+NARROWS_CUDA_API int narrows_cuda_sals_workspace(const struct narrows_cuda_sals_args* args, size_t* bytes);
+NARROWS_CUDA_API int narrows_cuda_sals_decode(const struct narrows_cuda_sals_args* args, void* workspace, size_t bytes, void* stream);
 
 /* Rows of bit planes (kernels::PlaneRow): plane j of a token's row is octets[j] bytes at offset[j], bit i of byte o is
  * coordinate 8 o + i; a coordinate of b bits is the signs of A (+-1 +- 1/2 ..). `at`: of row 0 in the page; `stride` between
@@ -159,16 +165,16 @@ struct narrows_cuda_klt_args {
   const float* turns;
 };
 
-int narrows_cuda_klt_workspace(const struct narrows_cuda_klt_args* args, size_t* bytes);
-int narrows_cuda_klt_decode(const struct narrows_cuda_klt_args* args, void* workspace, size_t bytes, void* stream);
+NARROWS_CUDA_API int narrows_cuda_klt_workspace(const struct narrows_cuda_klt_args* args, size_t* bytes);
+NARROWS_CUDA_API int narrows_cuda_klt_decode(const struct narrows_cuda_klt_args* args, void* workspace, size_t bytes, void* stream);
 
 /* For tests and benches: where the last call left what it selected, [n_list][max_budget] int32 ascending, their number [n_list], and
  * how many of them had to be rebuilt [n_list]: offsets in bytes in the work space. */
 struct narrows_cuda_selection {
   size_t selected, n_selected, n_missing;
 };
-int narrows_cuda_sals_selection(const struct narrows_cuda_sals_args* args, struct narrows_cuda_selection* at);
-int narrows_cuda_klt_selection(const struct narrows_cuda_klt_args* args, struct narrows_cuda_selection* at);
+NARROWS_CUDA_API int narrows_cuda_sals_selection(const struct narrows_cuda_sals_args* args, struct narrows_cuda_selection* at);
+NARROWS_CUDA_API int narrows_cuda_klt_selection(const struct narrows_cuda_klt_args* args, struct narrows_cuda_selection* at);
 
 #ifdef __cplusplus
 }

@@ -8,6 +8,10 @@
 
 namespace narrows::cuda {
 
+/// By wgmma, on a device of compute capability 9.0; fits: whether its shared memory is enough (else nothing
+/// was launched).
+int launch_sals_rebuild_sm90(const SalsParams& p, int n_sm, int most, cudaStream_t stream, bool& fits);
+
 namespace {
 
 constexpr int kStageDepth = 64;  ///< of rank in a stage
@@ -252,11 +256,17 @@ int launch(const SalsParams& p, int n_sm, int bytes, cudaStream_t stream) {
 
 template <int HD, bool kKeep>
 int choose(const SalsParams& p, cudaStream_t stream) {
-  int device = 0, n_sm = 0, most = 0;
+  int device = 0, n_sm = 0, most = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
     return launched();
+  if (major == 9) {
+    bool fits = false;
+    const int status = launch_sals_rebuild_sm90(p, n_sm, most, stream, fits);
+    if (status != NARROWS_CUDA_OK || fits) return status;
+  }
   constexpr int kStageBytes = kColumns * kStageDepth * 2;
   // Beside what a kernel has anyway, the queries of all heads at worst.
   const int row = p.a.rank * 2, fixed = 1024 + (kKeep ? 0 : (p.a.heads.n_head + p.plan.group) * HD * 4);

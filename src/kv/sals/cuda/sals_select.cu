@@ -82,13 +82,19 @@ __global__ __launch_bounds__(1024) void sals_project(const __grid_constant__ Sal
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  for (int i = threadIdx.x; i < n_seq * rank_score; i += blockDim.x) {
-    float sum = 0;
+  for (int i = 4 * static_cast<int>(threadIdx.x); i < n_seq * rank_score;
+       i += 4 * static_cast<int>(blockDim.x)) {
+    float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 16
-    for (int b = 0; b < p.plan.n_project; ++b)
-      sum += __ldcg(to + (static_cast<int64_t>(b) * heads.n_seq + first_seq) * rank_score + i);
+    for (int b = 0; b < p.plan.n_project; ++b) {
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(
+          to + (static_cast<int64_t>(b) * heads.n_seq + first_seq) * rank_score + i));
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
     // A query that is not finite has no output worth the name; its selection may be any.
-    sums[i] = fabsf(sum) < 1e30F ? sum : 0.0F;
+    const auto usable = [](float x) { return fabsf(x) < 1e30F ? x : 0.0F; };
+    *reinterpret_cast<float4*>(sums + i) =
+        make_float4(usable(sum.x), usable(sum.y), usable(sum.z), usable(sum.w));
   }
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
