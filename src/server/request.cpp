@@ -160,7 +160,7 @@ void read_common(Fields& f, const RequestDefaults& defaults, GenerationRequest& 
     f.take(inner);
   }
   read_grammar(f, r);
-  refuse_what_is_not_done(f, r.chat);
+  refuse_what_is_not_done(f);
   if (r.sampling.min_tokens > 0 && !r.grammar.empty())
     f.fail("min_tokens", "and a grammar or schema cannot be given together");
 }

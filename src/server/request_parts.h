@@ -28,7 +28,7 @@ void read_sampling(Fields& f, const RequestDefaults& defaults, GenerationRequest
 
 // request_refused.cpp
 /// Fields that this server knows and does not do are refused; those that change nothing here are let pass.
-void refuse_what_is_not_done(Fields& f, bool chat);
+void refuse_what_is_not_done(Fields& f);
 
 std::optional<std::vector<Token>> token_list(const Json& list, int64_t n_vocab, Fields& f, const char* name);
 /// Takes a JSON schema as the answer's grammar.

@@ -99,7 +99,7 @@ constexpr const char* kPassed[] = {
 
 }  // namespace
 
-void refuse_what_is_not_done(Fields& f, bool chat) {
+void refuse_what_is_not_done(Fields& f) {
   for (const Refused& r : kRefused) {
     const Json* value = f.find(r.name);
     if (value == nullptr) continue;
@@ -108,7 +108,7 @@ void refuse_what_is_not_done(Fields& f, bool chat) {
                        ? std::string("is not supported by this server")
                        : fmt::format("is not supported by this server but for {}", r.harmless));
   }
-  if (!chat && f.has("suffix")) f.fail("suffix", "is not supported by this server; use /infill");
+  if (f.has("suffix")) f.fail("suffix", "is not supported by this server; use /infill");
   for (const char* name : kPassed) f.pass(name);
 }
 

@@ -90,5 +90,29 @@ TEST_F(Restoring, NotWhatIsAtWork) {
   EXPECT_EQ(restore(s, 1 - busy, "large")->status, 200);
 }
 
+/// No limit once it goes.
+struct Limit {
+  explicit Limit(int64_t bytes) { set_memory_limit(bytes); }
+  Limit(const Limit&) = delete;
+  Limit& operator=(const Limit&) = delete;
+  ~Limit() { set_memory_limit(0); }
+};
+
+// docs/server_api.md: "Or the process's memory (--memory-mb, else what the system has) is promised already"
+TEST(Ledger, WhatIsPromisedAlreadyIsNotPromisedAgain) {
+  Served s({}, 1);
+  s.load();
+  auto c = s.client();
+  const std::string question = chat_body("", std::string(3000, 'q'));
+  {
+    const MemoryStats m = memory_stats();
+    const Limit limit(m.weights + m.caches + m.scratch + m.prompts + m.files + 10'000);
+    const auto refused = c.Post(kChat, question, kJson);
+    EXPECT_EQ(refused->status, 503) << refused->body;
+    EXPECT_EQ(body_of(refused)["error"]["type"], "out_of_memory_error");
+  }
+  EXPECT_EQ(c.Post(kChat, question, kJson)->status, 200);
+}
+
 }  // namespace
 }  // namespace narrows::server
