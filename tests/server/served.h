@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <locale>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -19,6 +20,14 @@
 #include "support/session.h"
 
 namespace narrows::server {
+
+/// libstdc++ fills a table of its locale at first use, without a lock, and std::regex reads it in each client
+/// of httplib: filled before there are threads.
+inline const bool kLocaleIsReady = [] {
+  const auto& type = std::use_facet<std::ctype<char>>(std::locale());
+  for (int c = 0; c < 256; ++c) type.narrow(static_cast<char>(c), '\0');
+  return true;
+}();
 
 using narrows::testing::LoadedTiny;
 using narrows::testing::TinyModel;
