@@ -126,29 +126,16 @@ std::vector<ChatMessage> read_anthropic_messages(Fields& f) {
 }
 
 void read_anthropic_tools(Fields& f, ChatRequest& chat) {
-  const Json* list = f.array("tools");
-  if (list != nullptr && list->size() > kMaxTools)
-    f.fail("tools", fmt::format("has {} items, at most {} are allowed", list->size(), kMaxTools));
-  SchemaWork work;
-  for (size_t i = 0; list != nullptr && i < list->size() && f.ok(); ++i) {
-    const std::string path = fmt::format("tools[{}]", i);
-    if (!(*list)[i].is_object()) {
-      f.fail("tools", fmt::format("holds {}, it must hold objects only", kind_of((*list)[i])));
-      break;
-    }
-    Fields t((*list)[i], path);
+  read_tool_list(f, chat, [](Fields& t, ChatTool& tool, std::string& /*path*/) {
     if (t.text("type", 64).value_or("custom") != "custom")
       t.fail("type", "is a tool of Anthropic's own servers, which this one does not have");
-    ChatTool tool;
     tool.name = t.text("name", 128).value_or("");
     tool.description = t.text("description", kMaxGrammarBytes).value_or("");
     if (const Json* schema = t.object("input_schema")) tool.parameters = schema->dump();
     for (const char* field : {"cache_control", "strict", "eager_input_streaming", "defer_loading",
                               "allowed_callers", "input_examples"})
       t.pass(field);
-    f.take(t);
-    if (f.ok()) add_tool(f, path, std::move(tool), chat, work);
-  }
+  });
   if (const Json* choice = f.object("tool_choice")) {
     Fields c(*choice, "tool_choice");
     const std::string type = c.text("type", 64).value_or("");

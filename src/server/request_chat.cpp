@@ -178,6 +178,9 @@ std::vector<ChatMessage> read_messages(Fields& f) {
   return messages;
 }
 
+namespace {
+
+/// One tool; `path` names it in messages. Checks its name and its schema.
 void add_tool(Fields& f, const std::string& path, ChatTool tool, ChatRequest& chat, SchemaWork& work) {
   const auto fail = [&](const char* what, const std::string& why) {
     f.fail("tools", fmt::format("are wrong: {}.{} {}", path, what, why));
@@ -192,6 +195,8 @@ void add_tool(Fields& f, const std::string& path, ChatTool tool, ChatRequest& ch
   tool.plain_parameters = *plain;
   chat.tools.push_back(std::move(tool));
 }
+
+}  // namespace
 
 void check_tools(Fields& f, const ChatRequest& chat) {
   // The rules of a grammar know letters, digits and hyphens only.
@@ -212,36 +217,41 @@ void check_tools(Fields& f, const ChatRequest& chat) {
     f.fail("tool_choice", fmt::format("names {}, which no tool is called", quote(chat.forced_tool)));
 }
 
-void read_tools(Fields& f, ChatRequest& chat) {
+void read_tool_list(Fields& f, ChatRequest& chat, const ReadToolFn& read) {
   const Json* list = f.array("tools");
   if (list != nullptr && list->size() > kMaxTools)
     f.fail("tools", fmt::format("has {} items, at most {} are allowed", list->size(), kMaxTools));
   SchemaWork work;
   for (size_t i = 0; list != nullptr && i < list->size() && f.ok(); ++i) {
-    const std::string path = fmt::format("tools[{}]", i);
+    std::string path = fmt::format("tools[{}]", i);
     if (!(*list)[i].is_object()) {
       f.fail("tools", fmt::format("holds {}, it must hold objects only", kind_of((*list)[i])));
       break;
     }
     Fields t((*list)[i], path);
+    ChatTool tool;
+    read(t, tool, path);
+    f.take(t);
+    if (f.ok()) add_tool(f, path, std::move(tool), chat, work);
+  }
+}
+
+void read_tools(Fields& f, ChatRequest& chat) {
+  read_tool_list(f, chat, [](Fields& t, ChatTool& tool, std::string& path) {
     if (t.text("type", 64).value_or("function") != "function") t.fail("type", "must be function");
     const Json* function = t.object("function");
     if (function == nullptr) {
       t.fail("function", "is missing");
     } else {
-      Fields g(*function, path + ".function");
-      ChatTool tool;
+      path += ".function";
+      Fields g(*function, path);
       tool.name = g.text("name", kMaxToolName).value_or("");
       tool.description = g.text("description", kMaxGrammarBytes).value_or("");
       if (const Json* schema = g.object("parameters")) tool.parameters = schema->dump();
       g.pass("strict");  // arguments follow their schema, whether asked for or not
       t.take(g);
-      f.take(t);
-      if (f.ok()) add_tool(f, path + ".function", std::move(tool), chat, work);
-      continue;
     }
-    f.take(t);
-  }
+  });
   read_choice(f, chat);
   if (const auto parallel = f.boolean("parallel_tool_calls")) chat.parallel_tool_calls = *parallel;
   if (f.ok()) check_tools(f, chat);

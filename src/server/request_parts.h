@@ -1,6 +1,7 @@
 // The parts that bodies of generations are read by, whatever their dialect.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -16,8 +17,10 @@ std::vector<ChatMessage> read_messages(Fields& f);
 void name_results(std::vector<ChatMessage>& messages);
 /// `tools`, `tool_choice`, `parallel_tool_calls`.
 void read_tools(Fields& f, ChatRequest& chat);
-/// One tool; `path` names it in messages. Checks its name and its schema.
-void add_tool(Fields& f, const std::string& path, ChatTool tool, ChatRequest& chat, SchemaWork& work);
+/// Makes a tool of an item of `tools`; path: where its name and schema stand, for errors.
+using ReadToolFn = std::function<void(Fields& item, ChatTool& tool, std::string& path)>;
+/// `tools`, as every dialect bounds and adds them.
+void read_tool_list(Fields& f, ChatRequest& chat, const ReadToolFn& read);
 /// Of tools that are all there: names that the library's rules would mix up.
 void check_tools(Fields& f, const ChatRequest& chat);
 /// Thinking, the template's arguments, what becomes of a last message of the assistant.

@@ -109,28 +109,15 @@ void read_input(Fields& f, std::vector<ChatMessage>& out) {
 }
 
 void read_response_tools(Fields& f, ChatRequest& chat) {
-  const Json* list = f.array("tools");
-  if (list != nullptr && list->size() > kMaxTools)
-    f.fail("tools", fmt::format("has {} items, at most {} are allowed", list->size(), kMaxTools));
-  SchemaWork work;
-  for (size_t i = 0; list != nullptr && i < list->size() && f.ok(); ++i) {
-    const std::string path = fmt::format("tools[{}]", i);
-    if (!(*list)[i].is_object()) {
-      f.fail("tools", fmt::format("holds {}, it must hold objects only", kind_of((*list)[i])));
-      break;
-    }
-    Fields t((*list)[i], path);
+  read_tool_list(f, chat, [](Fields& t, ChatTool& tool, std::string& /*path*/) {
     if (t.text("type", 64).value_or("") != "function")
       t.fail("type", "must be function; this server has no tools of its own");
-    ChatTool tool;
     tool.name = t.text("name", 128).value_or("");
     tool.description = t.text("description", kMaxGrammarBytes).value_or("");
     if (const Json* schema = t.object("parameters")) tool.parameters = schema->dump();
     t.pass("strict");
     t.pass("defer_loading");
-    f.take(t);
-    if (f.ok()) add_tool(f, path, std::move(tool), chat, work);
-  }
+  });
   if (const Json* choice = f.find("tool_choice")) {
     if (choice->is_object()) {
       Fields c(*choice, "tool_choice");
