@@ -11,6 +11,7 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <optional>
 
 #include "base/utf8.h"
 #include "sample/schema_check.h"
@@ -218,12 +219,15 @@ Result<std::unique_ptr<GrammarMatcher>> make_grammar(const std::string& gbnf) {
   }
 }
 
-Result<std::string> grammar_of_schema(const std::string& schema_json) {
+namespace {
+
+using Early = std::optional<Result<std::string>>;
+
+/// A schema, checked and prepared, through `last`; what `first` gives before that is the result.
+template <class First, class Last>
+Result<std::string> convert_schema(const std::string& schema_json, SchemaWork* work, First&& first,
+                                   Last&& last) {
   SchemaReferences references;
-  const auto cannot = [&](const char* why) {
-    const std::string reason = references.with_originals(without_heading(why));
-    return Status(StatusCode::invalid_argument, short_reason(reason.c_str()));
-  };
   if (schema_json.size() > kMaxGrammarBytes)
     return Status(StatusCode::invalid_argument, fmt::format("the schema has {} bytes", schema_json.size()));
   if (deepest_bracket(schema_json) > kMaxNesting)
@@ -232,49 +236,46 @@ Result<std::string> grammar_of_schema(const std::string& schema_json) {
   const LlamaAbortGuard guard;
   try {
     common_json schema = common_json::parse(schema_json);
+    if (Early early = first(schema)) return std::move(*early);
     if (Status s = plain_schema(schema, references); !s.ok()) return s;
     if (Status s = check_schema(schema); !s.ok()) return s;
     common_chat_schema_document document = common_chat_schema_from_json(schema);
-    if (Status s = prepare_schema(document, references); !s.ok()) return s;
-    std::string gbnf = json_schema_to_grammar(document);
-    if (Status s = check_grammar(gbnf); !s.ok()) return s;
-    return gbnf;
+    if (Status s = prepare_schema(document, references, work); !s.ok()) return s;
+    return last(schema, document);
   } catch (const std::bad_alloc&) {
     return Status(StatusCode::out_of_memory, "no memory to convert the schema");
   } catch (const std::exception& error) {
-    return cannot(error.what());
+    const std::string reason = references.with_originals(without_heading(error.what()));
+    return Status(StatusCode::invalid_argument, short_reason(reason.c_str()));
   }
 }
 
+}  // namespace
+
+Result<std::string> grammar_of_schema(const std::string& schema_json) {
+  return convert_schema(
+      schema_json, nullptr, [](const common_json&) { return Early(); },
+      [](const common_json&, const common_chat_schema_document& document) -> Result<std::string> {
+        std::string gbnf = json_schema_to_grammar(document);
+        if (Status s = check_grammar(gbnf); !s.ok()) return s;
+        return gbnf;
+      });
+}
+
 Result<std::string> tool_parameters(const std::string& schema_json, SchemaWork& work) {
-  SchemaReferences references;
-  const auto refused = [&](const char* why) {
-    const std::string reason = references.with_originals(without_heading(why));
-    return Status(StatusCode::invalid_argument, short_reason(reason.c_str()));
-  };
-  if (schema_json.size() > kMaxGrammarBytes)
-    return Status(StatusCode::invalid_argument, fmt::format("the schema has {} bytes", schema_json.size()));
-  if (deepest_bracket(schema_json) > kMaxNesting)
-    return Status(StatusCode::invalid_argument,
-                  fmt::format("the schema is nested deeper than {} levels", kMaxNesting));
-  const LlamaAbortGuard guard;
-  try {
-    common_json schema = common_json::parse(schema_json);
-    if (!schema.is_object()) return Status(StatusCode::invalid_argument, "the schema is no object");
-    if (schema.empty()) return std::string("{}");
-    if (schema.contains("type") && schema.at("type") != "object")
-      return Status(StatusCode::invalid_argument, "the schema must have the type object");
-    if (Status s = plain_schema(schema, references); !s.ok()) return s;
-    if (Status s = check_schema(schema); !s.ok()) return s;
-    common_chat_schema_document document = common_chat_schema_from_json(schema);
-    if (Status s = prepare_schema(document, references, &work); !s.ok()) return s;
-    drop_unknown_patterns(schema);
-    return schema.dump();
-  } catch (const std::bad_alloc&) {
-    return Status(StatusCode::out_of_memory, "no memory to convert the schema");
-  } catch (const std::exception& error) {
-    return refused(error.what());
-  }
+  return convert_schema(
+      schema_json, &work,
+      [](const common_json& schema) -> Early {
+        if (!schema.is_object()) return Status(StatusCode::invalid_argument, "the schema is no object");
+        if (schema.empty()) return std::string("{}");
+        if (schema.contains("type") && schema.at("type") != "object")
+          return Status(StatusCode::invalid_argument, "the schema must have the type object");
+        return std::nullopt;
+      },
+      [](common_json& schema, const common_chat_schema_document&) -> Result<std::string> {
+        drop_unknown_patterns(schema);
+        return schema.dump();
+      });
 }
 
 }  // namespace narrows
