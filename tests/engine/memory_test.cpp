@@ -9,6 +9,7 @@
 #include "engine/session_impl.h"
 #include "narrows/session_file.h"
 #include "support/refusal.h"
+#include "support/sanitized.h"
 #include "support/session.h"
 
 namespace narrows::testing {
@@ -71,7 +72,7 @@ TEST(Memory, AModelIsRefusedByTheLimit) {
 }
 
 TEST(Memory, WhatACacheHoldsIsPromised) {
-  for (const char* profile : {"f16", "kivi-2", "sals-25", "klt", "klt-10x"}) {
+  for (const char* profile : thinned<const char*>({"f16", "kivi-2", "sals-25", "klt", "klt-10x"})) {
     for (const bool segments : {false, true}) {
       SCOPED_TRACE(std::string(profile) + (segments ? " in segments" : ""));
       ASSERT_TRUE(tiny().model);

@@ -8,6 +8,7 @@
 
 #include "engine/session_impl.h"
 #include "narrows/session_file.h"
+#include "support/sanitized.h"
 #include "support/session.h"
 #include "temp_dir.h"
 
@@ -196,11 +197,11 @@ TEST_P(Profiles, TheEstimateIsWhatAPromptTakes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Profiles,
-                         ::testing::Values("f16", "kivi-4", "kivi-2", "sals-25", "sals-12.5",
-                                           "sals-25:budget=all", "sals-12.5:budget=3",
-                                           "sals-25:sinks=0,recent=1", "kivi-2:sinks=0,recent=1",
-                                           "kivi-4:sinks=33,recent=200", "klt", "klt-10x", "klt:budget=all",
-                                           "klt:budget=3,block=16,rank=8", "klt:sinks=0,recent=1"),
+                         ::testing::ValuesIn(thinned<std::string>(
+                             {"f16", "kivi-4", "kivi-2", "sals-25", "sals-12.5", "sals-25:budget=all",
+                              "sals-12.5:budget=3", "sals-25:sinks=0,recent=1", "kivi-2:sinks=0,recent=1",
+                              "kivi-4:sinks=33,recent=200", "klt", "klt-10x", "klt:budget=all",
+                              "klt:budget=3,block=16,rank=8", "klt:sinks=0,recent=1"})),
                          profile_name);
 
 TEST(Quality, FollowsTheBits) {

@@ -9,6 +9,7 @@
 #include "kernels/pasa.h"
 #include "kernels/prefill_case.h"
 #include "kernels/softmax_state.h"
+#include "support/sanitized.h"
 
 namespace narrows::kernels {
 namespace {
@@ -148,8 +149,8 @@ void Prefill::check(PrefillKind kind, const Case& c) {
 }
 
 TEST_P(Prefill, HeadDims) {
-  for (const int64_t head_dim : {1, 2, 7, 8, 32, 64, 80, 96, 100, 128, 256}) {
-    for (const int64_t gap : {0, 3}) {
+  for (const int64_t head_dim : thinned<int64_t>({1, 2, 7, 8, 32, 64, 80, 96, 100, 128, 256})) {
+    for (const int64_t gap : thinned<int64_t>({0, 3})) {
       check_all({.n_row = 70, .head_dim = head_dim, .first = 65, .gap = gap});
       if (HasFatalFailure()) return;
     }
@@ -157,8 +158,9 @@ TEST_P(Prefill, HeadDims) {
 }
 
 TEST_P(Prefill, RowsAroundTilesAndBlocks) {
-  for (const int64_t n_row : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 127, 128, 129, 200, 300}) {
-    for (const int64_t first : {0, 1, 63, 127, 128, 200}) {
+  for (const int64_t n_row :
+       thinned<int64_t>({1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 127, 128, 129, 200, 300})) {
+    for (const int64_t first : thinned<int64_t>({0, 1, 63, 127, 128, 200})) {
       check_all({.n_row = n_row, .head_dim = 16, .first = first});
       if (HasFatalFailure()) return;
     }
@@ -166,9 +168,9 @@ TEST_P(Prefill, RowsAroundTilesAndBlocks) {
 }
 
 TEST_P(Prefill, Windows) {
-  for (const int64_t window : {1, 2, 5, 63, 64, 65, 127, 128, 129, 400, 100000}) {
-    for (const int64_t n_row : {1, 64, 150}) {
-      for (const int64_t first : {0, 37, 128, 300}) {
+  for (const int64_t window : thinned<int64_t>({1, 2, 5, 63, 64, 65, 127, 128, 129, 400, 100000})) {
+    for (const int64_t n_row : thinned<int64_t>({1, 64, 150})) {
+      for (const int64_t first : thinned<int64_t>({0, 37, 128, 300})) {
         check_all({.n_row = n_row, .head_dim = 16, .first = first, .window = window, .gap = 1});
         if (HasFatalFailure()) return;
       }
@@ -177,8 +179,8 @@ TEST_P(Prefill, Windows) {
 }
 
 TEST_P(Prefill, PartsOfTheKeysAndNoMask) {
-  for (const int64_t begin : {0, 1, 7, 128, 130, 190}) {
-    for (const int64_t end : {191, 200, 256, 333}) {
+  for (const int64_t begin : thinned<int64_t>({0, 1, 7, 128, 130, 190})) {
+    for (const int64_t end : thinned<int64_t>({191, 200, 256, 333})) {
       check_all({.n_row = 40, .head_dim = 24, .first = end, .begin = begin, .end = end});   // no mask
       check_all({.n_row = 140, .head_dim = 24, .first = 100, .begin = begin, .end = end});  // causal
       check_all({.n_row = 60, .head_dim = 24, .first = 150, .window = 40, .begin = begin, .end = end});
