@@ -58,9 +58,9 @@ void StepMixer::share_sequences() {
   }
 }
 
-DecodeStep StepMixer::step_of(const MixRows& rows, int64_t sequence) {
+DecodeStep StepMixer::step_of(const LayerPlan& layer, const MixRows& rows, int64_t sequence) {
   return {rows.q + sequence * rows.ld, rows.k + sequence * rows.ld, rows.v + sequence * rows.ld,
-          rows.out + sequence * rows.ldo};
+          rows.out + sequence * rows.ldo, layer.mix.sinks};
 }
 
 /// Runs [first, end) of q, then k, of a sequence: norms, and the queries' factor.
@@ -87,7 +87,7 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
     if (prepares) prepare_sequence(layer, rows, sequence, 0, runs);
     KvLayer& kv = sequences_[i].cache->layer(layer.index);
     for (int p = 0; p < kv.n_phase(); ++p)
-      kv.run_phase(p, step_of(rows, sequence), *sequences_[i].scratch, 0, 1);
+      kv.run_phase(p, step_of(layer, rows, sequence), *sequences_[i].scratch, 0, 1);
   }
   int n_phase = 0;
   if (prepares && n_shared_ > 0) {
@@ -109,11 +109,12 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
       // A sequence with fewer phases joins late: all end together.
       const int phase = p - (n_phase - kv.n_phase());
       if (phase < 0) continue;
-      kv.run_phase(phase, step_of(rows, static_cast<int64_t>(i)), *sequences_[i].scratch, ith, n_threads);
+      kv.run_phase(phase, step_of(layer, rows, static_cast<int64_t>(i)), *sequences_[i].scratch, ith,
+                   n_threads);
     }
     team.barrier();
   }
-  if (seen_ && ith == 0) seen_(layer.index, step_of(rows, 0));
+  if (seen_ && ith == 0) seen_(layer.index, step_of(layer, rows, 0));
 }
 
 void StepMixer::measure_from(int64_t now_ns) { sequences_[0].scratch->thread(0).clock.start(now_ns); }

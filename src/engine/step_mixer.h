@@ -41,7 +41,7 @@ class StepMixer final : public Mixer {
 
  private:
   void share_sequences();
-  static DecodeStep step_of(const MixRows& rows, int64_t sequence);
+  static DecodeStep step_of(const LayerPlan& layer, const MixRows& rows, int64_t sequence);
   void prepare_sequence(const LayerPlan& layer, const MixRows& rows, int64_t sequence, int64_t first,
                         int64_t end) const;
 

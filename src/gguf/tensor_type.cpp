@@ -21,7 +21,9 @@ static_assert(static_cast<int>(TensorType::q8_0) == GGML_TYPE_Q8_0 &&
               static_cast<int>(TensorType::q4_k) == GGML_TYPE_Q4_K);
 static_assert(static_cast<int>(TensorType::q5_k) == GGML_TYPE_Q5_K &&
               static_cast<int>(TensorType::q6_k) == GGML_TYPE_Q6_K);
-static_assert(static_cast<int>(TensorType::bf16) == GGML_TYPE_BF16);
+static_assert(static_cast<int>(TensorType::bf16) == GGML_TYPE_BF16 &&
+              static_cast<int>(TensorType::iq4_nl) == GGML_TYPE_IQ4_NL &&
+              static_cast<int>(TensorType::mxfp4) == GGML_TYPE_MXFP4);
 
 }  // namespace
 

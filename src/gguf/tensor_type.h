@@ -19,7 +19,9 @@ enum class TensorType : int32_t {
   q4_k = 12,
   q5_k = 13,
   q6_k = 14,
-  bf16 = 30
+  iq4_nl = 20,
+  bf16 = 30,
+  mxfp4 = 39
 };
 
 /// Of a known type, "q4_K" say.

@@ -68,6 +68,7 @@ constexpr Ops make_table(const char* name, const Formats& formats) {
       .rms_norm = rms_norm,
       .swiglu = swiglu,
       .geglu = geglu,
+      .swiglu_clamped = swiglu_clamped,
   };
 }
 

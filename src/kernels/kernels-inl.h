@@ -69,6 +69,7 @@ std::remove_pointer_t<decltype(Ops::unpack_tile)> unpack_tile;
 std::remove_pointer_t<decltype(Ops::rms_norm)> rms_norm;
 std::remove_pointer_t<decltype(Ops::swiglu)> swiglu;
 std::remove_pointer_t<decltype(Ops::geglu)> geglu;
+std::remove_pointer_t<decltype(Ops::swiglu_clamped)> swiglu_clamped;
 
 extern const PrefillKernel kPrefillF32;
 extern const PrefillKernel kPrefillBf16;

@@ -202,6 +202,8 @@ struct Ops {
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
   /// The same with gelu in its tanh form, x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))).
   void (*geglu)(const float* gate, const float* up, int64_t n, float* y);
+  /// gpt-oss's: y [n] = g / (1 + exp(-1.702 g)) * (u + 1) of g = min(gate, 7), u = up within [-7, 7].
+  void (*swiglu_clamped)(const float* gate, const float* up, int64_t n, float* y);
 };
 
 int64_t select_scratch_bytes(int64_t n);

@@ -2,6 +2,7 @@
 // one row at a time: its codes as bytes, its scales; then both to their places in the tile.
 #include "kernels/pack_weights.h"
 
+#include <bit>
 #include <cstring>
 
 #include "kernels/half.h"
@@ -34,6 +35,10 @@ BlockShape block_shape(Packing p) {
       return {176, 16, 48};
     case Packing::q6_k:
       return {210, 128, 0};
+    case Packing::iq4_nl:
+      return {18, 0, 2};
+    case Packing::mxfp4:
+      return {17, 0, 1};
   }
   return {};
 }
@@ -55,6 +60,8 @@ void read_codes(Packing p, const uint8_t* row, int64_t g, uint8_t* code) {
     case Packing::q4_1:
     case Packing::q5_0:
     case Packing::q5_1:
+    case Packing::iq4_nl:
+    case Packing::mxfp4:
       for (int i = 0; i < 16; ++i) {
         code[i] = byte(low[i] & 15U);
         code[16 + i] = byte(low[i] >> 4U);
@@ -157,6 +164,10 @@ uint8_t get_six_bits(int64_t r, int64_t i, const uint8_t* packed) {
 /// One row's scales of a block into those of the tile (zeroed before).
 void put_scales(Packing p, int64_t r, const uint8_t* block, uint8_t* scales) {
   constexpr int64_t kHalves = 2 * kPackRows;
+  if (p == Packing::mxfp4) {
+    scales[r] = block[0];
+    return;
+  }
   if (p == Packing::q6_k) {
     std::memcpy(scales + 2 * r, block + 208, 2);
     for (int64_t i = 0; i < 2 * kSuperGroups; ++i) scales[kHalves + kPackRows * i + r] = block[192 + i];
@@ -191,6 +202,7 @@ struct Scale {
 Scale get_scale(Packing p, int64_t r, int64_t g, int64_t part, const uint8_t* tile) {
   constexpr int64_t kHalves = 2 * kPackRows;
   const uint8_t* at = tile + g * kPackGroup / inputs_at_once(p) * record_bytes(p);
+  if (p == Packing::mxfp4) return {std::bit_cast<float>(mxfp4_scale_bits(at[r])), 0};
   const float d = read_half(at + 2 * r);
   const int64_t in_super = g % kSuperGroups;
   if (p == Packing::q6_k) {
@@ -236,7 +248,8 @@ void unpack_row(const PackedMatrix& w, int64_t row, float* out) {
     for (int64_t k = 0; k < kPackGroup; ++k) {
       const Scale s = get_scale(p, r, g, k / 16, tile);
       // A product of so few bits is exact; only the minimum rounds.
-      const float x = s.d * static_cast<float>(code[k] - zero);
+      const int number = has_table(p) ? code_table(p)[code[k]] : code[k];
+      const float x = s.d * static_cast<float>(number - zero);
       out[g * kPackGroup + k] = has_minimum(p) ? x + s.m : x;
     }
   }

@@ -50,10 +50,11 @@ HWY_INLINE VB masked_or(VB x, VB mask, VB rest) {
 #endif
 }
 
-/// Codes of vector pair (i, i + 4) of a group, for part `part` of the rows.
-template <int bits, int i>
+/// Numbers of vector pair (i, i + 4) of a group, for part `part` of the rows.
+template <Packing p, int i>
 HWY_INLINE void load_pair(const uint8_t* at, VB (&code)[8]) {
   const DB d;
+  constexpr int bits = code_bits(p);
   if constexpr (bits == 8) {
     code[i] = hn::LoadU(d, at + 64 * i);
     code[4 + i] = hn::LoadU(d, at + 64 * (4 + i));
@@ -71,15 +72,20 @@ HWY_INLINE void load_pair(const uint8_t* at, VB (&code)[8]) {
       code[i] = masked_or(shift<4 - 2 * i>(high), two, code[i]);
       code[4 + i] = masked_or(shift<4 - 2 * i>(high2), two, code[4 + i]);
     }
+    if constexpr (has_table(p)) {
+      const VB table = hn::LoadDup128(d, code_table(p));
+      code[i] = hn::TableLookupBytes(table, code[i]);
+      code[4 + i] = hn::TableLookupBytes(table, code[4 + i]);
+    }
   }
 }
 
-template <int bits>
+template <Packing p>
 HWY_INLINE void load_codes(const uint8_t* at, VB (&code)[8]) {
-  load_pair<bits, 0>(at, code);
-  load_pair<bits, 1>(at, code);
-  load_pair<bits, 2>(at, code);
-  load_pair<bits, 3>(at, code);
+  load_pair<p, 0>(at, code);
+  load_pair<p, 1>(at, code);
+  load_pair<p, 2>(at, code);
+  load_pair<p, 3>(at, code);
 }
 
 HWY_INLINE VB four_bytes(const int8_t* at) {
@@ -121,7 +127,7 @@ HWY_INLINE VI group_sum(const VB (&code)[8], const int8_t* x, int32_t minus) {
   }
   return hn::Add(even, odd);
 #else
-  constexpr int kBits = code_bits(p);
+  constexpr int kBits = number_bits(p);
   if constexpr (kBits == 8) {
     const VB flip = hn::Set(DB(), 0x80);
     VI sum = hn::Zero(di);
@@ -187,6 +193,13 @@ struct Scales {
 
   /// Of group g of the record and a part of the rows: d (half 1: of the second 16 inputs of a q6_k group).
   HWY_INLINE VF d(int64_t g, int64_t row, int64_t half) const {
+    if constexpr (p == Packing::mxfp4) {
+      const DI di;
+      const VI e = hn::PromoteTo(di, hn::LoadU(hn::Rebind<uint8_t, DI>(), at + row));
+      const VI normal = hn::ShiftLeft<23>(hn::Sub(e, hn::Set(di, 1)));
+      const VI small = hn::ShiftLeft<21>(hn::Add(e, hn::Set(di, 1)));
+      return hn::BitCast(DF(), hn::IfThenElse(hn::Lt(e, hn::Set(di, 2)), small, normal));
+    }
     const VF d = load_halves(at + 2 * row);
     if constexpr (p == Packing::q6_k) {
       return hn::Mul(d, load_small<int8_t>(at + 2 * kPackRows + kPackRows * (2 * g + half) + row));
@@ -217,7 +230,7 @@ HWY_INLINE void group_product(const uint8_t* codes, const Scales<p>& scales, int
   for (int i = 0; i < kParts; ++i) {
     const int64_t first_row = i * kLanes;
     VB code[8];
-    load_codes<code_bits(p)>(codes + i * kByteLanes, code);
+    load_codes<p>(codes + i * kByteLanes, code);
     const VF scale = scales.d(g, first_row, 0);
     const VF scale2 = p == Packing::q6_k ? scales.d(g, first_row, 1) : hn::Zero(d);
     const VF minimum = has_minimum(p) ? scales.m(g, first_row) : hn::Zero(d);
@@ -316,7 +329,7 @@ HWY_INLINE void unpack_group(const uint8_t* codes, const Scales<p>& scales, int6
   const hn::Repartition<uint32_t, DF> du;
   const hn::Rebind<uint16_t, DI> half;
   VB code[8];
-  load_codes<code_bits(p)>(codes, code);
+  load_codes<p>(codes, code);
   const VF first = scales.d(g, row, 0), second = p == Packing::q6_k ? scales.d(g, row, 1) : first;
   const VF minimum = has_minimum(p) ? scales.m(g, row) : hn::Zero(d);
   const VF zero = hn::Set(d, zero_shift(p) == 0 ? 0.0F : static_cast<float>(1 << zero_shift(p)));
@@ -374,6 +387,10 @@ void unpack_tile(const PackedMatrix& w, int64_t tile, uint16_t* out, int64_t ld)
       return unpack_of<Packing::q5_k>(at, w.n_in, out, ld);
     case Packing::q6_k:
       return unpack_of<Packing::q6_k>(at, w.n_in, out, ld);
+    case Packing::iq4_nl:
+      return unpack_of<Packing::iq4_nl>(at, w.n_in, out, ld);
+    case Packing::mxfp4:
+      return unpack_of<Packing::mxfp4>(at, w.n_in, out, ld);
   }
 }
 
@@ -396,6 +413,10 @@ void packed_product(const PackedMatrix& w, int64_t first, int64_t n_tile, const 
       return product_of<Packing::q5_k>(w, first, n_tile, x, n_row, y, ldy, accumulate);
     case Packing::q6_k:
       return product_of<Packing::q6_k>(w, first, n_tile, x, n_row, y, ldy, accumulate);
+    case Packing::iq4_nl:
+      return product_of<Packing::iq4_nl>(w, first, n_tile, x, n_row, y, ldy, accumulate);
+    case Packing::mxfp4:
+      return product_of<Packing::mxfp4>(w, first, n_tile, x, n_row, y, ldy, accumulate);
   }
 }
 

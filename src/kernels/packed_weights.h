@@ -21,6 +21,8 @@
 //   q4_1, q5_1:       d, m.                         weight = d code + m
 //   q4_k, q5_k:       d, m, 192 bytes of 6-bit numbers s_g, t_g.  weight = d s_g code - m t_g
 //   q6_k:             d, then [8][2] int8 s.        weight = d s (code - 32), an s for 16 inputs
+//   iq4_nl:           d.                            weight = d (t[code] - 128), t: kCodeTable
+//   mxfp4:            [16] bytes e.                 weight = 2^(e - 128) (t[code] - 16)
 #pragma once
 
 #include <cstdint>
@@ -40,13 +42,15 @@ inline constexpr int64_t kSuperGroups = 8;
 /// bits of vectors i, 4 + i, 8 + i.
 inline constexpr int64_t kSixBitBytes = 192;
 
-enum class Packing : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k };
+enum class Packing : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, iq4_nl, mxfp4 };
 
 constexpr int code_bits(Packing p) {
   switch (p) {
     case Packing::q4_0:
     case Packing::q4_1:
     case Packing::q4_k:
+    case Packing::iq4_nl:
+    case Packing::mxfp4:
       return 4;
     case Packing::q5_0:
     case Packing::q5_1:
@@ -60,16 +64,34 @@ constexpr int code_bits(Packing p) {
   return 0;
 }
 
-/// log2 of what is taken from a code before it is scaled; 0: nothing (the types with a minimum).
+/// The codes of these stand for the numbers of a table.
+constexpr bool has_table(Packing p) { return p == Packing::iq4_nl || p == Packing::mxfp4; }
+
+/// What a code of 4 bits stands for, shifted to be positive: GGUF's table of iq4_nl plus 128; twice the
+/// number that is a float of 4 bits (e2m1) plus 16. Vectors are filled with them.
+inline constexpr uint8_t kIq4Table[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                          129, 141, 153, 166, 181, 197, 217, 241};
+inline constexpr uint8_t kFp4Table[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+constexpr const uint8_t* code_table(Packing p) { return p == Packing::iq4_nl ? kIq4Table : kFp4Table; }
+
+/// Bits of the numbers that products see: codes, or what the table gives for them.
+constexpr int number_bits(Packing p) {
+  return p == Packing::iq4_nl ? 8 : p == Packing::mxfp4 ? 5 : code_bits(p);
+}
+
+/// log2 of what is taken from a code (or a table's number) before it is scaled; 0: nothing (the types with a
+/// minimum).
 constexpr int zero_shift(Packing p) {
   switch (p) {
     case Packing::q4_0:
       return 3;
     case Packing::q5_0:
+    case Packing::mxfp4:
       return 4;
     case Packing::q6_k:
       return 5;
     case Packing::q8_0:
+    case Packing::iq4_nl:
       return 7;
     default:
       return 0;
@@ -90,6 +112,7 @@ constexpr int64_t group_code_bytes(Packing p) { return kPackGroup * kPackRows * 
 /// Bytes of the scales of a record.
 constexpr int64_t scale_bytes(Packing p) {
   const int64_t half = kPackRows * 2;
+  if (p == Packing::mxfp4) return kPackRows;
   if (p == Packing::q6_k) return half + kSuperGroups * 2 * kPackRows;
   if (is_super(p)) return 2 * half + kSixBitBytes;
   return has_minimum(p) ? 2 * half : half;
@@ -103,6 +126,10 @@ constexpr int64_t record_bytes(Packing p) {
 constexpr int64_t tile_bytes(Packing p, int64_t n_in) { return n_in / inputs_at_once(p) * record_bytes(p); }
 
 constexpr int64_t pack_tiles(int64_t n_row) { return (n_row + kPackRows - 1) / kPackRows; }
+
+/// The scale of an mxfp4 group as the bits of a float: 2^(e - 128), half of what the format says, since the
+/// table is of doubles.
+constexpr uint32_t mxfp4_scale_bits(uint32_t e) { return e < 2 ? (e + 1) << 21U : (e - 1) << 23U; }
 
 /// A matrix [n_out, n_in] in tiles; rows of the last tile beyond n_out are zeros.
 struct PackedMatrix {

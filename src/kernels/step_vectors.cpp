@@ -72,6 +72,19 @@ void geglu(const float* gate, const float* up, int64_t n, float* y) {
   }
 }
 
+void swiglu_clamped(const float* gate, const float* up, int64_t n, float* y) {
+  const DF d;
+  const VF limit = hn::Set(d, 7.0F), least = hn::Set(d, -7.0F), one = hn::Set(d, 1.0F);
+  // Comparisons instead of Min and Max, which lose a NaN on some targets.
+  const auto at_most = [&](VF x) { return hn::IfThenElse(hn::Gt(x, limit), limit, x); };
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    const VF g = at_most(load_n(d, gate + i, left)), most = at_most(load_n(d, up + i, left));
+    const VF u = hn::IfThenElse(hn::Lt(most, least), least, most);
+    store_n(hn::Mul(hn::Mul(g, sigmoid(hn::Mul(g, hn::Set(d, 1.702F)))), hn::Add(u, one)), d, y + i, left);
+  }
+}
+
 namespace {
 
 /// The largest magnitude of a group; NaN if a number is not finite (a maximum alone may lose a NaN).

@@ -34,6 +34,8 @@ struct DecodeStep {
   const float* k = nullptr;  ///< [n_head_kv, head_dim] before RoPE
   const float* v = nullptr;  ///< [n_head_kv, head_dim]
   float* out = nullptr;      ///< [n_head, head_dim], written in the last phase
+  const float* sinks =
+      nullptr;  ///< [n_head] or null: a score of each head's softmax that belongs to no token
 };
 
 class StepScratch;  // kv/step/step_scratch.h

@@ -24,6 +24,10 @@ std::optional<kernels::Packing> packing_of(TensorType type) {
       return kernels::Packing::q5_k;
     case TensorType::q6_k:
       return kernels::Packing::q6_k;
+    case TensorType::iq4_nl:
+      return kernels::Packing::iq4_nl;
+    case TensorType::mxfp4:
+      return kernels::Packing::mxfp4;
     default:
       return std::nullopt;
   }

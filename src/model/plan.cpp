@@ -10,12 +10,17 @@ ProjectStage project(const NormOp& norm, std::vector<LinearOp> linears) {
   return stage;
 }
 
-ExpertsStage experts_of(const LayerWeights& w, const FfnSpec& ffn) {
-  ExpertsStage stage{ffn.experts, {&w.router, nullptr}, ffn.n_ff, w.shared_gate, {}};
+ExpertsStage experts_of(const LayerWeights& w, const FfnSpec& ffn, int64_t n_embd) {
+  ExpertsStage stage{ffn.experts, {&w.router, w.b_router}, ffn.n_ff, w.shared_gate, {}};
   for (const ExpertWeights& e : w.experts) {
+    const auto n_before = static_cast<int64_t>(stage.all.size());
+    const auto own = [&](const float* biases, int64_t n) { return biases ? biases + n_before * n : nullptr; };
     std::vector<LinearOp> gate_up = {{&e.gate_up, nullptr}};
     if (!e.gate_up) gate_up = {{&e.gate, nullptr}, {&e.up, nullptr}};
-    stage.all.push_back({std::move(gate_up), {&e.down, nullptr}});
+    stage.all.push_back({std::move(gate_up),
+                         own(w.b_gates, ffn.n_ff),
+                         own(w.b_ups, ffn.n_ff),
+                         {&e.down, own(w.b_downs, n_embd)}});
   }
   return stage;
 }
@@ -39,7 +44,7 @@ Plan make_plan(const ModelWeights& weights) {
       return a.qk_norm_whole ? HeadNorms{norm(weight), 1, n_head * a.head_dim}
                              : HeadNorms{norm(weight), n_head, a.head_dim};
     };
-    l.mix = {a, heads(w.q_norm, a.n_head), heads(w.k_norm, a.n_head_kv)};
+    l.mix = {a, heads(w.q_norm, a.n_head), heads(w.k_norm, a.n_head_kv), w.sinks};
     l.residual_scale = spec.layer(i).residual_scale;
     l.out = {&w.wo, w.bo};
     l.out_norm = norm(w.attn_post_norm);
@@ -55,7 +60,7 @@ Plan make_plan(const ModelWeights& weights) {
       l.ffn = project(norm(w.ffn_norm), {});
     }
     if (ffn.experts) {
-      l.experts = experts_of(w, ffn);
+      l.experts = experts_of(w, ffn, spec.n_embd);
       l.experts.spec.scale *= l.residual_scale;
     }
     l.down_norm = norm(w.ffn_post_norm);

@@ -57,10 +57,13 @@ struct HeadNorms {
 struct MixStage {
   AttentionSpec attention;
   HeadNorms q_norm, k_norm;
+  const float* sinks = nullptr;  ///< [n_head] or null: scores of the softmax that belong to no token
 };
 
 struct ExpertOp {
-  std::vector<LinearOp> gate_up;  ///< one matrix of both or two
+  std::vector<LinearOp> gate_up;     ///< one matrix of both or two, without biases: those are
+  const float* gate_bias = nullptr;  ///< [n_ff] or null
+  const float* up_bias = nullptr;    ///< [n_ff] or null
   LinearOp down;
 };
 

@@ -21,7 +21,8 @@ struct AttentionSpec {
   int64_t rope = 0;            ///< index into ModelSpec::ropes
   bool qk_norm = false;        ///< RMS norm of each head's q and k before RoPE
   bool qk_norm_whole = false;  ///< of all heads together instead
-  int64_t window = 0;          ///< a query sees this many tokens, itself the last of them; 0: all before it
+  bool sinks = false;  ///< a head's softmax has one summand more, a score of the file that has no value
+  int64_t window = 0;  ///< a query sees this many tokens, itself the last of them; 0: all before it
 
   /// Queries at position p are multiplied by 1 + temperature log(1 + floor(p / temperature_step)).
   double temperature = 0;
@@ -32,11 +33,13 @@ struct AttentionSpec {
   int64_t width_kv() const { return n_head_kv * head_dim; }
 };
 
-enum class Activation { silu, gelu };  ///< gelu: its tanh form
+/// Of a gate g and its partner u: silu(g) u; gelu(g) u, in its tanh form; or gpt-oss's, of g up to 7 and u
+/// within 7: g sigmoid(1.702 g) (u + 1).
+enum class Activation { silu, gelu, clamped };
 
 /// Many small feed-forwards in place of one: a router [n_expert] says which of them a row goes through and
 /// what each weighs; together they give the sum of weight * expert(x). Weights are the softmax over all of
-/// the router's outputs, of which the n_used largest count.
+/// the router's outputs, of which the n_used largest count. Router and experts may have biases.
 struct ExpertSpec {
   int64_t n_expert = 0;  ///< 0: there is one feed-forward, without a router
   int64_t n_used = 0;
@@ -61,7 +64,8 @@ struct LayerSpec {
   float residual_scale = 1;  ///< on what attention and the feed-forward give, before it is added
   AttentionSpec attention;
   FfnSpec ffn;
-  bool pre_norms = true;    ///< what goes into attention and feed-forward is normed
+  bool pre_norms = true;                    ///< what goes into attention and feed-forward is normed
+  bool ffn_norm_is_post_attention = false;  ///< the file's name for what is normed before the feed-forward
   bool post_norms = false;  ///< what attention and the (one) feed-forward give is normed before it is added
 };
 

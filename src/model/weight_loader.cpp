@@ -36,7 +36,7 @@ struct Rows {
 /// A matrix or vector to be made out of rows of one or more tensors of the file.
 struct Wanted {
   Matrix* matrix = nullptr;        ///< one of the two
-  const float** vector = nullptr;  ///< norms and biases: one dimension, always float32
+  const float** vector = nullptr;  ///< norms and biases, always float32
   std::vector<Rows> parts;         ///< one after another
   int64_t head_dim = 0;            ///< of rows that are reordered
   int64_t n_rot = 0;
@@ -161,15 +161,20 @@ class WeightLoader {
       bias(&l.q_norm, take(p + "attn_q_norm.weight", whole ? d_q : a.head_dim, 1), turn);
       bias(&l.k_norm, take(p + "attn_k_norm.weight", whole ? d_kv : a.head_dim, 1), turn);
     }
+    if (a.sinks) vector(&l.sinks, p + "attn_sinks.weight", a.n_head);
     matrix(&l.wo, take(p + "attn_output.weight", d_q, spec_.n_embd));
     vector(&l.bo, p + "attn_output.bias", spec_.n_embd, true);
     if (spec_.layer(i).post_norms) vector(&l.attn_post_norm, p + "post_attention_norm.weight", spec_.n_embd);
   }
 
+  const char* ffn_norm_name(int64_t i) const {
+    return spec_.layer(i).ffn_norm_is_post_attention ? "post_attention_norm.weight" : "ffn_norm.weight";
+  }
+
   void declare_ffn(int64_t i, LayerWeights& l) {
     const std::string p = fmt::format("blk.{}.", i);
     const int64_t n_ff = spec_.layer(i).ffn.n_ff;
-    if (spec_.layer(i).pre_norms) vector(&l.ffn_norm, p + "ffn_norm.weight", spec_.n_embd);
+    if (spec_.layer(i).pre_norms) vector(&l.ffn_norm, p + ffn_norm_name(i), spec_.n_embd);
     const bool both = spec_.layer(i).ffn.gate_in_up;
     const TensorEntry* gate = both ? nullptr : take(p + "ffn_gate.weight", spec_.n_embd, n_ff);
     const TensorEntry* up = take(p + "ffn_up.weight", spec_.n_embd, both ? 2 * n_ff : n_ff);
@@ -211,7 +216,7 @@ class WeightLoader {
     const std::string p = fmt::format("blk.{}.", i);
     const FfnSpec& ffn = spec_.layer(i).ffn;
     const int64_t n_ff = ffn.n_ff, n_embd = spec_.n_embd, n_expert = ffn.experts.n_expert;
-    vector(&l.ffn_norm, p + "ffn_norm.weight", n_embd);
+    vector(&l.ffn_norm, p + ffn_norm_name(i), n_embd);
     matrix(&l.router, take(p + "ffn_gate_inp.weight", n_embd, n_expert));
     if (const int64_t n_shared = ffn.experts.n_shared_ff; n_shared > 0) {
       const TensorEntry* gate = take(p + "ffn_gate_shexp.weight", n_embd, n_shared);
@@ -225,6 +230,10 @@ class WeightLoader {
     const TensorEntry* up = take(p + "ffn_up_exps.weight", n_embd, n_ff, false, n_expert);
     const TensorEntry* down = take(p + "ffn_down_exps.weight", n_ff, n_embd, false, n_expert);
     if (gate == nullptr || up == nullptr || down == nullptr) return;
+    vector(&l.b_router, p + "ffn_gate_inp.bias", n_expert, true);
+    vector(&l.b_gates, take(p + "ffn_gate_exps.bias", n_ff, n_expert, true));
+    vector(&l.b_ups, take(p + "ffn_up_exps.bias", n_ff, n_expert, true));
+    vector(&l.b_downs, take(p + "ffn_down_exps.bias", n_embd, n_expert, true));
     l.experts.resize(static_cast<size_t>(n_expert));
     for (int64_t e = 0; e < n_expert; ++e) {
       ExpertWeights& w = l.experts[static_cast<size_t>(e)];
@@ -299,7 +308,7 @@ class WeightLoader {
 
   static int64_t n_out(const Wanted& p) {
     int64_t n = 0;
-    for (const Rows& r : p.parts) n += p.vector != nullptr ? r.n_in() : r.n;
+    for (const Rows& r : p.parts) n += p.vector != nullptr ? r.n_in() * r.n : r.n;
     return n;
   }
 

@@ -50,8 +50,13 @@ struct LayerWeights {
   Matrix down;  ///< [n_embd, n_ff]
   const float* b_down = nullptr;
   const float* ffn_post_norm = nullptr;  ///< [n_embd]
+  const float* sinks = nullptr;          ///< [n_head]
   Matrix router;                         ///< [n_expert, n_embd], and the experts in place of gate, up, down
   std::vector<ExpertWeights> experts;
+  const float* b_router = nullptr;  ///< [n_expert]
+  const float* b_gates = nullptr;   ///< [n_expert, n_ff] of the experts
+  const float* b_ups = nullptr;
+  const float* b_downs = nullptr;      ///< [n_expert, n_embd]
   const float* shared_gate = nullptr;  ///< [n_embd]; the shared expert is gate_up and down
 
   /// All that it has.

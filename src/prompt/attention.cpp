@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <numeric>
 
 namespace narrows {
@@ -29,6 +30,16 @@ bool all_finite(const kernels::PrefillRows& rows) {
       bad |= static_cast<uint32_t>((std::bit_cast<uint32_t>(out[c]) & kExponent) == kExponent);
   }
   return bad == 0;
+}
+
+/// Divides sums of values by those of their weights, to which the sink adds one.
+void divide_with_sink(const kernels::PrefillRows& rows, float sink) {
+  for (int64_t r = 0; r < rows.n_row; ++r) {
+    const float top = std::fmax(rows.max[r], sink), own = std::exp(rows.max[r] - top);
+    const float factor = rows.sum[r] == 0 ? 0.0F : own / (own * rows.sum[r] + std::exp(sink - top));
+    float* out = rows.out + r * rows.ldo;
+    for (int64_t c = 0; c < rows.head_dim; ++c) out[c] *= factor;
+  }
 }
 
 }  // namespace
@@ -74,12 +85,14 @@ void PromptAttention::pack(int64_t head_kv, int64_t t, const float* k, const flo
                tile(head_kv, t));
 }
 
-void PromptAttention::start(const float* q, int64_t n, int64_t first, int64_t window, float* out) {
+void PromptAttention::start(const float* q, int64_t n, int64_t first, int64_t window, float* out,
+                            const float* sinks) {
   q_ = q;
   n_ = n;
   first_ = first;
   window_ = window;
   out_ = out;
+  sinks_ = sinks;
   sparse_ = is_sparse(n, first, window);
   next_task_ = next_choice_ = 0;
   non_finite_ = false;
@@ -167,7 +180,13 @@ void PromptAttention::run(int ith) {
     if (sparse_) rows.skip = skip(head, row / kQueryRows);
     rows.out = out_ + row * ld + head * sizes_.head_dim;
     rows.ldo = ld;
+    float max[kQueryRows], sum[kQueryRows];
+    if (sinks_ != nullptr) {
+      rows.max = max;
+      rows.sum = sum;
+    }
     kernel_.attend(rows);
+    if (sinks_ != nullptr) divide_with_sink(rows, sinks_[head]);
     if (!all_finite(rows)) non_finite_ = true;
   }
 }

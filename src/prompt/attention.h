@@ -48,8 +48,9 @@ class PromptAttention {
 
   /// Prepares run() for n query rows q [n, n_head * head_dim], rotated, at positions first ..; all keys that
   /// they see are packed. window: tokens that a row sees, itself included; 0: all. out [n, n_head *
-  /// head_dim].
-  void start(const float* q, int64_t n, int64_t first, int64_t window, float* out);
+  /// head_dim]. sinks [n_head] or null: scores that belong to no token.
+  void start(const float* q, int64_t n, int64_t first, int64_t window, float* out,
+             const float* sinks = nullptr);
   /// True if some of n rows from position first on may leave tiles out, which those with a window do not;
   /// then choose() comes before run(). A sparse call has kMaxBlocks * kQueryRows (512) rows at most: more are
   /// dense.
@@ -94,6 +95,7 @@ class PromptAttention {
   int64_t first_ = 0;
   int64_t window_ = 0;
   float* out_ = nullptr;
+  const float* sinks_ = nullptr;
   bool sparse_ = false;  ///< the rows since start() leave tiles out
   std::atomic<int64_t> next_task_{0};
   std::atomic<int64_t> next_choice_{0};

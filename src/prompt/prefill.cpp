@@ -104,7 +104,7 @@ class Prefill::ChunkMixer final : public Mixer {
     const int64_t attending = n_ - attend_from_, position = b_.position(first_ + attend_from_);
     if (team.ith() == 0)
       attention.start(b_.q.data() + attend_from_ * a.width_q(), attending, position, a.window,
-                      rows.out + attend_from_ * rows.ldo);
+                      rows.out + attend_from_ * rows.ldo, layer.mix.sinks);
     team.barrier();
     if (attention.is_sparse(attending, position, a.window)) stage([&] { attention.choose(team.ith()); });
     stage([&] { attention.run(team.ith()); });

@@ -82,6 +82,11 @@ Doubles activated(const LayerPlan& layer, const Doubles& gate_up) {
   Doubles act(n_ff);
   for (size_t i = 0; i < n_ff; ++i) {
     const double g = gate_up[i];
+    if (layer.activation == Activation::clamped) {
+      const double x = std::min(g, 7.0), up = std::clamp(gate_up[n_ff + i], -7.0, 7.0);
+      act[i] = x / (1 + std::exp(-1.702 * x)) * (up + 1);
+      continue;
+    }
     const double one = layer.activation == Activation::silu
                            ? g / (1 + std::exp(-g))
                            : g / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
@@ -111,6 +116,11 @@ Doubles experts_in_double(const LayerPlan& layer, const Doubles& x) {
     for (const LinearOp& l : expert.gate_up) {
       const Doubles y = product(l, x);
       gate_up.insert(gate_up.end(), y.begin(), y.end());
+    }
+    const size_t n_ff = gate_up.size() / 2;
+    for (size_t f = 0; f < n_ff; ++f) {
+      if (expert.gate_bias != nullptr) gate_up[f] += static_cast<double>(expert.gate_bias[f]);
+      if (expert.up_bias != nullptr) gate_up[n_ff + f] += static_cast<double>(expert.up_bias[f]);
     }
     const Doubles y = product(expert.down, activated(layer, gate_up));
     for (size_t o = 0; o < sum.size(); ++o) sum[o] += weight * y[o];

@@ -64,7 +64,9 @@ TEST(LoadedLayer, GivesSumsOfRoundedFactors) {
   TinyModel wide;  // more outputs than a task unpacks, and no multiple of what a layout blocks
   wide.n_ff = 424;
   TinyModel rare;
-  rare.type = GGML_TYPE_IQ4_NL;
+  rare.type = GGML_TYPE_Q3_K;
+  rare.n_embd = rare.n_ff = 256;
+  rare.head_dim = 64;
   int n_checked = 0;
   for (const TinyModel& tiny : {neighbours, mixed, wide, rare}) {
     const LoadedTiny loaded(tiny);

@@ -1,6 +1,7 @@
 // Random weights in the file's blocks, packed, and random inputs as byte rows.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -10,11 +11,13 @@
 
 namespace narrows::kernels {
 
-inline constexpr Packing kAllPackings[] = {Packing::q4_0, Packing::q4_1, Packing::q5_0, Packing::q5_1,
-                                           Packing::q8_0, Packing::q4_k, Packing::q5_k, Packing::q6_k};
+inline constexpr Packing kAllPackings[] = {Packing::q4_0,   Packing::q4_1, Packing::q5_0, Packing::q5_1,
+                                           Packing::q8_0,   Packing::q4_k, Packing::q5_k, Packing::q6_k,
+                                           Packing::iq4_nl, Packing::mxfp4};
 
 inline std::string packing_name(Packing p) {
-  static const char* const names[] = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"};
+  static const char* const names[] = {"q4_0", "q4_1", "q5_0", "q5_1",   "q8_0",
+                                      "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4"};
   return names[static_cast<int>(p)];
 }
 
@@ -33,6 +36,11 @@ struct Packed {
     const int64_t block = file_row_bytes(p, inputs_at_once(p));
     std::uniform_int_distribution<size_t> pick(0, halves.size() - 1);
     for (int64_t at = 0; at < static_cast<int64_t>(file.size()); at += block) {
+      if (p == Packing::mxfp4) {  // a power of two that is no larger; it has no 0
+        const float half = std::fabs(halves[pick(random)]);
+        file[static_cast<size_t>(at)] = static_cast<uint8_t>(128 + (half == 0 ? -4 : std::ilogb(half)));
+        continue;
+      }
       const int64_t first = p == Packing::q6_k ? 208 : 0, n_half = has_minimum(p) ? 2 : 1;
       for (int64_t i = 0; i < n_half; ++i) {
         const f16_t half = float_to_half(halves[pick(random)]);

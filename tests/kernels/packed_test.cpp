@@ -111,7 +111,7 @@ TEST_P(PackedProduct, WithinTheBoundOfRounding) {
       // Largest scale and minimum of an input, and what a code can be.
       const double times = is_super(p) ? (p == Packing::q6_k ? 128 : 63) : 1;
       const double weight =
-          kLargest * times * ((1 << (code_bits(p) - (has_minimum(p) ? 0 : 1))) + (has_minimum(p) ? 1 : 0));
+          kLargest * times * ((1 << (number_bits(p) - (has_minimum(p) ? 0 : 1))) + (has_minimum(p) ? 1 : 0));
       for (int64_t r = 0; r < n_row; ++r) {
         double inputs = 0;
         for (int64_t g = 0; g < n_group; ++g) {
@@ -334,6 +334,22 @@ TEST_P(StepVectors, GegluOfEveryLengthAndSize) {
     const double exponent = 1.5957691 * std::fabs(g + 0.044715 * g * g * g);
     return 0x1p-20 + 0x1p-21 * std::min(exponent, 90.0);
   });
+}
+
+TEST_P(StepVectors, ClampedSwigluOfEveryLengthAndSize) {
+  check_gated(&Ops::swiglu_clamped, 10,
+              [](double g) { return 0x1p-20 + 0x1p-21 * std::min(1.702 * std::fabs(g), 90.0); });
+  // Beyond the limits, at them, and no numbers.
+  const float gate[] = {7, 7.5F, 1e30F, -8, 2, 2, 2, NAN, 1, INFINITY, -INFINITY};
+  const float up[] = {1, 1, 1, 1, 7.5F, -7.5F, INFINITY, 1, NAN, -INFINITY, 3};
+  float y[11];
+  ops().swiglu_clamped(gate, up, 11, y);
+  const auto want = [](double g, double u) { return g / (1 + std::exp(-1.702 * g)) * (u + 1); };
+  const double wants[] = {want(7, 1), want(7, 1),  want(7, 1), want(-8, 1),
+                          want(2, 7), want(2, -7), want(2, 7)};
+  for (int i = 0; i < 7; ++i) EXPECT_NEAR(double{y[i]}, wants[i], 1e-5 * std::fabs(wants[i]) + 1e-6) << i;
+  EXPECT_TRUE(std::isnan(y[7]) && std::isnan(y[8]));
+  EXPECT_NEAR(y[9], want(7, -7), 1e-4);
 }
 
 NARROWS_EACH_TARGET(StepVectors);

@@ -219,10 +219,10 @@ inline std::vector<double> second_moments(const Tokens& tokens, int64_t first, i
 }
 
 /// Softmax attention of a query at position pos over decoded tokens at `positions`, in double: [n_head,
-/// head_dim]. Of one KV head only, if it is named; the others' rows are then 0.
+/// head_dim]. Of one KV head only, if it is named; the others' rows are then 0. sinks: [n_head] or empty.
 inline std::vector<double> attention(const Heads& s, const std::vector<float>& q, int64_t pos,
                                      const Decoded& cache, const std::vector<int64_t>& positions,
-                                     int64_t head_kv = -1) {
+                                     int64_t head_kv = -1, const std::vector<float>& sinks = {}) {
   const int64_t d = s.shape.head_dim;
   const int64_t width = s.width();
   std::vector<double> out(q.size());
@@ -241,7 +241,7 @@ inline std::vector<double> attention(const Heads& s, const std::vector<float>& q
       logit.push_back(dot / std::sqrt(static_cast<double>(d)));
     }
     const double top = *std::max_element(logit.begin(), logit.end());
-    double sum = 0;
+    double sum = sinks.empty() ? 0 : std::exp(static_cast<double>(sinks[static_cast<size_t>(h)]) - top);
     for (double& x : logit) {
       x = std::exp(x - top);
       sum += x;

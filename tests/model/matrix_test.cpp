@@ -9,8 +9,9 @@ namespace narrows::kernels {
 namespace {
 
 ggml_type type_of(Packing p) {
-  static constexpr ggml_type kTypes[] = {GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
-                                         GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K};
+  static constexpr ggml_type kTypes[] = {GGML_TYPE_Q4_0,   GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                                         GGML_TYPE_Q8_0,   GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
+                                         GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4};
   return kTypes[static_cast<int>(p)];
 }
 
@@ -35,6 +36,19 @@ TEST(Packing, IsWhatGgmlUnpacks) {
       }
     }
   }
+}
+
+TEST(Packing, EveryScaleOfMxfp4) {
+  const int64_t n_in = 256 * kPackGroup;
+  std::vector<uint8_t> row(static_cast<size_t>(file_row_bytes(Packing::mxfp4, n_in)), 0xA7);
+  for (size_t e = 0; e < 256; ++e) row[17 * e] = static_cast<uint8_t>(e);
+  const uint8_t* rows[kPackRows] = {row.data()};
+  std::vector<uint8_t> tile(static_cast<size_t>(tile_bytes(Packing::mxfp4, n_in)));
+  pack_tile(Packing::mxfp4, n_in, rows, tile.data());
+  std::vector<float> want(static_cast<size_t>(n_in)), got(want.size());
+  ggml_get_type_traits(GGML_TYPE_MXFP4)->to_float(row.data(), want.data(), n_in);
+  unpack_row({Packing::mxfp4, n_in, 1, tile.data()}, 0, got.data());
+  EXPECT_EQ(got, want);
 }
 
 TEST(Packing, TakesTheBytesOfTheFile) {

@@ -290,7 +290,7 @@ void expect_rows_of_the_file(int64_t read_bytes) {
             << c.name << ", " << w->name;
       }
     }
-    const bool has_packing = c.model.type != GGML_TYPE_F16 && c.model.type != GGML_TYPE_IQ4_NL;
+    const bool has_packing = c.model.type != GGML_TYPE_F16 && c.model.type != GGML_TYPE_Q3_K;
     EXPECT_EQ(n_packed > 0, has_packing) << c.name;
   }
 }

@@ -30,10 +30,12 @@ Tensors normal(const AttentionSizes& sizes, int64_t n) {
   return {fill(n * sizes.n_head * sizes.head_dim), fill(n * sizes.width()), fill(n * sizes.width())};
 }
 
-double expected(const AttentionSizes& sizes, const Tensors& x, int64_t row, int64_t head, int64_t d) {
+/// window: as of PromptAttention; sink: what the softmax has beside the keys' weights.
+double expected(const AttentionSizes& sizes, const Tensors& x, int64_t row, int64_t head, int64_t d,
+                int64_t window = 0, double sink = 0) {
   const int64_t head_kv = head / (sizes.n_head / sizes.n_head_kv);
-  double total = 0, sum = 0;
-  for (int64_t j = 0; j <= row; ++j) {
+  double total = sink, sum = 0;
+  for (int64_t j = window > 0 ? std::max<int64_t>(0, row + 1 - window) : 0; j <= row; ++j) {
     double score = 0;
     for (int64_t c = 0; c < sizes.head_dim; ++c) {
       score += double{x.q[static_cast<size_t>((row * sizes.n_head + head) * sizes.head_dim + c)]} *
@@ -76,6 +78,37 @@ TEST(PromptAttention, EveryHeadAndRowWhateverTheThreads) {
         ASSERT_NEAR(out[static_cast<size_t>(row * ld + i)],
                     expected(sizes, x, row, i / sizes.head_dim, i % sizes.head_dim), 2e-6)
             << row << " " << i;
+    }
+  }
+}
+
+// From a sink that is nothing to one that leaves next to nothing for the keys.
+TEST(PromptAttention, SinksOfEveryPrecision) {
+  const AttentionSizes sizes{6, 2, 16, 0.25F};
+  constexpr int64_t kTokens = 300;
+  const std::vector<float> sinks = {-200, -1, 0, 3, 9, 60};
+  const Tensors x = normal(sizes, kTokens);
+  const int64_t ld = sizes.n_head * sizes.head_dim;
+  for (int kind = 0; kind < kernels::kPrefillKinds; ++kind) {
+    for (const int64_t window : {0, 40}) {
+      PromptAttention attention(static_cast<kernels::PrefillKind>(kind), sizes, kTokens, 1);
+      ASSERT_TRUE(attention.ok());
+      std::vector<float> out(x.q.size());
+      pack_all(attention, sizes, x, 0, kTokens);
+      attention.start(x.q.data(), kTokens, 0, window, out.data(), sinks.data());
+      attention.run(0);
+      EXPECT_TRUE(attention.finite());
+      const double tolerance = kind == 0 ? 2e-6 : 0.03;
+      for (int64_t row = 0; row < kTokens; row += 7) {
+        for (int64_t i = 0; i < ld; i += 5) {
+          const int64_t head = i / sizes.head_dim;
+          ASSERT_NEAR(out[static_cast<size_t>(row * ld + i)],
+                      expected(sizes, x, row, head, i % sizes.head_dim, window,
+                               std::exp(double{sinks[static_cast<size_t>(head)]})),
+                      tolerance)
+              << "kind " << kind << " window " << window << " row " << row << " head " << head;
+        }
+      }
     }
   }
 }

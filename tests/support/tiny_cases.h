@@ -197,6 +197,24 @@ inline std::vector<TinyCase> float_cases() {
     m.rope_factor = 4;
   });
   add("gemma3_no_window", gemma3, [](TinyModel& m) { m.window = m.window_period = 0; });
+  TinyModel oss = experts;
+  oss.architecture = "gpt-oss";
+  oss.head_dim = 16;
+  oss.n_layer = 3;
+  oss.window = 24;  // layers 0 and 2
+  add("gpt_oss", oss, [](TinyModel&) {});
+  add("gpt_oss_yarn", oss, [](TinyModel& m) {  // as the released ones
+    m.n_head_kv = 1;
+    m.head_dim = 32;
+    m.window = 128;
+    m.rope_scaling = "yarn";
+    m.rope_factor = 32;
+    m.n_ctx_orig = 64;
+  });
+  add("gpt_oss_long_window", oss, [](TinyModel& m) {
+    m.window = 4000;
+    m.n_used = 1;
+  });
   return all;
 }
 
@@ -218,6 +236,8 @@ inline std::vector<TinyCase> quantised_cases() {
   k_quants.architecture = "llama";
   k_quants.type = GGML_TYPE_Q5_K;
   all.push_back({"llama_q5_K", k_quants, false});
+  k_quants.type = GGML_TYPE_Q3_K;  // a type without tiles
+  all.push_back({"llama_q3_K", k_quants, false});
   k_quants.architecture = "qwen2";
   k_quants.type = GGML_TYPE_Q6_K;
   k_quants.tied_output = true;
@@ -269,6 +289,15 @@ inline std::vector<TinyCase> quantised_cases() {
   experts.n_expert = experts.n_used = 4;
   experts.router_gain = 0.3;
   all.push_back({"qwen3moe_q4_K_q6_K", experts, false});
+  TinyModel oss;  // as released: experts in MXFP4, the rest in bfloat16
+  oss.architecture = "gpt-oss";
+  oss.n_ff = 96;
+  oss.n_expert = oss.n_used = 4;
+  oss.router_gain = 0.3;
+  oss.window = 40;
+  oss.type = GGML_TYPE_BF16;
+  oss.types = {{"_exps", GGML_TYPE_MXFP4}};
+  all.push_back({"gpt_oss_mxfp4", oss, false});
   return all;
 }
 

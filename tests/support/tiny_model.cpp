@@ -109,6 +109,12 @@ void draw_experts(Draw& draw, const TinyModel& m, const std::string& p) {
   draw.experts(p + "ffn_gate_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
   draw.experts(p + "ffn_up_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
   draw.experts(p + "ffn_down_exps.weight", m.n_ff, m.n_embd, m.n_expert, by_width(1, m.n_ff));
+  if (m.architecture == "gpt-oss") {
+    draw.vector(p + "ffn_gate_inp.bias", m.n_expert, 0, 0.5);
+    draw.floats(p + "ffn_gate_exps.bias", m.n_ff, m.n_expert, 0.5);
+    draw.floats(p + "ffn_up_exps.bias", m.n_ff, m.n_expert, 0.5);
+    draw.floats(p + "ffn_down_exps.bias", m.n_embd, m.n_expert, 0.3);
+  }
   if (m.n_shared_ff == 0) return;
   draw.matrix(p + "ffn_gate_shexp.weight", m.n_embd, m.n_shared_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_up_shexp.weight", m.n_embd, m.n_shared_ff, by_width(1.5, m.n_embd));
@@ -125,7 +131,7 @@ bool is_one_of(const TinyModel& m, std::initializer_list<const char*> architectu
 void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   const std::string p = "blk." + std::to_string(i) + ".";
   const int64_t d_q = m.n_head * m.head_dim;
-  const bool bias = m.qkv_bias || m.architecture == "qwen2" || m.architecture == "qwen2moe";
+  const bool bias = m.qkv_bias || is_one_of(m, {"qwen2", "qwen2moe", "gpt-oss"});
   const bool pre_norms = !is_one_of(m, {"olmo2"}), post_norms = is_one_of(m, {"gemma3", "glm4", "olmo2"});
   if (pre_norms) draw.vector(p + "attn_norm.weight", m.n_embd, 1, 0.2);
   if (is_one_of(m, {"phi3"})) {
@@ -152,7 +158,13 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
     draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
     draw.vector(p + "post_ffw_norm.weight", m.n_embd, 1, 0.2);
   }
-  if (pre_norms) draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
+  if (m.architecture == "gpt-oss") {
+    draw.vector(p + "attn_sinks.weight", m.n_head, 1, 1.5);
+    draw.vector(p + "attn_output.bias", m.n_embd, 0, 0.3);
+    draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
+  } else if (pre_norms) {
+    draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
+  }
   if (m.n_expert > 0) return draw_experts(draw, m, p);
   const bool gate_in_up = is_one_of(m, {"phi3", "glm4"});
   if (!gate_in_up) draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));

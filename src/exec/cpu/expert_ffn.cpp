@@ -19,6 +19,12 @@ constexpr int64_t kWeightCost = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/// y [begin, end) += factor * bias, which may be null.
+void add_bias(const float* bias, int64_t begin, int64_t end, float* y, float factor = 1) {
+  if (bias == nullptr) return;
+  for (int64_t i = begin; i < end; ++i) y[i] += factor * bias[i];
+}
+
 }  // namespace
 
 void choose_experts(const ExpertSpec& spec, const float* logits, int32_t* expert, float* weight) {
@@ -133,6 +139,7 @@ void ExpertFfn::route(const LayerPlan& layer, const float* x, int64_t n, Team& t
   team.barrier();
   const int64_t n_used = experts.spec.n_used;
   for (int64_t r = rows.begin; r < rows.end; ++r) {
+    add_bias(experts.router.bias, 0, n_expert, logits_.data() + r * n_expert);
     choose_experts(experts.spec, logits_.data() + r * n_expert, chosen_.data() + r * n_used,
                    weight_.data() + r * n_used);
     shared_weight_[r] = 1;
@@ -193,7 +200,8 @@ void ExpertFfn::activate(const LayerPlan& layer, const float* x, int64_t n, Team
 void ExpertFfn::activate_outputs(const LayerPlan& layer, size_t expert, int64_t begin, int64_t end, int64_t n,
                                  Worker& w) {
   const int64_t d = sizes_.n_embd, n_ff = layer.experts.n_ff;
-  const auto& linears = layer.experts.all[expert].gate_up;
+  const ExpertOp& op = layer.experts.all[expert];
+  const auto& linears = op.gate_up;
   const bool joined = linears.size() == 1;
   const Linear gate = Linear(*linears.front().w).rows(0, n_ff),
                up = Linear(*linears.back().w).rows(joined ? n_ff : 0, n_ff);
@@ -215,6 +223,8 @@ void ExpertFfn::activate_outputs(const LayerPlan& layer, size_t expert, int64_t 
     up.multiply(begin, end, w.input, u, n_ff, false);
     for (int64_t r = 0; r < m; ++r) {
       float* at = g + r * n_ff;
+      add_bias(op.gate_bias, begin, end, at);
+      add_bias(op.up_bias, begin, end, u + r * n_ff);
       gated(at + begin, u + r * n_ff + begin, end - begin, at + begin);
       const float weight = w.weight[static_cast<size_t>(first + r)];
       for (int64_t i = begin; i < end; ++i) at[i] *= weight;
@@ -254,6 +264,8 @@ void ExpertFfn::add(const LayerPlan& layer, float* x, int64_t n, Team& team) {
         float* to = x + rows[r] * d;
         const float* from = w.sums.data() + r * d;
         for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+        // Its input was multiplied by the expert's weight, its bias was not.
+        add_bias(experts.all[e].down.bias, begin, end, to, w.weight[static_cast<size_t>(first + r)]);
       }
     }
   }

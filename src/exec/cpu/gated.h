@@ -8,7 +8,10 @@ namespace narrows {
 
 /// y [n] = activation(gate) * up; y may be either.
 inline auto gated_by(Activation activation) {
-  return activation == Activation::gelu ? kernels::ops().geglu : kernels::ops().swiglu;
+  const kernels::Ops& op = kernels::ops();
+  return activation == Activation::gelu      ? op.geglu
+         : activation == Activation::clamped ? op.swiglu_clamped
+                                             : op.swiglu;
 }
 
 }  // namespace narrows

@@ -85,4 +85,13 @@ void geglu(const float* gate, const float* up, int64_t n, float* y) {
   }
 }
 
+void swiglu_clamped(const float* gate, const float* up, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    // A NaN stays one.
+    const double g = gate[i] > 7 ? 7.0 : double{gate[i]};
+    const double u = up[i] > 7 ? 7.0 : up[i] < -7 ? -7.0 : double{up[i]};
+    y[i] = static_cast<float>(g / (1 + std::exp(-1.702 * g)) * (u + 1));
+  }
+}
+
 }  // namespace narrows::kernels::ref

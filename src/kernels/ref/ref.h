@@ -42,6 +42,7 @@ std::remove_pointer_t<decltype(Ops::unpack_tile)> unpack_tile;
 std::remove_pointer_t<decltype(Ops::rms_norm)> rms_norm;
 std::remove_pointer_t<decltype(Ops::swiglu)> swiglu;
 std::remove_pointer_t<decltype(Ops::geglu)> geglu;
+std::remove_pointer_t<decltype(Ops::swiglu_clamped)> swiglu_clamped;
 
 /// Exact attention in double; and the same with operands rounded to bfloat16, keys after the shift.
 extern const PrefillKernel kPrefillF32;

@@ -42,6 +42,7 @@ const Ops kTable = {
     .rms_norm = rms_norm,
     .swiglu = swiglu,
     .geglu = geglu,
+    .swiglu_clamped = swiglu_clamped,
 };
 
 }  // namespace narrows::kernels::ref

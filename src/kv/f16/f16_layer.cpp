@@ -59,7 +59,7 @@ void F16Layer::run_phase(int phase, const DecodeStep& step, StepScratch& scratch
   if (phase == 0) {
     begin_attention(*this, {&store_, nullptr}, step, scratch, 0, ith, n_threads);
   } else {
-    merge_heads(shape(), scratch, kSlices, part_of(shape().n_head, ith, n_threads), step.out);
+    merge_heads(shape(), scratch, kSlices, part_of(shape().n_head, ith, n_threads), step);
   }
 }
 

@@ -16,7 +16,7 @@ void KiviLayer::run_phase(int phase, const DecodeStep& step, StepScratch& scratc
     begin_attention(*this, {&sinks(), &window()}, step, scratch, 0, ith, n_threads);
     attend_pages(scratch, part_of(kSlices, ith, n_threads), thread);
   } else {
-    merge_heads(shape(), scratch, 2 * kSlices, part_of(shape().n_head, ith, n_threads), step.out);
+    merge_heads(shape(), scratch, 2 * kSlices, part_of(shape().n_head, ith, n_threads), step);
   }
 }
 

@@ -291,7 +291,7 @@ void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork&
 }
 
 void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltThread& thread, Part heads,
-               float* out) {
+               const DecodeStep& step) {
   const AttentionShape& shape = layer.shape();
   const int64_t d = shape.head_dim;
   const bool has_pages = layer.n_in_pages() > 0;  // else nobody has looked at the latent slices
@@ -306,9 +306,10 @@ void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltTh
       const KltSlice& latent = *work.slices[static_cast<size_t>(i)];
       if (latent.sum[h] != 0) top = std::fmax(top, latent.max[h]);
     }
-    float* y = out + h * d;
+    top = with_sink(step, h, top);
+    float* y = step.out + h * d;
     std::fill_n(y, d, 0.0F);
-    float total = 0;
+    float total = sum_of_sink(step, h, top);
     for (int i = 0; i < kSlices; ++i) {
       StepScratch::Slice& exact = scratch.slice(kSlices + i);
       if (exact.sum[h] == 0) continue;

@@ -82,7 +82,7 @@ void KltLayer::run_phase(int phase, const DecodeStep& step, StepScratch& scratch
       }
       break;
     case Phase::merge:
-      klt_merge(*this, scratch, work, mine, part_of(shape.n_head, ith, n_threads), step.out);
+      klt_merge(*this, scratch, work, mine, part_of(shape.n_head, ith, n_threads), step);
       break;
   }
 }

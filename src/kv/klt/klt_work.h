@@ -192,6 +192,6 @@ void klt_attend_all(const KltLayer& layer, Part tokens, const float* q, KltWork&
 
 /// Merges the latent slices and the exact slices kSlices .. of query heads [heads.begin, heads.end) into out.
 void klt_merge(const KltLayer& layer, StepScratch& scratch, KltWork& work, KltThread& thread, Part heads,
-               float* out);
+               const DecodeStep& step);
 
 }  // namespace narrows

@@ -72,7 +72,7 @@ void SalsLayer::run_phase(int phase, const DecodeStep& step, StepScratch& scratc
       attend_slices(scratch, part_of(kSlices, ith, n_threads), scratch.thread(ith));
       break;
     default:
-      merge_heads(shape(), scratch, 2 * kSlices, part_of(shape().n_head, ith, n_threads), step.out);
+      merge_heads(shape(), scratch, 2 * kSlices, part_of(shape().n_head, ith, n_threads), step);
       break;
   }
 }

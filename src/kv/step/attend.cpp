@@ -125,7 +125,8 @@ void begin_attention(KvLayer& layer, const ExactBlocks& exact, const DecodeStep&
   attend_exact_slices(layer.shape(), exact, scratch, first_slice, part_of(kSlices, ith, n_threads), thread);
 }
 
-void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out) {
+void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads,
+                 const DecodeStep& step) {
   const int64_t head_dim = shape.head_dim;
   for (int64_t h = heads.begin; h < heads.end; ++h) {
     // softmax_merge() over all slices at once: the common maximum first, so that a state is scaled only once.
@@ -134,8 +135,9 @@ void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices
       StepScratch::Slice& slice = scratch.slice(i);
       if (slice.sum[h] != 0) top = std::fmax(top, slice.max[h]);  // an empty slice was not cleared
     }
-    float sum = 0;
-    float* y = out + h * head_dim;
+    top = with_sink(step, h, top);
+    float sum = sum_of_sink(step, h, top);
+    float* y = step.out + h * head_dim;
     std::fill_n(y, head_dim, 0.0F);
     for (int i = 0; i < n_slices; ++i) {
       StepScratch::Slice& slice = scratch.slice(i);

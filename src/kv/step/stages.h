@@ -2,6 +2,7 @@
 // its own (score, rebuild) into phases.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <span>
 
@@ -60,8 +61,17 @@ void begin_attention(KvLayer& layer, const ExactBlocks& exact, const DecodeStep&
 void attend_tile(const AttentionShape& shape, int64_t head_kv, const float* v, int64_t n,
                  StepScratch::Thread& thread);
 
-/// Merges slices [0, n_slices) for query heads [heads.begin, heads.end) in order and writes them to out
-/// [n_head, head_dim].
-void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads, float* out);
+/// Merges slices [0, n_slices), and the step's sinks, for query heads [heads.begin, heads.end) in order and
+/// writes them to step.out.
+void merge_heads(const AttentionShape& shape, StepScratch& scratch, int n_slices, Part heads,
+                 const DecodeStep& step);
+
+/// A softmax's maximum with the sink of head h counted in, and what the sink adds to its sum then.
+inline float with_sink(const DecodeStep& step, int64_t h, float top) {
+  return step.sinks == nullptr ? top : std::fmax(top, step.sinks[h]);
+}
+inline float sum_of_sink(const DecodeStep& step, int64_t h, float top) {
+  return step.sinks == nullptr ? 0.0F : std::exp(step.sinks[h] - top);
+}
 
 }  // namespace narrows

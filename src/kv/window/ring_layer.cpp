@@ -200,7 +200,7 @@ void RingLayer::run_phase(int phase, const DecodeStep& step, StepScratch& scratc
     begin_attention(*this, {&store_, nullptr, seen_from(n_tokens()) - first_}, step, scratch, 0, ith,
                     n_threads);
   } else {
-    merge_heads(shape(), scratch, kSlices, part_of(shape().n_head, ith, n_threads), step.out);
+    merge_heads(shape(), scratch, kSlices, part_of(shape().n_head, ith, n_threads), step);
   }
 }
 

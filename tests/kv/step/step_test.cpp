@@ -70,6 +70,29 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"klt:sinks=0,recent=1,budget=40,block=32", 4, 2, 32, 0},
                     Case{"klt:k=8,v=8,budget=60", 4, 2, 128, 0}));
 
+class Sinks : public testing::TestWithParam<const char*> {};
+
+// A head's softmax has a summand that belongs to no token: none worth speaking of, some, nearly all there is.
+TEST_P(Sinks, AreOneSummandMore) {
+  const Heads s(6, 2, 32, 0);
+  const std::vector<float> sinks = {-50, -1, 0.5F, 2, 6, 40};
+  const int64_t n = 900;
+  const Tokens tokens(s, n);
+  const auto cache = make_cache(s, GetParam());
+  KvLayer& layer = cache->layer(kCompressed);
+  StepScratch scratch(s.shape, 2);
+  for (int64_t t = 0; t < n; ++t) {
+    const auto q = random_query(s, static_cast<uint32_t>(t));
+    const auto out = run_step(layer, scratch, tokens, t, q, Run::in_turn, sinks.data());
+    if (t > 3 && t % 50 > 1) continue;
+    ASSERT_LT(error_of(out, attention_of_step(s, q, t, layer, sinks)), kTolerance) << "token " << t;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, Sinks,
+                         testing::Values("f16", "kivi-4", "sals-25:budget=100", "klt:budget=100",
+                                         "klt:budget=all"));
+
 class Anchored : public testing::TestWithParam<const char*> {};
 
 // A few tokens that every query likes: they become anchors, are read once a step, exactly, and never as part
