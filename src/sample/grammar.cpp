@@ -272,8 +272,7 @@ Result<std::string> tool_parameters(const std::string& schema_json, SchemaWork& 
           return Status(StatusCode::invalid_argument, "the schema must have the type object");
         return std::nullopt;
       },
-      [](common_json& schema, const common_chat_schema_document&) -> Result<std::string> {
-        drop_unknown_patterns(schema);
+      [](const common_json& schema, const common_chat_schema_document&) -> Result<std::string> {
         return schema.dump();
       });
 }

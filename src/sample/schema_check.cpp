@@ -253,7 +253,8 @@ class Preparation {
     if (is_new) found->second = kind_of_pattern(text);
     if (found->second == Pattern::wrong)
       return refusal(fmt::format("the pattern {} is no regular expression", quote(text, 100)));
-    if (found->second == Pattern::unknown) text.clear();
+    if (found->second == Pattern::unknown)
+      return refusal(fmt::format("the pattern {} is not followed by this server", quote(text, 100)));
     return {};
   }
 
@@ -471,17 +472,6 @@ Status prepare_schema(common_chat_schema_document& document, const SchemaReferen
   Status status = all.visit(*document.root, "", 0);
   if (work != nullptr) *work = all.count();
   return status;
-}
-
-void drop_unknown_patterns(common_json& schema) {
-  if (schema.is_object() && schema.contains("pattern") && schema.at("pattern").is_string() &&
-      kind_of_pattern(schema.at("pattern").get<std::string>()) != Pattern::known)
-    schema.erase("pattern");
-  if (!schema.is_object() && !schema.is_array()) return;
-  for (const auto& [key, value] : schema.items()) {
-    if (key != "const" && key != "enum" && key != "default" && key != "examples")
-      drop_unknown_patterns(value);
-  }
 }
 
 }  // namespace narrows

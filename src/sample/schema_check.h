@@ -28,7 +28,8 @@ struct SchemaReferences {
 /// First of all: what the converter does not understand or reads in another way than JSON Schema is said in
 /// its way. References are decoded ("#" is the whole document), their targets copied to the end of the
 /// document; `true` is the schema that allows all; items beside prefixItems ends the array; of two bounds of
-/// a side the stricter one stays. References that lead nowhere stay. invalid_argument with a sentence.
+/// a side the stricter one stays; patterns are anchored and spelled out (schema_pattern.h). References that
+/// lead nowhere stay. invalid_argument with a sentence.
 Status plain_schema(common_json& schema, SchemaReferences& references);
 
 /// Before common_chat_schema_from_json(): the nodes that it would make, its depth, numbers that it would cut
@@ -40,14 +41,11 @@ Status check_schema(const common_json& schema);
 Status check_numbers(const common_json& schema, const common_json* type);
 
 /// Before json_schema_to_grammar(): circles that consume nothing, the depth and the work of the converter.
-/// Changes the document so that it converts well: an allOf of one schema becomes that schema, patterns that
-/// the converter does not know are taken out (any string). invalid_argument with a sentence.
-/// `work`: what was converted before, and afterwards with this; null: nothing.
+/// Changes the document so that it converts well: an allOf of one schema becomes that schema. Patterns are
+/// those that plain_schema() made. invalid_argument with a sentence. `work`: what was converted before, and
+/// afterwards with this; null: nothing.
 Status prepare_schema(common_chat_schema_document& document, const SchemaReferences& references,
                       SchemaWork* work = nullptr);
-
-/// The same patterns out of a schema that prepare_schema() has found good.
-void drop_unknown_patterns(common_json& schema);
 
 /// Before a grammar is followed: rules that begin with themselves, through rules that may be empty too, long
 /// chains of rules, more than kMaxWays ways to go on at one place. All rules that are referred to exist.

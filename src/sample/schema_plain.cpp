@@ -10,6 +10,7 @@
 
 #include "base/utf8.h"
 #include "sample/schema_check.h"
+#include "sample/schema_pattern.h"
 
 namespace narrows {
 
@@ -17,6 +18,8 @@ namespace {
 
 /// Values of all schemas that references lead to, each as often as it stands in one of them.
 constexpr int64_t kMaxCopied = 100'000;
+/// Of all patterns as the converter gets them.
+constexpr size_t kMaxPatternBytes = 2'000'000;
 
 /// "%2F" becomes "/"; nothing where it is no such text.
 std::optional<std::string> percent_decoded(std::string_view text) {
@@ -98,12 +101,13 @@ const common_json* target_of(const common_json& root, const std::string& referen
 
 Status refusal(const std::string& what) { return {StatusCode::invalid_argument, what}; }
 
-bool is_array_schema(const common_json& schema) {
+/// Whether values of this type may be meant.
+bool may_be(const common_json& schema, const char* name) {
   if (!schema.contains("type")) return true;
   const common_json& type = schema.at("type");
-  if (!type.is_array()) return type == "array";
+  if (!type.is_array()) return type == name;
   for (const auto& one : type) {
-    if (one == "array") return true;
+    if (one == name) return true;
   }
   return false;
 }
@@ -162,7 +166,10 @@ class Plain {
     }
     bounds(schema, "minimum", "exclusiveMinimum", 1);
     bounds(schema, "maximum", "exclusiveMaximum", -1);
-    if (is_array_schema(schema)) {
+    if (schema.contains("pattern") && schema.at("pattern").is_string() && may_be(schema, "string")) {
+      if (Status s = pattern(schema.at("pattern")); !s.ok()) return s;
+    }
+    if (may_be(schema, "array")) {
       if (Status s = array(schema); !s.ok()) return s;
     }
     for (const char* key : {"oneOf", "anyOf", "allOf", "prefixItems", "items"}) {
@@ -182,6 +189,22 @@ class Plain {
       }
     }
     return schema.contains("additionalProperties") ? node(schema.at("additionalProperties")) : Status();
+  }
+
+  /// Each text once, however many copies of its schema there are.
+  Status pattern(common_json& value) {
+    const auto text = value.get<std::string>();
+    if (text.empty()) return {};
+    const auto [found, is_new] = patterns_.try_emplace(text);
+    if (is_new) {
+      Result<std::string> plain = plain_pattern(text);
+      if (!plain.ok()) return plain.status();
+      found->second = std::move(*plain);
+    }
+    pattern_bytes_ += found->second.size();
+    if (pattern_bytes_ > kMaxPatternBytes) return refusal("the patterns of the schema are too long together");
+    value = found->second;
+    return {};
   }
 
   /// Each target once, by a name that needs no decoding and cannot be mixed up with another. One that leads
@@ -253,6 +276,8 @@ class Plain {
   std::vector<const common_json*> targets_;
   std::unordered_map<const common_json*, size_t> numbers_;
   int64_t n_copied_ = 0;
+  std::unordered_map<std::string, std::string> patterns_;
+  size_t pattern_bytes_ = 0;
 };
 
 }  // namespace
