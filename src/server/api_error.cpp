@@ -76,9 +76,10 @@ ApiError bad_request(std::string message, std::string param) {
 
 ApiError context_exceeded(int64_t n_prompt_tokens, int64_t n_ctx) {
   ApiError e = http_error(
-      400, fmt::format("the prompt has at least {} tokens but the context holds {}; shorten it or start "
-                       "the server with a larger --ctx",
-                       n_prompt_tokens, n_ctx));
+      // Clients know this fault by the first words, which are OpenAI's.
+      400, fmt::format("This model's maximum context length is {} tokens, but the prompt has at least {}; "
+                       "shorten it or start the server with a larger --ctx",
+                       n_ctx, n_prompt_tokens));
   e.type = "exceed_context_size_error";
   e.n_prompt_tokens = n_prompt_tokens;
   e.n_ctx = n_ctx;

@@ -20,7 +20,7 @@ Json details_of(const ModelInfo& info) {
 }  // namespace
 
 void HttpServer::Impl::add_dialect_routes() {
-  http.Post("/v1/messages/count_tokens", [this](const httplib::Request& req, httplib::Response& res) {
+  http.post("/v1/messages/count_tokens", [this](const httplib::Request& req, httplib::Response& res) {
     ApiError error;
     const std::shared_ptr<Job> job = make_job(req, kAnthropicCount, error);
     if (job == nullptr) return reply(res, error, kAnthropicCount.error);
@@ -33,16 +33,16 @@ void HttpServer::Impl::add_dialect_routes() {
         {"name", options.model_name}, {"model", options.model_name}, {"modified_at", "1970-01-01T00:00:00Z"},
         {"size", info.weight_bytes},  {"digest", info.fingerprint},  {"details", details_of(info)}};
   };
-  http.Get("/api/tags", [listed](const httplib::Request&, httplib::Response& res) {
+  http.get("/api/tags", [listed](const httplib::Request&, httplib::Response& res) {
     reply(res, {{"models", Json::array({listed()})}});
   });
-  http.Get("/api/ps", [listed](const httplib::Request&, httplib::Response& res) {
+  http.get("/api/ps", [listed](const httplib::Request&, httplib::Response& res) {
     reply(res, {{"models", Json::array({listed()})}});
   });
-  http.Get("/api/version", [](const httplib::Request&, httplib::Response& res) {
+  http.get("/api/version", [](const httplib::Request&, httplib::Response& res) {
     reply(res, {{"version", kOllamaVersion}});
   });
-  http.Post("/api/show", [this](const httplib::Request& req, httplib::Response& res) {
+  http.post("/api/show", [this](const httplib::Request& req, httplib::Response& res) {
     ApiError error;
     if (!has_json_body(req, error) || !parse_object(req.body, error))
       return reply(res, error, kOllamaChat.error);

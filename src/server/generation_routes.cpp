@@ -103,7 +103,7 @@ void follow(const AnswerFormat& format, GenerationRequest& r) {
 
 void HttpServer::Impl::add_generation_routes() {
   const auto add = [this](const char* path, const Dialect& dialect) {
-    http.Post(path, [this, &dialect](const httplib::Request& req, httplib::Response& res) {
+    http.post(path, [this, &dialect](const httplib::Request& req, httplib::Response& res) {
       generate(req, res, dialect);
     });
   };

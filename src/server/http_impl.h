@@ -7,8 +7,10 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <regex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "server/dialect.h"
 #include "server/front.h"
@@ -29,6 +31,21 @@ class Listener : public httplib::Server {
   void close();
   /// True if the connection may go on.
   bool answer(const Connection& connection, SocketStream& stream);
+
+  /// Get() and Post() of patterns that methods_of() knows; bodies come decoded.
+  void get(const std::string& pattern, Handler handler);
+  void post(const std::string& pattern, Handler handler);
+  /// What a path takes, "GET, HEAD" say; "" if there is no such path.
+  std::string methods_of(const std::string& path) const;
+
+  size_t max_body_bytes = 0;  ///< once decoded
+
+ private:
+  struct Route {
+    std::regex path;
+    const char* methods;
+  };
+  std::vector<Route> routes_;
 };
 
 struct HttpServer::Impl {

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <random>
 
+#include "server/body_encoding.h"
 #include "server/http_impl.h"
 #include "server/replies.h"
 
@@ -58,6 +59,9 @@ std::string without_port(const std::string& host) {
       colon != std::string::npos && host.find_first_not_of("0123456789", colon + 1) == std::string::npos;
   return has_port ? host.substr(0, colon) : host;
 }
+
+/// Where answer() keeps a request's Content-Encoding.
+constexpr const char* kEncoding = "X-Narrows-Content-Encoding";
 
 const char* reason_of(int code) {
   switch (code) {
@@ -186,7 +190,43 @@ void HttpServer::Impl::allow_cors(const httplib::Request& req, httplib::Response
   res.set_header("Vary", "Origin");
   if (req.method != "OPTIONS") return;
   res.set_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS");
-  res.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type");
+  // Clients send headers of their own (x-api-key, anthropic-version, x-stainless-*): the page may, since it
+  // is let in.
+  const std::string asked = req.get_header_value("Access-Control-Request-Headers");
+  const bool plain =
+      !asked.empty() && asked.size() <= 2000 && std::all_of(asked.begin(), asked.end(), [](char c) {
+        return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' || c == ',' ||
+               c == ' ';
+      });
+  res.set_header("Access-Control-Allow-Headers", plain ? asked : "Authorization, Content-Type");
+  res.set_header("Access-Control-Max-Age", "600");
+}
+
+void Listener::get(const std::string& pattern, Handler handler) {
+  routes_.push_back({std::regex(pattern), "GET, HEAD"});
+  Get(pattern, std::move(handler));
+}
+
+void Listener::post(const std::string& pattern, Handler handler) {
+  routes_.push_back({std::regex(pattern), "POST"});
+  Post(pattern, [this, handle = std::move(handler)](const httplib::Request& req, httplib::Response& res) {
+    const std::string encoding = req.get_header_value(kEncoding);
+    if (encoding.empty()) return handle(req, res);
+    httplib::Request plain = req;
+    plain.body.clear();
+    ApiError error;
+    if (!decode_body(encoding, req.body, max_body_bytes, plain.body, error)) return reply(res, error);
+    handle(plain, res);
+  });
+}
+
+std::string Listener::methods_of(const std::string& path) const {
+  std::string all;
+  for (const Route& r : routes_) {
+    if (!std::regex_match(path, r.path) || all.find(r.methods) != std::string::npos) continue;
+    all += (all.empty() ? "" : ", ") + std::string(r.methods);
+  }
+  return all;
 }
 
 void HttpServer::Impl::set_up() {
@@ -196,6 +236,7 @@ void HttpServer::Impl::set_up() {
     (void)::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
   });
   http.set_payload_max_length(options.max_body_bytes);
+  http.max_body_bytes = options.max_body_bytes;
   http.set_keep_alive_timeout(5);
   http.set_pre_routing_handler([this](const httplib::Request& req, httplib::Response& res) {
     allow_cors(req, res);
@@ -219,9 +260,16 @@ void HttpServer::Impl::set_up() {
     }
     return httplib::Server::HandlerResponse::Unhandled;
   });
-  http.set_error_handler([](const httplib::Request&, httplib::Response& res) {
+  http.set_error_handler([this](const httplib::Request& req, httplib::Response& res) {
     // Our own errors have a body already.
-    if (res.body.empty()) reply(res, http_error(res.status, reason_of(res.status)));
+    if (!res.body.empty()) return;
+    if (res.status == 404) {
+      if (const std::string methods = http.methods_of(req.path); !methods.empty()) {
+        res.status = 405;
+        res.set_header("Allow", methods);
+      }
+    }
+    reply(res, http_error(res.status, reason_of(res.status)));
   });
   http.set_exception_handler(
       [this](const httplib::Request& req, httplib::Response& res, std::exception_ptr thrown) {
@@ -275,6 +323,11 @@ bool Listener::answer(const Connection& c, SocketStream& stream) {
     return process_request(stream, c.remote_ip, c.remote_port, "", 0, last, closed,
                            [](httplib::Request& req) {
                              req.headers.erase("Expect");  // the front has seen to it
+                             // Not for cpp-httplib, which refuses what it was not built with.
+                             const std::string encoding = req.get_header_value("Content-Encoding");
+                             req.headers.erase("Content-Encoding");
+                             req.headers.erase(kEncoding);
+                             if (!encoding.empty()) req.headers.emplace(kEncoding, encoding);
                            });
   });
   return done && !last && !closed && !stream.says_close() && stream.at_end();

@@ -27,7 +27,8 @@ Scheduler::Scheduler(std::shared_ptr<const Model> model, const SchedulerOptions&
     : model_(std::move(model)),
       options_(options),
       metrics_(metrics),
-      memory_limit_(options.memory_bytes > 0 ? options.memory_bytes : MemoryLedger::process().free_bytes() / 5 * 4),
+      memory_limit_(options.memory_bytes > 0 ? options.memory_bytes
+                                             : MemoryLedger::process().free_bytes() / 5 * 4),
       store_(options.store_bytes >= 0 ? options.store_bytes : memory_limit_ / 4) {
   options_.session.segments = true;
 }

@@ -125,13 +125,13 @@ Json restore(Scheduler& scheduler, int id, Held& held, const std::string& path,
 }  // namespace
 
 void HttpServer::Impl::add_slot_routes() {
-  http.Get("/slots", [this](const httplib::Request&, httplib::Response& res) {
+  http.get("/slots", [this](const httplib::Request&, httplib::Response& res) {
     Json list = Json::array();
     for (const SlotInfo& slot : scheduler.load()->slots()) list.push_back(slot_json(slot));
     reply(res, list);
   });
 
-  http.Get("/sessions", [this](const httplib::Request&, httplib::Response& res) {
+  http.get("/sessions", [this](const httplib::Request&, httplib::Response& res) {
     Json list = Json::array();
     std::error_code failed;
     if (!options.session_dir.empty()) {
@@ -144,7 +144,7 @@ void HttpServer::Impl::add_slot_routes() {
     reply(res, {{"data", std::move(list)}});
   });
 
-  http.Post(R"(/slots/(\d{1,6}))", [this](const httplib::Request& req, httplib::Response& res) {
+  http.post(R"(/slots/(\d{1,6}))", [this](const httplib::Request& req, httplib::Response& res) {
     const std::string digits = req.matches[1].str();
     int id = -1;
     (void)std::from_chars(digits.data(), digits.data() + digits.size(), id);

@@ -19,7 +19,7 @@ Json profile_json(const KvProfile& p) {
 }  // namespace
 
 void HttpServer::Impl::add_small_routes() {
-  http.Get("/health", [this](const httplib::Request&, httplib::Response& res) {
+  http.get("/health", [this](const httplib::Request&, httplib::Response& res) {
     if (stopping) {
       reply(res, http_error(503, "the server is shutting down"));
     } else if (ready()) {
@@ -47,14 +47,14 @@ void HttpServer::Impl::add_small_routes() {
   const auto models = [the_model](const httplib::Request&, httplib::Response& res) {
     reply(res, {{"object", "list"}, {"data", Json::array({the_model()})}});
   };
-  http.Get("/v1/models", models);
-  http.Get("/models", models);
-  http.Get(R"(/v1/models/(.+))", [this, the_model](const httplib::Request& req, httplib::Response& res) {
+  http.get("/v1/models", models);
+  http.get("/models", models);
+  http.get(R"(/v1/models/(.+))", [this, the_model](const httplib::Request& req, httplib::Response& res) {
     if (req.matches[1].str() == options.model_name) return reply(res, the_model());
     reply(res, http_error(404, "there is no such model; /v1/models names the one that is served"));
   });
 
-  http.Get("/props", [this](const httplib::Request&, httplib::Response& res) {
+  http.get("/props", [this](const httplib::Request&, httplib::Response& res) {
     const SchedulerOptions& o = scheduler.load()->options();
     reply(res, {{"model", options.model_name},
                 {"fingerprint", model->info().fingerprint},
@@ -68,12 +68,12 @@ void HttpServer::Impl::add_small_routes() {
                 {"threads", o.session.n_threads}});
   });
 
-  http.Get("/metrics", [this](const httplib::Request&, httplib::Response& res) {
+  http.get("/metrics", [this](const httplib::Request&, httplib::Response& res) {
     res.set_content(metrics.prometheus(scheduler.load()->gauges()),
                     "text/plain; version=0.0.4; charset=utf-8");
   });
 
-  http.Post("/tokenize", [this](const httplib::Request& req, httplib::Response& res) {
+  http.post("/tokenize", [this](const httplib::Request& req, httplib::Response& res) {
     ApiError error;
     if (!has_json_body(req, error)) return reply(res, error);
     const std::optional<TokenizeRequest> r = parse_tokenize(req.body, error);
@@ -94,7 +94,7 @@ void HttpServer::Impl::add_small_routes() {
     reply(res, {{"tokens", std::move(list)}});
   });
 
-  http.Post("/detokenize", [this](const httplib::Request& req, httplib::Response& res) {
+  http.post("/detokenize", [this](const httplib::Request& req, httplib::Response& res) {
     ApiError error;
     if (!has_json_body(req, error)) return reply(res, error);
     const auto tokens = parse_detokenize(req.body, model->tokenizer().n_vocab(), error);
@@ -104,7 +104,7 @@ void HttpServer::Impl::add_small_routes() {
     reply(res, {{"content", text + stream.flush()}});
   });
 
-  http.Post("/apply-template", [this](const httplib::Request& req, httplib::Response& res) {
+  http.post("/apply-template", [this](const httplib::Request& req, httplib::Response& res) {
     ApiError error;
     if (!has_json_body(req, error)) return reply(res, error);
     const auto r = parse_apply_template(req.body, error);
@@ -115,7 +115,7 @@ void HttpServer::Impl::add_small_routes() {
   });
 
   const auto page = [this](const char* path, std::string_view content, const char* type) {
-    http.Get(path, [content, type](const httplib::Request&, httplib::Response& res) {
+    http.get(path, [content, type](const httplib::Request&, httplib::Response& res) {
       // The page needs nothing from elsewhere, and must not be made to.
       res.set_header("Content-Security-Policy",
                      "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "

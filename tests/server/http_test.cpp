@@ -1,4 +1,6 @@
 // The server over real sockets, on a tiny model: what clients get, and what bad ones cannot do.
+#include <zlib.h>
+
 #include <filesystem>
 #include <fstream>
 #include <thread>
@@ -134,7 +136,7 @@ TEST(Http, ErrorsAreJson) {
   for (const char* stream : {"false", "true"}) {
     const auto r =
         c.Post(chat, chat_body(std::string(R"("stream":)") + stream, std::string(9000, 'a')), kJson);
-    expect_error(r, 400, "9");
+    expect_error(r, 400, "This model's maximum context length is 8192 tokens");
     const json e = body_of(r)["error"];
     EXPECT_EQ(e["type"], "exceed_context_size_error");
     EXPECT_EQ(e["n_ctx"], 8192);
@@ -175,6 +177,87 @@ TEST(Http, KeysAndOrigins) {
   const auto preflight = d.Options("/v1/chat/completions");
   EXPECT_EQ(preflight->status, 204);
   EXPECT_THAT(preflight->get_header_value("Access-Control-Allow-Headers"), HasSubstr("Authorization"));
+}
+
+// docs/server_api.md: "with the headers that its preflight asks for"
+TEST(Http, APreflightGetsWhatItAsksFor) {
+  HttpOptions open;
+  open.cors_origin = "http://friend";
+  Served s(open);
+  s.load();
+  auto c = s.client();
+  const auto allowed = [&](const std::string& asked) {
+    return c.Options("/v1/messages", httplib::Headers{{"Access-Control-Request-Headers", asked}})
+        ->get_header_value("Access-Control-Allow-Headers");
+  };
+  EXPECT_EQ(allowed("x-api-key, anthropic-version,x-stainless-os"),
+            "x-api-key, anthropic-version,x-stainless-os");
+  EXPECT_EQ(allowed("a: b; c"), "Authorization, Content-Type");
+  EXPECT_EQ(allowed(std::string(3000, 'a')), "Authorization, Content-Type");
+}
+
+// docs/server_api.md: "a path that takes other methods; Allow names them"
+TEST(Http, KnownPathsTellTheirMethods) {
+  Served s;
+  s.load();
+  auto c = s.client();
+  for (const auto& [path, allow] : {std::pair("/v1/chat/completions", "POST"), {"/slots/0", "POST"}}) {
+    const auto r = c.Get(path);
+    EXPECT_EQ(r->status, 405) << path;
+    EXPECT_EQ(r->get_header_value("Allow"), allow);
+    EXPECT_THAT(body_of(r)["error"]["message"].get<std::string>(), HasSubstr("method"));
+  }
+  const auto r = c.Post("/v1/models", "{}", kJson);
+  EXPECT_EQ(r->status, 405);
+  EXPECT_EQ(r->get_header_value("Allow"), "GET, HEAD");
+  EXPECT_EQ(c.Get("/v1/nowhere")->status, 404);
+  EXPECT_EQ(c.Delete("/health")->status, 405);
+}
+
+std::string compressed(const std::string& text, int window) {
+  z_stream z = {};
+  EXPECT_EQ(deflateInit2(&z, 9, Z_DEFLATED, window, 9, Z_DEFAULT_STRATEGY), Z_OK);
+  std::string out(text.size() / 2 + 1000, '\0');
+  z.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(text.data()));
+  z.avail_in = static_cast<uInt>(text.size());
+  z.next_out = reinterpret_cast<Bytef*>(out.data());
+  z.avail_out = static_cast<uInt>(out.size());
+  EXPECT_EQ(deflate(&z, Z_FINISH), Z_STREAM_END);
+  out.resize(z.total_out);
+  deflateEnd(&z);
+  return out;
+}
+
+// docs/server_api.md: "A body may come with Content-Encoding: gzip or deflate"
+TEST(Http, CompressedBodies) {
+  HttpOptions http;
+  http.max_body_bytes = 100'000;
+  Served s(http);
+  s.load();
+  auto c = s.client();
+  const auto post = [&](const std::string& body, const char* encoding) {
+    return c.Post("/v1/chat/completions", httplib::Headers{{"Content-Encoding", encoding}}, body, kJson);
+  };
+  const std::string body = chat_body("", "a question");
+  const std::string gzip = compressed(body, 31), zlib = compressed(body, 15);
+  const auto plain = c.Post("/v1/chat/completions", body, kJson);
+  ASSERT_EQ(plain->status, 200);
+  for (const auto& r :
+       {post(gzip, "gzip"), post(gzip, "GZIP"), post(zlib, "deflate"), post(body, "identity")}) {
+    EXPECT_EQ(r->status, 200) << r->body;
+    EXPECT_EQ(body_of(r)["choices"], body_of(plain)["choices"]);
+  }
+  EXPECT_EQ(post(gzip, "br")->status, 415);
+  EXPECT_EQ(post(gzip.substr(0, gzip.size() / 2), "gzip")->status, 400);
+  EXPECT_EQ(post(gzip + "x", "gzip")->status, 400);
+  EXPECT_EQ(post(body, "gzip")->status, 400);
+  EXPECT_EQ(post("", "gzip")->status, 400);
+  std::string damaged = gzip;
+  damaged[gzip.size() - 6] ^= 1;
+  EXPECT_EQ(post(damaged, "gzip")->status, 400);
+  // 50 MB of one letter are 50 kB.
+  const auto bomb = post(compressed(std::string(50'000'000, ' '), 31), "gzip");
+  EXPECT_EQ(bomb->status, 413) << bomb->body;
 }
 
 // docs/server_api.md: "longer than --timeout"; "what fails later is an event data"
