@@ -1,6 +1,6 @@
 # cmake -DOUT=chat_page.cpp -DWEB=web -P embed.cmake: the page's files as functions of chat_page.h.
 set(code "// Made by embed.cmake out of web/.\n#include \"server/chat_page.h\"\n\nnamespace narrows::server::chat_page {\n")
-foreach(pair IN ITEMS html=index.html js=chat.js css=chat.css)
+foreach(pair IN ITEMS html=index.html js=chat.js markdown=markdown.js store=store.js css=chat.css)
   string(REPLACE "=" ";" pair "${pair}")
   list(GET pair 0 name)
   list(GET pair 1 file)

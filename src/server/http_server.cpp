@@ -43,7 +43,7 @@ constexpr std::chrono::milliseconds kNoDescriptor{20};
 /// Paths that need no key: whether the server lives, and the page that asks for one.
 bool is_public(const std::string& path) {
   return path == "/health" || path == "/" || path == "/index.html" || path == "/chat.js" ||
-         path == "/chat.css";
+         path == "/markdown.js" || path == "/store.js" || path == "/chat.css";
 }
 
 bool is_loopback(const std::string& host) {

@@ -127,6 +127,8 @@ void HttpServer::Impl::add_small_routes() {
   page("/", chat_page::html(), "text/html; charset=utf-8");
   page("/index.html", chat_page::html(), "text/html; charset=utf-8");
   page("/chat.js", chat_page::js(), "text/javascript; charset=utf-8");
+  page("/markdown.js", chat_page::markdown(), "text/javascript; charset=utf-8");
+  page("/store.js", chat_page::store(), "text/javascript; charset=utf-8");
   page("/chat.css", chat_page::css(), "text/css; charset=utf-8");
 }
 
