@@ -1,6 +1,7 @@
 // What every kind of layer promises: where tokens live at each length, bytes, refusal without effect,
 // clear().
 #include "kv/cache_data.h"
+#include "support/sanitized.h"
 
 namespace narrows::test {
 namespace {
@@ -246,7 +247,7 @@ TEST(Cache, EstimateIsWhatStatsShow) {
     for (const char* profile : {"f16", "sals-25", "sals-12.5", "kivi-4", "kivi-2", "klt", "klt-10x"}) {
       const bool klt = profile_of(profile).kind == KvKind::klt;
       const auto cache = make_cache(s, profile);
-      for (int64_t n = 1; n <= 3000; n += n < 200 ? 1 : n < 700 ? 17 : 331) {
+      for (int64_t n = 1; n <= 3000; n += kSanitized ? 431 : n < 200 ? 1 : n < 700 ? 17 : 331) {
         for (int64_t i = 0; i < kLayers; ++i) {
           cache->layer(i).clear();
           if (klt) cache->layer(i).observe_queries(queries.data(), n);
