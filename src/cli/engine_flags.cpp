@@ -126,6 +126,7 @@ Result<std::shared_ptr<const Model>> ModelFlags::load(
   options.chat_template = std::move(*chat);
   Result<std::shared_ptr<const Model>> model = Model::load(path, options);
   if (!model.ok()) return model;
+  if (!(*model)->info().device.empty() && !warn) note("[on " + (*model)->info().device + "]");
   for (const std::string& warning : (*model)->info().warnings) {
     if (warn) {
       warn(warning);

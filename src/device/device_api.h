@@ -34,9 +34,18 @@ struct Weights {
 
 enum Gate : int32_t { kNoGate = 0, kSilu = 1, kGelu = 2 };
 
+/// Where input i of a row of `width` is among its codes: groups of 32 inputs stand eight at a time, and of
+/// these the words (four inputs) that go with words w and 4 + w of a tile's group stand together, for w = 0
+/// .. 3.
+constexpr int64_t code_at(int64_t i, int64_t width) {
+  const int64_t unit = i / 256, groups = width / 32 - 8 * unit < 8 ? width / 32 - 8 * unit : 8;
+  const int64_t g = i / 32 % 8, k = i % 32;
+  return unit * 256 + (k % 16 / 4 * groups + g) * 8 + k / 16 * 4 + k % 4;
+}
+
 /// Rows of inputs in the forms that products take: of x [n, ldx] normed (norm null: as they are), or of
 /// gate(x) * up. Outputs [n, width] each, null where not wanted; code and scale: rounded to bytes in groups
-/// of 32 as kernels::ref::round_rows does it, scale [n, width / 32].
+/// of 32 as kernels::ref::round_rows does it, a row's in the order of code_at(), scale [n, width / 32].
 struct PrepareArgs {
   const void* x;
   int32_t x_is_f16;

@@ -27,8 +27,9 @@ std::string program_folder() {
 Result<const Api*> open_library(const std::string& path) {
   const std::string folder = program_folder();
   std::string first_fault;
-  for (const std::string& file : {path, folder.empty() ? folder : folder + "/" + kFile,
-                                  folder + "/../lib/" + kFile, std::string(kFile)}) {
+  for (const std::string& file :
+       {path, folder.empty() ? folder : folder + "/" + kFile, folder + "/cuda/" + kFile,
+        folder + "/../lib/" + kFile, std::string(kFile)}) {
     if (file.empty()) continue;
     // Stays loaded: the driver has threads in it.
     void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -1,4 +1,4 @@
-// libnarrows_cuda.so, found and checked at run time: beside the program, in ../lib of it, or where the system
+// libnarrows_cuda.so, found and checked at run time: beside the program, in cuda/ or ../lib beside it, or where the system
 // looks for libraries. A program without it, or on a machine without a driver, does all its work on the CPU.
 #pragma once
 

@@ -144,7 +144,7 @@ int prepare(int /*device*/, const PrepareArgs* a, void* /*stream*/) {
       }
       const float scale = top / 127, inverse = scale >= 0x1p-126F ? 1 / scale : 0.0F;
       for (int64_t i = 0; i < 32; ++i)
-        a->code[r * a->width + 32 * g + i] =
+        a->code[r * a->width + code_at(32 * g + i, a->width)] =
             finite ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : int8_t{0};
       a->scale[(r * a->width) / 32 + g] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
     }
@@ -165,7 +165,9 @@ int multiply(int /*device*/, const MultiplyArgs* a, void* /*stream*/) {
       double sum = 0;
       for (int64_t i = 0; i < a->w.n_in; ++i) {
         const int64_t at = r * a->w.n_in + i;
-        const double x = a->w.form < kRowsF32 ? double{a->scale[at / 32]} * a->code[at] : double{a->f32[at]};
+        const double x = a->w.form < kRowsF32
+                             ? double{a->scale[at / 32]} * a->code[r * a->w.n_in + code_at(i, a->w.n_in)]
+                             : double{a->f32[at]};
         sum += x * w[static_cast<size_t>(i)];
       }
       put_product(sum, a->bias, o, a->accumulate, a->y[r * a->ldy + o]);

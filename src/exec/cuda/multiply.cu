@@ -31,41 +31,48 @@ struct Rows {
 
 template <Packing p, int N>
 __global__ __launch_bounds__(32 * kWarps) void multiply_tiles(const __grid_constant__ Rows a) {
-  constexpr int kGroups = static_cast<int>(kernels::inputs_at_once(p) / kernels::kPackGroup);
   constexpr int kRecord = static_cast<int>(kernels::record_bytes(p));
   constexpr int kScales = static_cast<int>(kernels::scale_bytes(p));
   constexpr int kCodes = static_cast<int>(kernels::group_code_bytes(p));
+  constexpr bool kSuper = kernels::is_super(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = lane / 8, pair = lane % 8;
   const uint8_t* tile = a.tiles + blockIdx.x * a.tile_bytes;
-  const int n_group = static_cast<int>(a.n_in / 32);
+  const int n_group = static_cast<int>(a.n_in / 32), n_unit = (n_group + 7) / 8;
   float sum[N][2] = {};
-#pragma unroll 4
-  for (int g = warp; g < n_group; g += kWarps) {
-    const uint8_t* record = tile + static_cast<int64_t>(g / kGroups) * kRecord;
-    const CodeWords w = load_codes<p>(record + kScales + g % kGroups * kCodes, i, pair);
-    const RowScale s[2] = {load_scale<p>(record, g % kGroups, 2 * pair),
-                           load_scale<p>(record, g % kGroups, 2 * pair + 1)};
+  for (int unit = warp; unit < n_unit; unit += kWarps) {
+    const int groups = kSuper ? 8 : min(8, n_group - 8 * unit);
+    const uint8_t* record = tile + static_cast<int64_t>(kSuper ? unit : 8 * unit) * kRecord;
+    UnitScales<p> scales;
+    scales.load(record, pair);
 #pragma unroll
-    for (int r = 0; r < N; ++r) {
-      const auto* x = reinterpret_cast<const uint32_t*>(a.code + r * a.n_in + g * 32);
-      const uint32_t x0 = __ldg(x + i), x1 = __ldg(x + 4 + i);
-      const float scale = __ldg(a.scale + static_cast<int64_t>(r) * n_group + g);
-      if constexpr (p == Packing::q6_k) {
-        const float t0 = static_cast<float>(dot4(x0, 0x01010101U, 0));
-        const float t1 = static_cast<float>(dot4(x1, 0x01010101U, 0));
+    for (int g = 0; g < 8; ++g) {
+      if (!kSuper && g >= groups) break;
+      const uint8_t* at = kSuper ? record + kScales + g * kCodes : record + g * kRecord + kScales;
+      const CodeWords w = load_codes<p>(at, i, pair);
+      const PairScale s = scales.of(kSuper ? record : record + g * kRecord, g, pair);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float low = static_cast<float>(dot4(w.low[k], x0, 0));
-          const float high = static_cast<float>(dot4(w.high[k], x1, 0));
-          sum[r][k] += scale * (s[k].d[0] * low + s[k].m[0] * t0 + s[k].d[1] * high + s[k].m[1] * t1);
-        }
-      } else {
-        const float total =
-            p == Packing::q8_0 ? 0.0F : static_cast<float>(dot4(x0, 0x01010101U, dot4(x1, 0x01010101U, 0)));
+      for (int r = 0; r < N; ++r) {
+        const uint2 x =
+            __ldg(reinterpret_cast<const uint2*>(a.code + r * a.n_in + unit * 256) + i * groups + g);
+        const float scale = __ldg(a.scale + static_cast<int64_t>(r) * n_group + 8 * unit + g);
+        if constexpr (p == Packing::q6_k) {
+          const float t0 = static_cast<float>(dot4(x.x, 0x01010101U, 0));
+          const float t1 = static_cast<float>(dot4(x.y, 0x01010101U, 0));
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float dot = static_cast<float>(dot4(w.low[k], x0, dot4(w.high[k], x1, 0)));
-          sum[r][k] += scale * (s[k].d[0] * dot + s[k].m[0] * total);
+          for (int k = 0; k < 2; ++k) {
+            const float low = static_cast<float>(dot4(w.low[k], x.x, 0)) - 32 * t0;
+            const float high = static_cast<float>(dot4(w.high[k], x.y, 0)) - 32 * t1;
+            sum[r][k] += scale * (s.d[k] * low + s.m[k] * high);
+          }
+        } else {
+          const float total = p == Packing::q8_0
+                                  ? 0.0F
+                                  : static_cast<float>(dot4(x.x, 0x01010101U, dot4(x.y, 0x01010101U, 0)));
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const float dot = static_cast<float>(dot4(w.low[k], x.x, dot4(w.high[k], x.y, 0)));
+            sum[r][k] += scale * (s.d[k] * dot + s.m[k] * total);
+          }
         }
       }
     }

@@ -79,6 +79,64 @@ __device__ inline RowScale load_scale(const uint8_t* record, int g, int r) {
   }
 }
 
+/// Scales of rows 2 p and 2 p + 1 of a group: weight = d code + m; of q6_k weight = d (code - 32) for the
+/// first 16 inputs and m (code - 32) for the others.
+struct PairScale {
+  float d[2], m[2];
+};
+
+__device__ inline float2 load_halves(const uint8_t* at) {
+  return __half22float2(*reinterpret_cast<const __half2*>(at));
+}
+/// Two neighbouring bytes.
+__device__ inline uint32_t load_pair(const uint8_t* at) { return *reinterpret_cast<const uint16_t*>(at); }
+
+/// Those of eight groups: what they have in common is read once. Calls of of() are unrolled, so that g is a
+/// constant.
+template <Packing p>
+struct UnitScales {
+  static constexpr int kHalves = 2 * static_cast<int>(kernels::kPackRows);
+  float2 d, m;
+  uint32_t six[12];  ///< two bytes each, of vectors 0 .. 11
+
+  __device__ void load(const uint8_t* record, int pair) {
+    if constexpr (!kernels::is_super(p)) return;
+    d = load_halves(record + 4 * pair);
+    if constexpr (kernels::has_minimum(p)) {
+      m = load_halves(record + kHalves + 4 * pair);
+#pragma unroll
+      for (int v = 0; v < 12; ++v) six[v] = load_pair(record + 2 * kHalves + 16 * v + 2 * pair);
+    }
+  }
+  /// Two bytes of vector v.
+  __device__ uint32_t number(int v) const {
+    if (v < 12) return six[v] & 0x3F3FU;
+    const int i = v - 12;
+    return (six[i] >> 6 & 0x0303U) | (six[4 + i] >> 4 & 0x0C0CU) | (six[8 + i] >> 2 & 0x3030U);
+  }
+  __device__ PairScale of(const uint8_t* record, int g, int pair) const {
+    if constexpr (p == Packing::q6_k) {
+      const uint32_t s0 = load_pair(record + kHalves + 32 * g + 2 * pair);
+      const uint32_t s1 = load_pair(record + kHalves + 32 * g + 16 + 2 * pair);
+      const auto low = [](uint32_t x) { return static_cast<float>(static_cast<int8_t>(x)); };
+      return {{d.x * low(s0), d.y * low(s0 >> 8)}, {d.x * low(s1), d.y * low(s1 >> 8)}};
+    } else if constexpr (kernels::is_super(p)) {
+      const uint32_t s = number(2 * g), t = number(2 * g + 1);
+      const auto at = [](uint32_t x) { return static_cast<float>(x & 255U); };
+      return {{d.x * at(s), d.y * at(s >> 8)}, {-m.x * at(t), -m.y * at(t >> 8)}};
+    } else {
+      const float2 scale = load_halves(record + 4 * pair);
+      if constexpr (kernels::has_minimum(p)) {
+        const float2 minimum = load_halves(record + kHalves + 4 * pair);
+        return {{scale.x, scale.y}, {minimum.x, minimum.y}};
+      }
+      // q8_0's codes have had their zero taken away.
+      constexpr float kZero = p == Packing::q8_0 ? 0.0F : 1 << kernels::zero_shift(p);
+      return {{scale.x, scale.y}, {-kZero * scale.x, -kZero * scale.y}};
+    }
+  }
+};
+
 /// Calls f.operator()<p>() with the packing as a constant; false if it is none.
 template <class F>
 bool with_packing(int32_t form, F&& f) {

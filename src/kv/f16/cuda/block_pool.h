@@ -71,12 +71,16 @@ class BlockSequence {
 
   /// The first token with a key or value that half precision cannot hold; -1: none is known.
   int64_t bad_token() const { return bad_; }
+  /// True once the device has not given what was read from it.
+  bool lost() const { return lost_; }
+  void note_lost() { lost_ = true; }
   void note_bad(int64_t token) { bad_ = bad_ < 0 ? token : std::min(bad_, token); }
 
  private:
   std::shared_ptr<BlockPool> pool_;
   std::vector<BlockPool::Block> blocks_;
   int64_t bad_ = -1;
+  bool lost_ = false;
 };
 
 }  // namespace narrows

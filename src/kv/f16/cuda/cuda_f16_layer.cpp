@@ -38,7 +38,9 @@ void CudaF16Layer::fetch(int64_t b, f16_t* to) const {
   Result<std::unique_ptr<device::Stream>> stream =
       device::Stream::create(blocks_->pool().device().shared_from_this());
   if (stream.ok()) (*stream)->download(to, pool.layer(index_) + blocks_->block(b) * bytes, bytes);
-  if (!stream.ok() || !(*stream)->ok()) std::fill_n(to, halves(), f16_t{0xFFFF});
+  if (stream.ok() && (*stream)->ok()) return;
+  blocks_->note_lost();
+  std::fill_n(to, halves(), f16_t{0xFFFF});
 }
 
 Status CudaF16Layer::put(int64_t b, const f16_t* from) {
