@@ -49,6 +49,7 @@ struct ModelInfo {
   int64_t n_ctx_train = 0;   ///< context the model was made for
   int64_t weight_bytes = 0;  ///< tensor data in the file
   RopeOverrides rope;        ///< that it was loaded with
+  std::string device;        ///< the GPU that holds the weights, "cuda:0 (NVIDIA H100)"; empty: the CPU
   /// What about the file makes results worse than they should be, in sentences.
   std::vector<std::string> warnings;
 };
@@ -62,6 +63,9 @@ struct LoadOptions {
   /// Changes the fingerprint: saved sessions and bases of another RoPE do not fit.
   RopeOverrides rope = {};
   ChatTemplateOptions chat_template = {};
+  /// Where it is computed: cpu; cuda or cuda:N, a GPU (unsupported or out_of_memory if that cannot be); auto:
+  /// a GPU if that can be, else the CPU. docs/cuda.md.
+  std::string device = "cpu";
 };
 
 /// An immutable loaded model; may be shared by sessions on several threads.

@@ -95,6 +95,7 @@ Command make_bench_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("bench", "Measure speed, beside llama.cpp in the same process");
   auto flags = std::make_shared<BenchFlags>();
   flags->model.add_to(*command);
+  flags->model.add_device_to(*command);
   command
       ->add_option("--context", flags->options.contexts,
                    "depths: tokens in the cache before decoding, e.g. 0,4096")

@@ -12,6 +12,7 @@
 #include "base/file.h"
 #include "base/utf8.h"
 #include "cli/output.h"
+#include "device/library.h"
 #include "peer/llama_peer.h"
 
 namespace narrows::cli {
@@ -72,6 +73,16 @@ void ModelFlags::add_to(CLI::App& app) {
       ->check(CLI::Range(0.0, 1e6));
 }
 
+void ModelFlags::add_device_to(CLI::App& app) {
+  const auto check = [](const std::string& text) { return device::parse_choice(text).status().message(); };
+  app.add_option("--device", device,
+                 "where it is computed: cpu, cuda or cuda:N (a GPU; needs libnarrows_cuda.so beside the "
+                 "program), auto (a GPU if that can be)")
+      ->type_name("WHERE")
+      ->capture_default_str()
+      ->check(CLI::Validator(check, ""));
+}
+
 void ModelFlags::add_template_to(CLI::App& app) {
   CLI::Option* source = app.add_option("--chat-template", template_source,
                                        "chat template in place of the file's: Jinja, or chatml")
@@ -111,9 +122,11 @@ Result<std::shared_ptr<const Model>> ModelFlags::load(
   Result<ChatTemplateOptions> chat = chat_template();
   if (!chat.ok()) return chat.status();
   options.rope = rope;
+  options.device = device;
   options.chat_template = std::move(*chat);
   Result<std::shared_ptr<const Model>> model = Model::load(path, options);
   if (!model.ok()) return model;
+  if (!(*model)->info().device.empty() && !warn) note("[on " + (*model)->info().device + "]");
   for (const std::string& warning : (*model)->info().warnings) {
     if (warn) {
       warn(warning);

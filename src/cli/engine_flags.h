@@ -17,6 +17,7 @@ namespace narrows::cli {
 struct ModelFlags {
   std::string path;
   std::optional<int64_t> memory_mb;
+  std::string device = "cpu";
   RopeOverrides rope;
   std::string template_source;
   std::string template_file;
@@ -24,6 +25,8 @@ struct ModelFlags {
 
   /// -m and the flags of RoPE.
   void add_to(CLI::App& app);
+  /// --device, for commands that compute.
+  void add_device_to(CLI::App& app);
   /// Those of the chat template, for commands that chat.
   void add_template_to(CLI::App& app);
   /// Limits the process's memory too. What the model warns of goes to standard error, or to `warn`.

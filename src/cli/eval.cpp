@@ -168,6 +168,7 @@ Command make_eval_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("eval", "Measure what a cache profile costs in quality");
   auto flags = std::make_shared<EvalFlags>();
   flags->model.add_to(*command);
+  flags->model.add_device_to(*command);
   command
       ->add_option("-f,--file", flags->file,
                    "text to measure on, or to hide needles in (UTF-8); or questions")

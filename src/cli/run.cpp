@@ -175,6 +175,7 @@ Command make_run_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("run", "Answer a question about long texts, or chat about them");
   auto flags = std::make_shared<RunFlags>();
   flags->model.add_to(*command);
+  flags->model.add_device_to(*command);
   flags->model.add_template_to(*command);
   command->add_option("-f,--file", flags->files, "text file to put before the question; may be given again")
       ->type_name("FILE")

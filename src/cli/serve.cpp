@@ -232,6 +232,7 @@ Command make_serve_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("serve", "Serve the model over HTTP, as OpenAI's API does");
   auto flags = std::make_shared<ServeFlags>();
   flags->model.add_to(*command);
+  flags->model.add_device_to(*command);
   flags->model.add_template_to(*command);
   command->add_option("--host", flags->http.host, "address to listen on")
       ->type_name("ADDRESS")

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "exec/cpu/cpu_executor.h"
+#include "exec/cuda/cuda_executor.h"
 
 namespace narrows {
 
@@ -18,6 +19,11 @@ Result<std::unique_ptr<Executor>> ExecutorPool::take(int n_threads) {
       idle_.erase(std::next(found).base());
       return taken;
     }
+  }
+  if (on_device_ != nullptr) {
+    Result<std::unique_ptr<CudaExecutor>> made = CudaExecutor::create(spec_, plan_, *on_device_, n_threads);
+    if (!made.ok()) return made.status();
+    return std::unique_ptr<Executor>(std::move(*made));
   }
   Result<std::unique_ptr<CpuExecutor>> made = CpuExecutor::create(spec_, plan_, n_threads);
   if (!made.ok()) return made.status();

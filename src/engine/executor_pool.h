@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "exec/cuda/cuda_weights.h"
 #include "exec/executor.h"
 #include "narrows/status.h"
 
@@ -15,6 +16,8 @@ class ExecutorPool {
  public:
   /// All outlive it.
   ExecutorPool(const ModelSpec& spec, const Plan& plan) : spec_(spec), plan_(plan) {}
+  /// The weights on a GPU, whose executors these are then; before any is taken. They outlive it.
+  void use(const CudaWeights* on_device) { on_device_ = on_device; }
 
   /// One that is idle, or a new one. out_of_memory: the system gives no more threads.
   Result<std::unique_ptr<Executor>> take(int n_threads);
@@ -24,6 +27,7 @@ class ExecutorPool {
  private:
   const ModelSpec& spec_;
   const Plan& plan_;
+  const CudaWeights* on_device_ = nullptr;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Executor>> idle_;
 };

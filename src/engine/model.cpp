@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "base/checksum.h"
+#include "device/library.h"
 #include "engine/model_parts.h"
 #include "gguf/gguf_file.h"
 #include "model/rope_override.h"
@@ -42,6 +43,24 @@ std::vector<std::string> warnings_about(const GgufFile& file) {
                     file.path()));
   }
   return all;
+}
+
+Result<std::shared_ptr<device::Device>> open_device(int index) {
+  Result<const device::Api*> api = device::load_library();
+  if (!api.ok()) return api.status();
+  return device::Device::open(**api, index);
+}
+
+/// Moves the weights to the device that was asked for, if it is not the CPU.
+Status place(const std::string& asked, ModelParts& parts, std::string& name) {
+  const Result<device::Choice> choice = device::parse_choice(asked);
+  if (!choice.ok()) return choice.status();
+  if (choice->kind == device::Choice::Kind::cpu) return {};
+  Result<std::shared_ptr<device::Device>> opened = open_device(choice->index);
+  Status status = opened.ok() ? parts.move_to(*opened) : opened.status();
+  if (!status.ok()) return choice->kind == device::Choice::Kind::automatic ? Status() : status;
+  name = fmt::format("cuda:{} ({})", choice->index, (*opened)->name());
+  return {};
 }
 
 }  // namespace
@@ -83,7 +102,9 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
 
   Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *spec, options);
   if (!weights.ok()) return weights.status();
-  model->parts = std::make_unique<const ModelParts>(std::move(*weights));
+  auto parts = std::make_unique<ModelParts>(std::move(*weights));
+  if (Status s = place(options.device, *parts, info.device); !s.ok()) return s;
+  model->parts = std::move(parts);
   Result<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::load(model->path, options.chat_template);
   if (!tokenizer.ok()) return tokenizer.status();
   model->tokenizer = std::move(*tokenizer);

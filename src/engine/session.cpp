@@ -81,7 +81,7 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
       [this](int64_t layer, std::vector<double>& w) {
         return value_weight(*parts_of(*model).weights, layer, w, &workers);
       },
-      options.segments);
+      options.segments, blocks_for(*model, options));
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   cache->use_workers(&workers);
@@ -91,6 +91,15 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   scratch = std::make_unique<StepScratch>(shapes, n_threads);
   own_logits.assign(static_cast<size_t>(spec.n_vocab), 0.0F);
   return {};
+}
+
+bool Session::Impl::lies_on_device(const Model& model, const SessionOptions& options) {
+  return parts_of(model).blocks != nullptr && options.kv.kind == KvKind::f16;
+}
+
+std::shared_ptr<BlockSequence> Session::Impl::blocks_for(const Model& model, const SessionOptions& options) {
+  if (!lies_on_device(model, options)) return nullptr;
+  return std::make_shared<BlockSequence>(parts_of(model).blocks);
 }
 
 Status Session::Impl::check_usable() const {
@@ -113,6 +122,12 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
   const Result<int> n_threads = threads_to_use(options.n_threads);
   if (!n_threads.ok()) return n_threads.status();
   if (Status s = check_prompt_options(options.prompt); !s.ok()) return s;
+  if (Impl::lies_on_device(*model, options) &&
+      (options.prompt.attention != PrefillAttention::automatic || options.prompt.mass < 1)) {
+    return Status(StatusCode::unsupported,
+                  "on a GPU a prompt with --kv f16 attends to all, in f16 with float32 sums: --attention and "
+                  "--prefill sparse are the CPU's; leave them out or take --device cpu");
+  }
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
     if (Status s = Impl::check_context(*model, options); !s.ok()) return s;
@@ -208,6 +223,7 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
     cache->layer(layer).read(first, n, k, v);
   };
   const int64_t n_past = cache->n_tokens();
+  if (sessions.size() == 1) hooks.blocks = cache->on_device();
   if (!in_segments(n_past)) return hooks;
   const int64_t last = goes_on ? n_past + n_new - kSegmentTokens : segment_end(options.kv, n_past + n_new);
   hooks.goes_on = goes_on;
@@ -243,8 +259,8 @@ void Session::Impl::keep_spare(int64_t n_new) {
   const bool has_windows = std::any_of(spec.layers.begin(), spec.layers.end(),
                                        [](const LayerSpec& l) { return l.attention.window > 0; });
   if (!in_segments(stripe_past) || stripe_past == 0 || (!begins_to_encode && !has_windows)) return;
-  Result<std::unique_ptr<KvCache>> made =
-      KvCache::create(kv_layers(spec, ropes), options.kv, nullptr, {}, options.segments);
+  Result<std::unique_ptr<KvCache>> made = KvCache::create(kv_layers(spec, ropes), options.kv, nullptr, {},
+                                                          options.segments, blocks_for(*model, options));
   if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);
 }
 

@@ -50,8 +50,9 @@ void set_memory_limit(int64_t bytes) { MemoryLedger::process().set_limit(bytes);
 bool Session::Impl::claim_cache(int64_t n_tokens) {
   const MemoryEstimate estimate = memory_estimate(*model, options, n_tokens, n_threads);
   const CacheStats now = cache->stats();
-  int64_t all = std::max(estimate.cache, now.bytes);
-  if (options.segments && now.n_tokens > 0 && now.bytes_pages == 0) {
+  // What lies on a GPU is no memory of this machine's.
+  int64_t all = cache->on_device() != nullptr ? now.bytes : std::max(estimate.cache, now.bytes);
+  if (cache->on_device() == nullptr && options.segments && now.n_tokens > 0 && now.bytes_pages == 0) {
     // Tokens of steps stay exact for longer than the layout says of a prompt of as many.
     all = std::max(all, kv_exact_bytes(kv_layers(parts_of(*model).spec()), options.kv, n_tokens));
   }
@@ -115,12 +116,16 @@ Status Session::Impl::claim_step() {
 
 Status Session::Impl::check_context(const Model& model, const SessionOptions& options) {
   const int64_t need = cache_bytes_estimate(model, options.kv, options.n_ctx, options.segments);
-  const int64_t have = MemoryLedger::process().free_bytes();
+  const bool on_device = lies_on_device(model, options);
+  const int64_t have =
+      on_device ? parts_of(model).on_device->device()->free_bytes() : MemoryLedger::process().free_bytes();
   if (need <= have) return {};
-  return {StatusCode::out_of_memory,
-          fmt::format("a cache of {} tokens with --kv {} needs {:.2f} GB and {:.2f} GB are free; lower --ctx "
-                      "or choose a smaller --kv profile",
-                      options.n_ctx, options.kv.name, gigabytes(need), gigabytes(have))};
+  return {
+      StatusCode::out_of_memory,
+      fmt::format("a cache of {} tokens with --kv {} needs {:.2f} GB and {:.2f} GB are free{}; lower --ctx "
+                  "or choose a smaller --kv profile",
+                  options.n_ctx, options.kv.name, gigabytes(need), gigabytes(have),
+                  on_device ? " on the GPU" : "")};
 }
 
 }  // namespace narrows

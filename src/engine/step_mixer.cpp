@@ -22,6 +22,14 @@ StepMixer::StepMixer(int max_sequences, int n_threads)
 
 void StepMixer::begin(std::span<const StepSequence> sequences) {
   sequences_ = sequences;
+  is_on_device_ = sequences.front().cache->on_device() != nullptr;
+  if (is_on_device_) {
+    rows_.clear();
+    for (const StepSequence& s : sequences) rows_.push_back({s.cache->on_device(), s.cache->n_tokens()});
+    return blocks_.begin_step(rows_, [this](int64_t row, const LayerPlan& l) -> const kernels::RopeTable& {
+      return sequences_[static_cast<size_t>(row)].cache->layer(l.index).rope();
+    });
+  }
   share_sequences();
 }
 
@@ -56,6 +64,14 @@ void StepMixer::share_sequences() {
   if (const int first = owner_[0]; first > 0) {
     for (int& o : owner_) o = o == first ? 0 : o == 0 ? first : o;
   }
+}
+
+void StepMixer::observe(std::function<void(int64_t layer, const DecodeStep&)> seen) {
+  seen_ = std::move(seen);
+  if (!seen_) return blocks_.observe({});
+  blocks_.observe([this](int64_t layer, const float* q, const float* k, const float* v, float* out) {
+    seen_(layer, DecodeStep{q, k, v, out, nullptr});  // models with sinks do not run there
+  });
 }
 
 DecodeStep StepMixer::step_of(const LayerPlan& layer, const MixRows& rows, int64_t sequence) {
@@ -117,10 +133,14 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
   if (seen_ && ith == 0) seen_(layer.index, step_of(layer, rows, 0));
 }
 
-void StepMixer::measure_from(int64_t now_ns) { sequences_[0].scratch->thread(0).clock.start(now_ns); }
+void StepMixer::measure_from(int64_t now_ns) {
+  if (is_on_device_) return Mixer::measure_from(now_ns);
+  sequences_[0].scratch->thread(0).clock.start(now_ns);
+}
 
 std::array<int64_t, 4> StepMixer::measured(int64_t now_ns) {
   static_assert(kAttentionStages == 4);
+  if (is_on_device_) return Mixer::measured(now_ns);
   return sequences_[0].scratch->thread(0).clock.stop(now_ns);
 }
 

@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "exec/cuda/block_mixer.h"
 #include "exec/executor.h"
 #include "kv/kv_cache.h"
 #include "kv/step/step_scratch.h"
@@ -26,18 +27,20 @@ class StepMixer final : public Mixer {
  public:
   StepMixer(int max_sequences, int n_threads);
 
-  /// The sequences of the next run, row i of which is sequence i's: max_sequences at most, whose step has
-  /// begun; their scratch is made for the executor's threads. A sequence's numbers are the same to the last
-  /// bit whatever the others are, and as many as they are, and with any number of threads.
+  /// The sequences of the next run, all of them with caches on a GPU or all on the host, row i of which is
+  /// sequence i's: max_sequences at most, whose step has begun; their scratch is made for the executor's
+  /// threads. A sequence's numbers are the same to the last bit whatever the others are, and as many as they
+  /// are, and with any number of threads.
   void begin(std::span<const StepSequence> sequences);
 
   void mix(const LayerPlan& layer, const MixRows& rows, Team& team) override;
+  DeviceMixer* on_device() override { return is_on_device_ ? &blocks_ : nullptr; }
   void measure_from(int64_t now_ns) override;
   std::array<int64_t, 4> measured(int64_t now_ns) override;
 
   /// Called on one thread with the first sequence's rows of each layer once they are mixed: for eval and
   /// tests. Empty: not.
-  void observe(std::function<void(int64_t layer, const DecodeStep&)> seen) { seen_ = std::move(seen); }
+  void observe(std::function<void(int64_t layer, const DecodeStep&)> seen);
 
  private:
   void share_sequences();
@@ -51,6 +54,9 @@ class StepMixer final : public Mixer {
   std::vector<int64_t> load_;  ///< [threads] tokens of their sequences
   int n_shared_ = 0;           ///< sequences that all threads attend for
   std::function<void(int64_t, const DecodeStep&)> seen_;
+  BlockMixer blocks_;  ///< of sequences whose caches are on a GPU
+  std::vector<BlockMixer::Row> rows_;
+  bool is_on_device_ = false;
 };
 
 }  // namespace narrows

@@ -16,6 +16,11 @@
 
 namespace narrows {
 
+class DeviceMixer;  // exec/cuda/device_mixer.h
+namespace device {
+class Stream;
+}
+
 /// One of the threads that work together on a stage.
 class Team {
  public:
@@ -51,6 +56,9 @@ class Mixer {
   /// last act, rows.out is complete from Run::from on. Throws nothing.
   virtual void mix(const LayerPlan& layer, const MixRows& rows, Team& team) = 0;
 
+  /// Not null: what the rows attend to is on the executor's device, and this works there in place of mix().
+  virtual DeviceMixer* on_device() { return nullptr; }
+
   /// Around mix(), on the first thread, while the executor measures: the time, and what of it went to the
   /// stages score, select, rebuild, attend.
   virtual void measure_from(int64_t now_ns) { begun_ns_ = now_ns; }
@@ -68,7 +76,7 @@ constexpr bool is_product(RunStage s) { return s < RunStage::score || s > RunSta
 
 struct Run {
   std::span<const LayerPlan> layers;
-  float* x = nullptr;  ///< [n, n_embd] residual stream, updated
+  float* x = nullptr;  ///< [n, n_embd] residual stream, updated (after all of the model's layers maybe not)
   int64_t n = 0;
   /// Rows before it end with the mix stage of the last layer: only their keys and values are wanted.
   int64_t from = 0;
@@ -77,6 +85,7 @@ struct Run {
   float* logits = nullptr;             ///< [n - from, n_vocab], of 64 rows at most
   /// Multiply by what load_layer() has loaded, which must be the (only) layer of the run. Logits are never.
   bool loaded = false;
+  float* x_on_device = nullptr;  ///< x in the memory of the executor's device, in place of it
 };
 
 class Executor : public Workers {
@@ -102,6 +111,9 @@ class Executor : public Workers {
   using Times = std::array<int64_t, kRunStages>;
   virtual void measure(bool on) = 0;
   virtual const Times& times() const = 0;
+
+  /// The order of a device's work; null: the executor is the CPU's.
+  virtual device::Stream* stream() { return nullptr; }
 };
 
 }  // namespace narrows

@@ -66,7 +66,8 @@ KvCounts count_tokens(const KvFamily& family, const KvProfile& profile, int64_t 
 Result<std::unique_ptr<KvCache>> KvCache::create(std::span<const KvLayerSpec> layers,
                                                  const KvProfile& profile,
                                                  std::shared_ptr<const BasisFile> basis,
-                                                 ValueWeightFn value_weight, bool segmented) {
+                                                 ValueWeightFn value_weight, bool segmented,
+                                                 std::shared_ptr<BlockSequence> on_device) {
   if (layers.empty()) return Status{StatusCode::invalid_argument, "a cache needs at least one layer"};
   for (const KvLayerSpec& layer : layers) {
     if (Status s = check_shape(layer); !s.ok()) return s;
@@ -75,12 +76,13 @@ Result<std::unique_ptr<KvCache>> KvCache::create(std::span<const KvLayerSpec> la
     std::unique_ptr<KvCache> cache(new KvCache());
     cache->profile_ = profile;
     cache->segmented_ = segmented;
+    cache->on_device_ = std::move(on_device);
     const WindowPlan plan =
         segmented ? segmented_plan(profile, most_width(layers), basis != nullptr) : window_plan(profile);
     const auto n_layer = static_cast<int64_t>(layers.size());
     for (int64_t i = 0; i < n_layer; ++i) {
       const KvLayerSpec& spec = layers[static_cast<size_t>(i)];
-      const KvOrder order{i, spec, profile, plan, basis, value_weight, cache->layers_};
+      const KvOrder order{i, spec, profile, plan, basis, value_weight, cache->layers_, cache->on_device_};
       const KvFamily& family = family_of(profile, spec, i, n_layer);
       auto layer = family.make(order);
       if (!layer.ok()) return layer.status();

@@ -18,16 +18,19 @@ class KvCache {
   /// basis may be null: SALS layers then keep tokens exact until tokens_for_basis() of them are there,
   /// compute their own basis from tokens 4.. (the first few are attention sinks with outlying keys) and
   /// convert themselves. klt layers do the same; value_weight (may be empty for other profiles) serves them
-  /// then. segmented: as WindowPlan says, for all layers.
+  /// then. segmented: as WindowPlan says, for all layers. on_device: of a profile f16 alone.
   static Result<std::unique_ptr<KvCache>> create(std::span<const KvLayerSpec> layers,
                                                  const KvProfile& profile,
                                                  std::shared_ptr<const BasisFile> basis,
-                                                 ValueWeightFn value_weight, bool segmented = false);
+                                                 ValueWeightFn value_weight, bool segmented = false,
+                                                 std::shared_ptr<BlockSequence> on_device = nullptr);
 
   KvLayer& layer(int64_t i) { return *layers_[static_cast<size_t>(i)]; }
   const KvLayer& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
   int64_t n_layer() const { return static_cast<int64_t>(layers_.size()); }
   const KvProfile& profile() const { return profile_; }
+  /// The tokens of all layers on a GPU; null: they are the host's.
+  BlockSequence* on_device() const { return on_device_.get(); }
   int64_t n_tokens() const { return layers_.front()->n_tokens(); }
   CacheStats stats() const;
   /// Of stats().bytes those that the memory ledger knows of already.
@@ -43,6 +46,7 @@ class KvCache {
   Status share(const KvCache& from, int64_t n);
 
  private:
+  std::shared_ptr<BlockSequence> on_device_;
   KvProfile profile_;
   bool segmented_ = false;
   std::vector<std::unique_ptr<KvLayer>> layers_;

@@ -14,6 +14,8 @@
 
 namespace narrows {
 
+class BlockSequence;  // kv/f16/cuda/block_pool.h
+
 /// What a cache must know of a layer of the model.
 struct KvLayerSpec {
   AttentionShape shape;
@@ -30,6 +32,7 @@ struct KvOrder {
   const std::shared_ptr<const BasisFile>& basis;  ///< may be null
   const ValueWeightFn& value_weight;
   std::span<const std::unique_ptr<KvLayer>> made;  ///< the layers before it
+  const std::shared_ptr<BlockSequence>& on_device;  ///< where exact tokens go; null: to the host's memory
 };
 
 /// Tokens of a layer, by where they are.

@@ -14,6 +14,7 @@
 #include "base/guarded.h"
 #include "base/part.h"
 #include "exec/cpu/cpu_executor.h"
+#include "exec/cuda/block_mixer.h"
 #include "kernels/ops.h"
 #include "prompt/attention.h"
 
@@ -27,6 +28,8 @@ using kernels::kPrefillTile;
 /// activations stay below some tens of MB. Whole tiles: a tile is packed when all of its keys are there.
 constexpr int64_t kChunk = 512;
 static_assert(kChunk % kPrefillTile == 0);
+/// The same on a GPU, whose activations are in its own memory.
+constexpr int64_t kDeviceChunk = 2048;
 /// Shorter prompts are multiplied out of the packed weights: unpacking them would cost more than it saves
 /// (docs/experiments.md).
 constexpr int64_t kBf16Rows = 96;
@@ -43,6 +46,8 @@ bool long_enough(PrefillProducts how, int64_t n) {
 /// Everything that lives for one run. D = n_head_kv * head_dim, of the largest layer where it is a size.
 /// `tail`: tokens of the cache that share a tile with the first new one.
 struct Prefill::LayerBuffers {
+  /// Of a prompt that is read on a device: nothing is the host's.
+  LayerBuffers(int64_t n_new, int64_t past) : n(n_new), n_past(past), tail(0) {}
   LayerBuffers(const ModelSpec& spec, int64_t n_new, int64_t past, bool wants_queries)
       : n(n_new),
         n_past(past),
@@ -71,6 +76,8 @@ struct Prefill::LayerBuffers {
   AlignedArray<float> q_raw;      ///< the same before RoPE, if somebody wants them
   std::optional<PromptAttention> attention;  ///< of the layer's sizes
   AttentionSizes sizes;                      ///< those
+  device::Buffer hidden_on_device;           ///< [n, n_embd] residual stream of a prompt that is read there
+  BlockMixer mixer;                          ///< its attention
 
   int64_t layer = 0;
   int64_t next = 0;           ///< first token of the layer that is not computed yet
@@ -159,6 +166,17 @@ class Prefill::ChunkMixer final : public Mixer {
   FirstError error_;
 };
 
+/// Attention of one chunk where the cache is on the executor's device.
+class Prefill::DeviceChunkMixer final : public Mixer {
+ public:
+  explicit DeviceChunkMixer(BlockMixer& blocks) : blocks_(blocks) {}
+  void mix(const LayerPlan& /*layer*/, const MixRows& /*rows*/, Team& /*team*/) override {}
+  DeviceMixer* on_device() override { return &blocks_; }
+
+ private:
+  BlockMixer& blocks_;
+};
+
 Prefill::Prefill(const ModelWeights& weights, const Plan& plan, std::span<const kernels::RopeTable> ropes,
                  Executor& executor, const PromptOptions& options)
     : weights_(weights), plan_(plan), ropes_(ropes), executor_(executor), options_(options) {}
@@ -230,18 +248,19 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
   // Of the last layer only the last row is wanted, and keys and values.
   const bool last_layer = &layer == &plan_.layers.back(), gives_logits = last_layer && first + n == b.n;
   const int64_t from = gives_logits ? n - 1 : last_layer ? n : 0;
-  ChunkMixer mixer(b, ropes_[static_cast<size_t>(a.rope)], first, n, from);
   Run run;
   run.layers = {&layer, 1};
-  run.x = b.hidden.data() + first * weights_.spec().n_embd;
   run.n = n;
   run.from = from;
-  run.mixer = &mixer;
   run.loaded = loads(b.layer);
   if (gives_logits) {
     run.output = &plan_.output;
     run.logits = logits_;
   }
+  if (hooks_.blocks != nullptr) return run_chunk_on_device(run, first);
+  ChunkMixer mixer(b, ropes_[static_cast<size_t>(a.rope)], first, n, from);
+  run.x = b.hidden.data() + first * weights_.spec().n_embd;
+  run.mixer = &mixer;
   Status status = executor_.run(run);
   if (Status s = mixer.take_error(); status.ok()) status = std::move(s);
   if (status.ok() && from < n && !b.attention->finite()) {
@@ -252,6 +271,42 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
   }
   if (status.ok() && hooks_.queries) hooks_.queries(b.layer, b.q_raw.data(), n);
   return status;
+}
+
+int64_t Prefill::chunk_tokens() const { return hooks_.blocks != nullptr ? kDeviceChunk : kChunk; }
+
+Status Prefill::begin_on_device(std::span<const Token> tokens) {
+  LayerBuffers& b = *buffers_;
+  const int64_t d = weights_.spec().n_embd, n = chunk_tokens();
+  if (Status s = hooks_.blocks->reserve(b.n_past, b.n_past + b.n); !s.ok()) return s;
+  device::Stream& stream = *executor_.stream();
+  if (Status s = stream.device().grow(b.hidden_on_device, b.n * d * static_cast<int64_t>(sizeof(float)),
+                                      "the prompt's activations");
+      !s.ok())
+    return s;
+  AlignedArray<float> rows(std::min(n, b.n) * d);
+  if (!rows.ok()) return no_room();
+  for (int64_t first = 0; first < b.n; first += n) {
+    const int64_t m = std::min(n, b.n - first);
+    const auto part = tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(m));
+    if (Status s = weights_.embed(part, rows.data()); !s.ok()) return s;
+    stream.upload(b.hidden_on_device.data<float>() + first * d, rows.data(),
+                  m * d * static_cast<int64_t>(sizeof(float)));
+  }
+  stream.wait();
+  return stream.take_error();
+}
+
+Status Prefill::run_chunk_on_device(Run run, int64_t first) {
+  LayerBuffers& b = *buffers_;
+  b.mixer.begin_prompt(*hooks_.blocks, b.position(first), run.n,
+                       [this](int64_t /*row*/, const LayerPlan& l) -> const kernels::RopeTable& {
+                         return ropes_[static_cast<size_t>(l.mix.attention.rope)];
+                       });
+  DeviceChunkMixer mixer(b.mixer);
+  run.x_on_device = b.hidden_on_device.data<float>() + first * weights_.spec().n_embd;
+  run.mixer = &mixer;
+  return executor_.run(run);
 }
 
 /// Tokens [from, to) of the cache, as far as a query at `to` or later sees them, into tiles: whole ones are
@@ -283,9 +338,15 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   const auto n = static_cast<int64_t>(tokens.size());
   hooks_ = std::move(hooks);
   logits_ = logits;
-  buffers_ = std::make_unique<LayerBuffers>(weights_.spec(), n, n_past, static_cast<bool>(hooks_.queries));
-  Status status = buffers_->ok() ? make_attention() : no_room();
-  if (status.ok()) status = weights_.embed(tokens, buffers_->hidden.data());
+  Status status;
+  if (hooks_.blocks != nullptr) {
+    buffers_ = std::make_unique<LayerBuffers>(n, n_past);
+    status = begin_on_device(tokens);
+  } else {
+    buffers_ = std::make_unique<LayerBuffers>(weights_.spec(), n, n_past, static_cast<bool>(hooks_.queries));
+    status = buffers_->ok() ? make_attention() : no_room();
+    if (status.ok()) status = weights_.embed(tokens, buffers_->hidden.data());
+  }
   if (!status.ok()) buffers_.reset();
   return status;
 }
@@ -318,29 +379,33 @@ void Prefill::count_tiles() {
 
 Status Prefill::open_layer() {
   const LayerPlan& layer = plan_.layers[static_cast<size_t>(buffers_->layer)];
-  if (Status s = make_attention(); !s.ok()) return s;
+  const bool on_host = hooks_.blocks == nullptr;
+  if (on_host) {
+    if (Status s = make_attention(); !s.ok()) return s;
+  }
   const bool loaded = loads(layer.index);
-  if (Status s = executor_.reserve(std::min(buffers_->n, kChunk), loaded); !s.ok()) return s;
+  if (Status s = executor_.reserve(std::min(buffers_->n, chunk_tokens()), loaded); !s.ok()) return s;
   if (loaded) {
     if (Status s = executor_.load_layer(layer); !s.ok()) return s;
   }
-  pack_past(0, buffers_->n_past);
+  if (on_host) pack_past(0, buffers_->n_past);
   return {};
 }
 
 Status Prefill::close_segment() {
   LayerBuffers& b = *buffers_;
   const int64_t width = attention().width_kv();
-  Status status =
-      hooks_.layer_done(b.layer, b.k_raw.data() + b.segment_begin * width,
-                        b.v.data() + (b.tail + b.segment_begin) * width, b.next - b.segment_begin);
+  const bool on_host = hooks_.blocks == nullptr;
+  Status status = hooks_.layer_done(b.layer, on_host ? b.k_raw.data() + b.segment_begin * width : nullptr,
+                                    on_host ? b.v.data() + (b.tail + b.segment_begin) * width : nullptr,
+                                    b.next - b.segment_begin);
   const bool ends = b.next == b.n;
   if (status.ok() && hooks_.seal && (!ends || hooks_.goes_on)) {
     // The segment itself is always read back: what the cache holds of it is rounded at the least.
     const int64_t begin = b.n_past + b.segment_begin;
     int64_t changed_from = begin;
     status = hooks_.seal(b.layer, &changed_from);
-    if (status.ok() && !ends) pack_past(std::min(changed_from, begin), b.n_past + b.next);
+    if (status.ok() && !ends && on_host) pack_past(std::min(changed_from, begin), b.n_past + b.next);
   }
   if (!status.ok()) return {status.code(), fmt::format("layer {}: {}", b.layer, status.message())};
   b.segment_begin = b.next;
@@ -362,7 +427,7 @@ Status Prefill::step() {
     if (Status s = open_layer(); !s.ok()) return s;
   }
   const int64_t end = b.segment_end(hooks_);
-  const int64_t n = std::min(kChunk - (b.n_past + b.next) % kPrefillTile, end - b.next);
+  const int64_t n = std::min(chunk_tokens() - (b.n_past + b.next) % kPrefillTile, end - b.next);
   if (Status s = run_chunk(b.next, n); !s.ok()) return s;
   b.next += n;
   return b.next == end ? close_segment() : Status();

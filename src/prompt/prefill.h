@@ -17,6 +17,8 @@
 
 namespace narrows {
 
+class BlockSequence;  // kv/f16/cuda/block_pool.h
+
 /// D = n_head_kv * head_dim of the layer.
 struct PrefillHooks {
   /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May
@@ -35,6 +37,9 @@ struct PrefillHooks {
   bool goes_on = false;
   /// Rotated keys and values of tokens [first, first + n) that the cache held before, [n, D] each.
   std::function<void(int64_t layer, int64_t first, int64_t n, float* k, float* v)> read_past;
+  /// Where the cache keeps its tokens on the executor's device; then the prompt is read there, keys and
+  /// values are written into it, and layer_done gets null for them. Null: the cache is the host's.
+  BlockSequence* blocks = nullptr;
 };
 
 class Prefill {
@@ -73,10 +78,14 @@ class Prefill {
  private:
   struct LayerBuffers;
   class ChunkMixer;
+  class DeviceChunkMixer;
   const AttentionSpec& attention() const;
   bool loads(int64_t layer) const;
   void pack_past(int64_t from, int64_t to);
+  int64_t chunk_tokens() const;
+  Status begin_on_device(std::span<const Token> tokens);
   Status run_chunk(int64_t first, int64_t n);
+  Status run_chunk_on_device(Run run, int64_t first);
   Status open_layer();
   Status make_attention();
   void count_tiles();

@@ -1,3 +1,4 @@
+#include "kv/f16/cuda/cuda_f16_layer.h"
 #include "kv/f16/f16_layer.h"
 #include "kv/profiles.h"
 
@@ -8,6 +9,10 @@ const KvFamily f16_family = {
     .unit = 0,
     .tokens_for_codec = nullptr,
     .make = [](const KvOrder& order) -> Result<std::unique_ptr<KvLayer>> {
+      if (order.on_device != nullptr) {
+        return std::unique_ptr<KvLayer>(
+            std::make_unique<CudaF16Layer>(order.spec.shape, order.spec.rope, order.index, order.on_device));
+      }
       return std::unique_ptr<KvLayer>(std::make_unique<F16Layer>(order.spec.shape, order.spec.rope));
     },
     .bytes = [](const KvProfile&, const KvLayerSpec& layer,

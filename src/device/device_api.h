@@ -1,0 +1,175 @@
+// What the program and libnarrows_cuda.so say to each other: a table of functions over device memory, found
+// by name when the library is loaded. Plain structs and numbers; no CUDA type. The library's operators of
+// attention over caches are beside it, in narrows/cuda_ops.h. Every function makes `device` the calling
+// thread's; it does not throw, and what it launches goes to the stream given and is not waited for unless it
+// says so. Results: 0, or a code whose sentence error() has. Row-major, fastest dimension last.
+#pragma once
+
+#include <cstdint>
+
+#include "narrows/cuda_ops.h"
+
+namespace narrows::device {
+
+/// Of this header: a program and a library that were built of different ones do not go together.
+inline constexpr int kApiVersion = 1;
+inline constexpr const char* kApiSymbol = "narrows_cuda_device_api";
+
+/// Tokens of a block of a cache on the device: f16 keys, rotated, [n_head_kv][64][head_dim], then values.
+inline constexpr int64_t kBlockTokens = 64;
+
+struct Info {
+  char name[128];
+  int32_t major, minor;  ///< compute capability
+  int64_t total_bytes, free_bytes;
+};
+
+/// A matrix [n_out, n_in]; form: a kernels::Packing (its tiles), or one of those below, then rows.
+inline constexpr int32_t kRowsF32 = 100, kRowsF16 = 101, kRowsBf16 = 102;
+struct Weights {
+  const void* data;
+  int32_t form;
+  int64_t n_in, n_out;
+};
+
+enum Gate : int32_t { kNoGate = 0, kSilu = 1, kGelu = 2 };
+
+/// Where input i of a row of `width` is among its codes: groups of 32 inputs stand eight at a time, and of
+/// these the words (four inputs) that go with words w and 4 + w of a tile's group stand together, for w = 0
+/// .. 3.
+constexpr int64_t code_at(int64_t i, int64_t width) {
+  const int64_t unit = i / 256, groups = width / 32 - 8 * unit < 8 ? width / 32 - 8 * unit : 8;
+  const int64_t g = i / 32 % 8, k = i % 32;
+  return unit * 256 + (k % 16 / 4 * groups + g) * 8 + k / 16 * 4 + k % 4;
+}
+
+/// Rows of inputs in the forms that products take: of x [n, ldx] normed (norm null: as they are), or of
+/// gate(x) * up. Outputs [n, width] each, null where not wanted; code and scale: rounded to bytes in groups
+/// of 32 as kernels::ref::round_rows does it, a row's in the order of code_at(), scale [n, width / 32].
+struct PrepareArgs {
+  const void* x;
+  int32_t x_is_f16;
+  int32_t gate;
+  int64_t ldx;
+  const float* up;
+  int64_t ld_up;
+  const float* norm;
+  float eps;
+  int64_t n, width;
+  float* f32;
+  void* bf16;
+  int8_t* code;
+  float* scale;
+};
+
+/// y [n, ldy] (+)= w x + bias, a row's numbers whatever the other rows are. Tiles take code and scale, rows
+/// take f32.
+struct MultiplyArgs {
+  Weights w;
+  const int8_t* code;
+  const float* scale;
+  const float* f32;
+  int64_t n;
+  const float* bias;
+  float* y;
+  int64_t ldy;
+  int32_t accumulate;
+};
+
+/// The same for many rows, of bf16 x [n, n_in] and a matrix [n_out, n_in] that unpack() made bf16; n_in is a
+/// multiple of 32.
+struct GemmArgs {
+  const void* x;
+  const void* w;
+  int64_t n, n_in, n_out;
+  const float* bias;
+  float* y;
+  int64_t ldy;
+  int32_t accumulate;
+};
+
+/// x [n, width] += factor * norm(y).
+struct AddArgs {
+  float* x;
+  const float* y;
+  const float* norm;
+  float eps, factor;
+  int64_t n, width;
+};
+
+/// `runs` runs of `width` numbers of each row are normed in place.
+struct HeadNormArgs {
+  float* x;
+  int64_t ld, n, runs, width;
+  const float* norm;
+  float eps;
+};
+
+/// Rotates q and k of n rows (row r at r * ld) and stores keys and values where the cache has them: row r is
+/// token position[r] of sequence[r] (null: all of the first), whose block b is table[sequence * ld_table + b]
+/// of the pool. angles [n, n_rot / 2, 2]: cosine, sine. factor [n] or null: on queries. q_out f16 [n, n_head,
+/// head_dim]. bad [n] becomes 1 for a row whose key or value half precision cannot hold.
+struct StoreArgs {
+  const float *q, *k, *v;
+  int64_t ld, n;
+  int32_t n_head, n_head_kv, head_dim, n_rot;
+  const float* angles;
+  const float* factor;
+  void* q_out;
+  void* pool;
+  const int32_t* table;
+  int64_t ld_table;
+  const int32_t* sequence;
+  const int32_t* position;
+  int32_t* bad;
+};
+
+/// Attention of n rows of one sequence, positions first .. first + n - 1, each to all tokens up to its own,
+/// or the last `window` of them (0: all). q, out f16 [n, n_head, head_dim]; head_dim 64 or 128.
+struct PromptArgs {
+  const void* q;
+  void* out;
+  const void* pool;
+  const int32_t* table;
+  int32_t n_head, n_head_kv, head_dim, window;
+  int64_t first, n;
+  float scale;
+};
+
+struct Api {
+  int version;
+  /// The sentence of this thread's last failure; never null.
+  const char* (*error)();
+  /// Cards; the CUDA version that the driver knows (0: there is no driver) and the library's own, 1000 major
+  /// + 10 minor. With a driver of an older major there are none.
+  int (*count)(int* n, int* driver, int* needed);
+  /// Fails if the library has no machine code for the card.
+  int (*info)(int device, Info* info);
+  /// 0 with *p = null: there is no room.
+  int (*allocate)(int device, int64_t bytes, void** p);
+  void (*release)(int device, void* p);
+  int (*make_stream)(int device, void** stream);
+  void (*end_stream)(int device, void* stream);
+  /// In the stream's order; host memory is free again, or holds what was asked for, when they return.
+  int (*upload)(int device, void* to, const void* from, int64_t bytes, void* stream);
+  int (*download)(int device, void* to, const void* from, int64_t bytes, void* stream);
+  int (*copy)(int device, void* to, const void* from, int64_t bytes, void* stream);
+  int (*fill)(int device, void* to, int byte, int64_t bytes, void* stream);
+  int (*wait)(int device, void* stream);
+
+  int (*prepare)(int device, const PrepareArgs*, void* stream);
+  int (*multiply)(int device, const MultiplyArgs*, void* stream);
+  int (*unpack)(int device, const Weights*, void* bf16, void* stream);
+  int (*gemm)(int device, const GemmArgs*, void* stream);
+  int (*add)(int device, const AddArgs*, void* stream);
+  int (*head_norm)(int device, const HeadNormArgs*, void* stream);
+  int (*store)(int device, const StoreArgs*, void* stream);
+  int (*prompt)(int device, const PromptArgs*, void* stream);
+  int (*f16_workspace)(int device, const narrows_cuda_f16_args*, size_t* bytes);
+  int (*f16_decode)(int device, const narrows_cuda_f16_args*, void* workspace, size_t bytes, void* stream);
+};
+
+/// What the library exports as kApiSymbol.
+using ApiFunction = const Api*();
+
+}  // namespace narrows::device
