@@ -93,15 +93,6 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   return {};
 }
 
-bool Session::Impl::lies_on_device(const Model& model, const SessionOptions& options) {
-  return parts_of(model).blocks != nullptr && options.kv.kind == KvKind::f16;
-}
-
-std::shared_ptr<BlockSequence> Session::Impl::blocks_for(const Model& model, const SessionOptions& options) {
-  if (!lies_on_device(model, options)) return nullptr;
-  return std::make_shared<BlockSequence>(parts_of(model).blocks);
-}
-
 Status Session::Impl::check_usable() const {
   if (prefill != nullptr) return {StatusCode::internal, "the session is still reading a prompt"};
   if (!broken) return {};
@@ -122,12 +113,7 @@ Result<std::unique_ptr<Session>> Session::create(std::shared_ptr<const Model> mo
   const Result<int> n_threads = threads_to_use(options.n_threads);
   if (!n_threads.ok()) return n_threads.status();
   if (Status s = check_prompt_options(options.prompt); !s.ok()) return s;
-  if (Impl::lies_on_device(*model, options) &&
-      (options.prompt.attention != PrefillAttention::automatic || options.prompt.mass < 1)) {
-    return Status(StatusCode::unsupported,
-                  "on a GPU a prompt with --kv f16 attends to all, in f16 with float32 sums: --attention and "
-                  "--prefill sparse are the CPU's; leave them out or take --device cpu");
-  }
+  if (Status s = Impl::check_device(*model, options); !s.ok()) return s;
   const int64_t n_ctx = options.n_ctx > 0 ? options.n_ctx : info.n_ctx_train;
   if (options.n_ctx > 0) {
     if (Status s = Impl::check_context(*model, options); !s.ok()) return s;

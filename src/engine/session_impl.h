@@ -38,6 +38,8 @@ class Session::Impl {
   /// out_of_memory if a context that was asked for cannot fit as a whole; the model's own, often huge, is
   /// only a limit.
   static Status check_context(const Model& model, const SessionOptions& options);
+  /// unsupported: what is asked of prompts is the CPU's.
+  static Status check_device(const Model& model, const SessionOptions& options);
   /// True if such a session's cache lies on the GPU that the model is on.
   static bool lies_on_device(const Model& model, const SessionOptions& options);
   /// What it lies in; null: in the host's memory.

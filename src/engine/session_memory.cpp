@@ -47,6 +47,25 @@ MemoryStats memory_stats() {
 
 void set_memory_limit(int64_t bytes) { MemoryLedger::process().set_limit(bytes); }
 
+bool Session::Impl::lies_on_device(const Model& model, const SessionOptions& options) {
+  return parts_of(model).blocks != nullptr && options.kv.kind == KvKind::f16;
+}
+
+std::shared_ptr<BlockSequence> Session::Impl::blocks_for(const Model& model, const SessionOptions& options) {
+  if (!lies_on_device(model, options)) return nullptr;
+  return std::make_shared<BlockSequence>(parts_of(model).blocks);
+}
+
+Status Session::Impl::check_device(const Model& model, const SessionOptions& options) {
+  if (!lies_on_device(model, options) ||
+      (options.prompt.attention == PrefillAttention::automatic && options.prompt.mass == 1))
+    return {};
+  return {
+      StatusCode::unsupported,
+      "on a GPU a prompt with --kv f16 attends to all, in f16 with float32 sums: --attention and --prefill "
+      "sparse are the CPU's; leave them out or take --device cpu"};
+}
+
 bool Session::Impl::claim_cache(int64_t n_tokens) {
   const MemoryEstimate estimate = memory_estimate(*model, options, n_tokens, n_threads);
   const CacheStats now = cache->stats();

@@ -128,6 +128,8 @@ TEST(BadInput, ImpossibleNumbers) {
     expect_refusal(run_with({"--threads", value}), 2, {"--threads"});
   for (const char* value : {"0", "-1", "1.5", "9999999999"})
     expect_refusal(run_with({"--memory-mb", value}), 2, {"--memory-mb", "from 1"});
+  for (const char* value : {"gpu", "CUDA", "cuda:", "cuda:-1", "cuda:1x"})
+    expect_refusal(run_with({"--device", value}), 2, {"--device", "cuda:N", "auto"});
   for (const char* value : {"-1", "4294967295", "x"})
     expect_refusal(run_with({"--seed", value}), 2, {"--seed"});
   for (const char* value : {"-0.5", "nan", "inf", "hot", "1e-9"})

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "device/host_device.h"
+#include "device/library.h"
 #include "engine/model_parts.h"
 #include "narrows/session_file.h"
 #include "support/session.h"
@@ -266,6 +267,20 @@ TEST_F(OnDevice, ACardThatGoesAwayIsASentence) {
     EXPECT_NE(s.message().find("the card does not answer"), std::string::npos) << i << ": " << s.message();
     EXPECT_EQ(host_device().allocated, 0) << i;
   }
+}
+
+TEST(WithoutADevice, AutoIsTheCpuAndCudaASentence) {
+  if (device::load_library().ok()) GTEST_SKIP() << "a library for GPUs is installed here";
+  const TempDir dir;
+  const std::string path = TinyModel().write(dir.path("tiny.gguf"));
+  const auto model = Model::load(path, on("auto"));
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  EXPECT_EQ((*model)->info().device, "");
+  const Status s = Model::load(path, on("cuda")).status();
+  EXPECT_EQ(s.code(), StatusCode::unsupported);
+  EXPECT_NE(s.message().find("there is no libnarrows_cuda.so beside the program"), std::string::npos)
+      << s.message();
+  EXPECT_EQ(Model::load(path, on("gpu")).status().code(), StatusCode::invalid_argument);
 }
 
 TEST_F(OnDevice, AModelTooLargeIsRefusedWithBothFigures) {
