@@ -81,19 +81,21 @@ def test_page_needs_nothing_from_elsewhere(server):
     assert status == 200
     _, js = server.get("/chat.js")
     _, css = server.get("/chat.css")
-    for text in (html, js, css):
+    scripts = [js, server.get("/markdown.js")[1], server.get("/store.js")[1]]
+    for text in (html, css, *scripts):
         assert "http://" not in text and "https://" not in text
-    assert "innerHTML" not in js
+    for script in scripts:
+        assert len(script) > 500 and "innerHTML" not in script
 
 
-# docs/server_api.md: "no such path, method of it, or slot"
+# docs/server_api.md: "no such path or slot"
 def test_unknown_path_and_method(server):
     status, reply = server.get("/v2/models")
     assert (status, reply["error"]["code"]) == (404, 404)
     status, reply = server.request("DELETE", "/v1/models")
-    assert status == 404
+    assert (status, reply["error"]["code"]) == (405, 405)
     status, reply = server.get("/v1/chat/completions")
-    assert status == 404
+    assert status == 405
 
 
 def test_wrong_command_lines_exit_with_2(tmp_path):

@@ -175,14 +175,14 @@ def test_fields_of_progress(server):
         assert set(e["narrows"]["progress"]) == {"index", "prompt_tokens", "cached_tokens", "processed_tokens", "seconds"}
 
 
-# docs/server_api.md: "no JSON, a field that is wrong (param)"; "the slot is at work"; "no such path, method of it, or slot"
+# docs/server_api.md: "no JSON, a field that is wrong (param)"; "the slot is at work"; "no such path or slot"
 # docs/server_api.md: "{error: {message, type, param, code}}"
 def test_errors_have_one_shape(server):
     server.wait_until_idle(60)
     stream = server.begin_stream("Tell me a story.", max_tokens=8000)
     busy = next(s["id"] for s in server.get("/slots")[1] if s["state"] != "idle")
     for answer, code, kind in ((server.post(CHAT, "{"), 400, "invalid_request_error"), (server.get("/nowhere"), 404, "not_found_error"),
-                               (server.request("PUT", CHAT, "{}"), 404, "not_found_error"),
+                               (server.request("PUT", CHAT, "{}"), 405, "invalid_request_error"),
                                (server.post("/slots/99?action=erase", {}), 404, "not_found_error"),
                                (server.post(f"/slots/{busy}?action=erase", {}), 409, "invalid_request_error")):
         assert answer[0] == code

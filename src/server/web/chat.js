@@ -409,10 +409,10 @@ async function saveSession(name) {
   try {
     const reply = await post("/slots/" + state.slot + "?action=save", { filename: name });
     localStorage.setItem("narrows-session-" + name, state.id);
-    at("session-text").textContent =
-      reply.n_saved + " tokens saved in " + reply.timings.save_ms.toFixed(0) + " ms, " + megabytes(reply.n_written);
     showError("");
     await listSessions();
+    at("session-text").textContent =
+      reply.n_saved + " tokens saved in " + reply.timings.save_ms.toFixed(0) + " ms, " + megabytes(reply.n_written);
   } catch (error) {
     showError(error.message);
   }

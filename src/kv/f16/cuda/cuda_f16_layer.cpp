@@ -1,6 +1,7 @@
 #include "kv/f16/cuda/cuda_f16_layer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kv/window/exact_store.h"
@@ -136,9 +137,10 @@ Status CudaF16Layer::load(SnapshotReader& in) {
   if (in.ok() && ceil_div(n, kBlockTokens) > static_cast<int64_t>(in.left() / bytes)) in.fail();
   if (!in.ok()) return not_a_layer(in);
   if (Status s = blocks_->reserve(0, n); !s.ok()) return s;
-  std::vector<f16_t> block(static_cast<size_t>(halves()));
+  std::vector<f16_t> block(static_cast<size_t>(halves())), saved(block.size());
   for (int64_t b = 0; b < ceil_div(n, kBlockTokens); ++b) {
-    transpose_keys(shape(), false, reinterpret_cast<const f16_t*>(in.take(bytes)), block.data());
+    std::memcpy(saved.data(), in.take(bytes), bytes);  // nothing of a file is aligned
+    transpose_keys(shape(), false, saved.data(), block.data());
     if (Status s = put(b, block.data()); !s.ok()) return s;
   }
   size_ = n;
