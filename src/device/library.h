@@ -1,5 +1,6 @@
-// libnarrows_cuda.so, found and checked at run time: beside the program, in cuda/ or ../lib beside it, or where the system
-// looks for libraries. A program without it, or on a machine without a driver, does all its work on the CPU.
+// libnarrows_cuda.so, found and checked at run time: beside the program, in cuda/ or ../lib beside it, or
+// where the system looks for libraries. A program without it, or on a machine without a driver, does all its
+// work on the CPU.
 #pragma once
 
 #include <string>

@@ -31,7 +31,7 @@ struct KvOrder {
   const WindowPlan& plan;
   const std::shared_ptr<const BasisFile>& basis;  ///< may be null
   const ValueWeightFn& value_weight;
-  std::span<const std::unique_ptr<KvLayer>> made;  ///< the layers before it
+  std::span<const std::unique_ptr<KvLayer>> made;   ///< the layers before it
   const std::shared_ptr<BlockSequence>& on_device;  ///< where exact tokens go; null: to the host's memory
 };
 

@@ -228,7 +228,8 @@ std::string compressed(const std::string& text, int window) {
   return out;
 }
 
-// docs/server_api.md: "A body may come with Content-Encoding: gzip or deflate"; "its bound is that of what it unpacks to"
+// docs/server_api.md: "A body may come with Content-Encoding: gzip or deflate"; "its bound is that of what it
+// unpacks to"
 TEST(Http, CompressedBodies) {
   HttpOptions http;
   http.max_body_bytes = 100'000;
