@@ -7,6 +7,7 @@
 #include <charconv>
 #include <climits>
 #include <mutex>
+#include <vector>
 
 namespace narrows::device {
 
@@ -25,12 +26,14 @@ std::string program_folder() {
 }
 
 Result<const Api*> open_library(const std::string& path) {
-  const std::string folder = program_folder();
+  std::vector<std::string> files;
+  if (!path.empty()) files.push_back(path);
+  if (const std::string folder = program_folder(); !folder.empty()) {
+    for (const char* place : {"/", "/cuda/", "/../lib/"}) files.push_back(folder + place + kFile);
+  }
+  files.emplace_back(kFile);
   std::string first_fault;
-  for (const std::string& file :
-       {path, folder.empty() ? folder : folder + "/" + kFile, folder + "/cuda/" + kFile,
-        folder + "/../lib/" + kFile, std::string(kFile)}) {
-    if (file.empty()) continue;
+  for (const std::string& file : files) {
     // Stays loaded: the driver has threads in it.
     void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {

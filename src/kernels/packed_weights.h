@@ -21,7 +21,7 @@
 //   q4_1, q5_1:       d, m.                         weight = d code + m
 //   q4_k, q5_k:       d, m, 192 bytes of 6-bit numbers s_g, t_g.  weight = d s_g code - m t_g
 //   q6_k:             d, then [8][2] int8 s.        weight = d s (code - 32), an s for 16 inputs
-//   iq4_nl:           d.                            weight = d (t[code] - 128), t: kCodeTable
+//   iq4_nl:           d.                            weight = d (t[code] - 128), t: code_table()
 //   mxfp4:            [16] bytes e.                 weight = 2^(e - 128) (t[code] - 16)
 #pragma once
 

@@ -3,6 +3,7 @@
 #include "sample/schema_pattern.h"
 
 #include <fmt/format.h>
+#include <unicode.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -66,7 +67,6 @@ class CharSet {
     return std::any_of(ranges_.begin(), ranges_.end(),
                        [c](const auto& r) { return r.first <= c && c <= r.second; });
   }
-  bool empty() const { return ranges_.empty(); }
   const std::vector<std::pair<uint32_t, uint32_t>>& ranges() const { return ranges_; }
 
  private:
@@ -167,7 +167,12 @@ class Pattern {
 
   Result<std::string> plain() {
     if (pattern_.size() > kMaxPattern) return refused(fmt::format("is longer than {} bytes", kMaxPattern));
-    if (!decode()) return refused("is no UTF-8");
+    if (find_invalid_utf8(pattern_) != std::string::npos) return refused("is no UTF-8");
+    for (size_t at = 0; at < pattern_.size();) {
+      const utf8_parse_result next = common_parse_utf8_codepoint(pattern_, at);
+      text_.push_back(next.codepoint);
+      at += next.bytes_consumed;
+    }
     std::vector<Alternative> all;
     if (!alternatives(0, all)) return status_;
     if (at_ < text_.size()) return refused("is no regular expression, a ) has no (");
@@ -198,24 +203,6 @@ class Pattern {
   }
 
   bool too_long() { return fail("is too long once its classes are written out"); }
-
-  bool decode() {
-    for (size_t i = 0; i < pattern_.size();) {
-      const auto lead = static_cast<unsigned char>(pattern_[i]);
-      const size_t n = lead < 0x80 ? 1 : lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : lead >= 0xC2 ? 2 : 0;
-      if (n == 0 || i + n > pattern_.size()) return false;
-      uint32_t c = n == 1 ? lead : lead & (0xFFU >> (n + 1));
-      for (size_t k = 1; k < n; ++k) {
-        const auto more = static_cast<unsigned char>(pattern_[i + k]);
-        if ((more & 0xC0U) != 0x80) return false;
-        c = c << 6U | (more & 0x3FU);
-      }
-      if (c > kLast) return false;
-      text_.push_back(c);
-      i += n;
-    }
-    return true;
-  }
 
   bool more() const { return at_ < text_.size(); }
   uint32_t peek(size_t ahead = 0) const { return at_ + ahead < text_.size() ? text_[at_ + ahead] : 0; }

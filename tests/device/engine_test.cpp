@@ -22,12 +22,6 @@ LoadOptions on(const char* device) {
   return options;
 }
 
-std::vector<Token> some_tokens(int64_t n) {
-  std::vector<Token> tokens;
-  for (int64_t i = 0; i < n; ++i) tokens.push_back(static_cast<Token>((i * i + 3 * i + 7) % 250));
-  return tokens;
-}
-
 /// Heads of 64, so that an f16 cache lies on the device.
 TinyModel wide_model() {
   TinyModel m;
@@ -44,7 +38,7 @@ const SessionSetup kOnDevice = {.prompt = {PrefillProducts::int8, PrefillAttenti
 using Rows = std::vector<std::vector<float>>;
 
 Rows answers(Session& s, int64_t n_prompt, int64_t n_step) {
-  const std::vector<Token> tokens = some_tokens(n_prompt + n_step);
+  const std::vector<Token> tokens = random_tokens(n_prompt + n_step);
   const auto all = std::span<const Token>(tokens);
   const Status prompt = s.prefill(all.first(static_cast<size_t>(n_prompt)));
   EXPECT_TRUE(prompt.ok()) << prompt.message();
@@ -136,11 +130,11 @@ TEST_F(OnDevice, ABatchGivesTheBitsOfSingleSteps) {
   for (const int64_t n : {3, 70, 130}) {
     for (auto* to : {&alone, &together}) {
       to->push_back(make_session(there.model, kOnDevice));
-      ASSERT_OK(to->back()->prefill(some_tokens(n)));
+      ASSERT_OK(to->back()->prefill(random_tokens(n)));
     }
     list.push_back(together.back().get());
   }
-  for (const Token t : some_tokens(5)) {
+  for (const Token t : random_tokens(5)) {
     const std::vector<Token> next(3, t);
     std::vector<Status> each(3);
     ASSERT_OK((*batch)->decode(list, next, each));
@@ -156,7 +150,7 @@ TEST_F(OnDevice, ItGoesBackAndSharesItsBeginning) {
   const LoadedTiny there(wide_model(), on("cuda"));
   const SessionSetup segments = {.prompt = kOnDevice.prompt, .segments = true};
   const auto a = make_session(there.model, segments), b = make_session(there.model, segments);
-  const std::vector<Token> tokens = some_tokens(700);
+  const std::vector<Token> tokens = random_tokens(700);
   const auto all = std::span<const Token>(tokens);
   ASSERT_OK(a->prefill(all));
   const Rows whole = {copy(a->logits())};
@@ -169,7 +163,7 @@ TEST_F(OnDevice, ItGoesBackAndSharesItsBeginning) {
   ASSERT_OK(a->decode(5));
   const auto before = copy(a->logits());
   EXPECT_EQ(a->go_back(kept), kept);
-  for (const Token t : some_tokens(40)) ASSERT_OK(b->decode(t));
+  for (const Token t : random_tokens(40)) ASSERT_OK(b->decode(t));
   ASSERT_OK(a->prefill(all.subspan(static_cast<size_t>(kept))));
   ASSERT_OK(a->decode(5));
   EXPECT_LT(max_difference(Rows{before}, Rows{copy(a->logits())}), kRounding);
@@ -179,7 +173,7 @@ TEST_F(OnDevice, SavedSessionsGoOnElsewhere) {
   const LoadedTiny here(wide_model()), there(wide_model(), on("cuda"));
   const TempDir dir;
   const std::string path = dir.path("a.session");
-  const std::vector<Token> tokens = some_tokens(150);
+  const std::vector<Token> tokens = random_tokens(150);
   for (const bool moves_there : {false, true}) {
     const auto& from = moves_there ? here.model : there.model;
     const auto& to = moves_there ? there.model : here.model;
@@ -201,9 +195,9 @@ TEST_F(OnDevice, ASessionThatTheCardLostIsNotSaved) {
   const TempDir dir;
   const std::string path = dir.path("a.session");
   const auto s = make_session(there.model, kOnDevice);
-  ASSERT_OK(s->prefill(some_tokens(20)));
+  ASSERT_OK(s->prefill(random_tokens(20)));
   host_device().breaking_call = host_device().n_call;
-  EXPECT_EQ(save_session(*s, some_tokens(20), path).code(), StatusCode::internal);
+  EXPECT_EQ(save_session(*s, random_tokens(20), path).code(), StatusCode::internal);
   EXPECT_NE(access(path.c_str(), F_OK), 0);
 }
 
@@ -217,7 +211,7 @@ TEST_F(OnDevice, AKeyThatHalfPrecisionCannotHoldIsNamed) {
   };
   const LoadedTiny there(m, on("cuda"));
   const auto s = make_session(there.model, kOnDevice);
-  const Status prompt = s->prefill(some_tokens(10));
+  const Status prompt = s->prefill(random_tokens(10));
   EXPECT_EQ(prompt.code(), StatusCode::non_finite) << prompt.message();
   EXPECT_NE(prompt.message().find("layer 1"), std::string::npos) << prompt.message();
 }
@@ -230,8 +224,8 @@ Status whole_run(const std::string& path) {
   options.n_threads = 1;
   auto session = Session::create(*model, options);
   if (!session.ok()) return session.status();
-  if (Status s = (*session)->prefill(some_tokens(120)); !s.ok()) return s;
-  for (const Token t : some_tokens(12)) {
+  if (Status s = (*session)->prefill(random_tokens(120)); !s.ok()) return s;
+  for (const Token t : random_tokens(12)) {
     if (Status s = (*session)->decode(t); !s.ok()) return s;
   }
   return {};

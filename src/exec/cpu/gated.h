@@ -9,9 +9,15 @@ namespace narrows {
 /// y [n] = activation(gate) * up; y may be either.
 inline auto gated_by(Activation activation) {
   const kernels::Ops& op = kernels::ops();
-  return activation == Activation::gelu      ? op.geglu
-         : activation == Activation::clamped ? op.swiglu_clamped
-                                             : op.swiglu;
+  switch (activation) {
+    case Activation::gelu:
+      return op.geglu;
+    case Activation::clamped:
+      return op.swiglu_clamped;
+    case Activation::silu:
+      break;
+  }
+  return op.swiglu;
 }
 
 }  // namespace narrows

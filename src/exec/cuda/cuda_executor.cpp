@@ -190,10 +190,14 @@ void CudaExecutor::add_product(const LayerPlan& plan, const CudaLinear& l, const
   stream_->op(&Api::add, a);
 }
 
+float* CudaExecutor::residual(const Run& run) {
+  return run.x_on_device != nullptr ? run.x_on_device : x_.data<float>();
+}
+
 void CudaExecutor::run_layer(const Run& run, const LayerPlan& plan, int64_t from) {
   const CudaLayer& c = weights_.layer(plan.index);
   const int64_t d = width_.embd, width_q = plan.mix.attention.width_q();
-  float* const all = run.x_on_device != nullptr ? run.x_on_device : x_.data<float>();
+  float* const all = residual(run);
   const bool loaded = run.loaded;
   int index = loaded ? 0 : -1;
   const auto next = [&] { return loaded ? index++ : -1; };
@@ -312,7 +316,7 @@ void CudaExecutor::mix_on_host(const Run& run, const LayerPlan& plan, int64_t fr
 
 void CudaExecutor::run_logits(const Run& run) {
   const int64_t n = run.n - run.from, d = width_.embd;
-  float* const all = run.x_on_device != nullptr ? run.x_on_device : x_.data<float>();
+  float* const all = residual(run);
   device::PrepareArgs norm{};
   norm.x = all + run.from * d;
   norm.ldx = norm.width = d;

@@ -52,6 +52,8 @@ class CudaExecutor final : public Executor {
   };
 
   CudaExecutor(const ModelSpec& spec, const Plan& plan, const CudaWeights& weights);
+  /// The rows of a run on the device.
+  float* residual(const Run& run);
   void run_layer(const Run& run, const LayerPlan& plan, int64_t from);
   void mix(const Run& run, const LayerPlan& plan, int64_t from);
   void mix_on_host(const Run& run, const LayerPlan& plan, int64_t from);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "gguf/key_reader.h"
 #include "model/spec.h"
@@ -25,6 +26,12 @@ enum class Experts { never, if_said, always };
 /// gated feed-forward or experts, their sizes by GGUF's usual keys. What a family does otherwise it changes
 /// in the result.
 Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts);
+
+/// A flag a layer: false for one in `period`, the last of each.
+std::vector<bool> all_but_one_in(int64_t period, int64_t n_layer);
+
+/// Layers that are flagged see a window, with the second of the spec's RoPEs.
+void set_windows(ModelSpec& spec, int64_t window, const std::vector<bool>& flagged);
 
 /// A RoPE that turns nothing, for layers that know no positions; its index among spec's.
 int64_t add_no_rope(ModelSpec& spec);

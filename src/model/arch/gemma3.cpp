@@ -24,16 +24,13 @@ Status read(KeyReader& keys, ModelSpec& spec) {
   // The 27B model scales by the width of a head that its embedding would give, not by the heads' own.
   const bool of_embedding = spec.n_layer() == 62;
   const int64_t scaled_by = of_embedding ? spec.n_embd / common.n_head : common.head_dim;
-  for (int64_t i = 0; i < spec.n_layer(); ++i) {
-    LayerSpec& layer = spec.layers[static_cast<size_t>(i)];
+  for (LayerSpec& layer : spec.layers) {
     layer.attention.qk_norm = true;
     layer.attention.scale = 1 / std::sqrt(static_cast<float>(scaled_by));
     layer.ffn.activation = Activation::gelu;
     layer.post_norms = true;
-    if (window == 0 || i % period == period - 1) continue;
-    layer.attention.window = window;
-    layer.attention.rope = 1;
   }
+  if (window > 0) set_windows(spec, window, all_but_one_in(period, spec.n_layer()));
   return {};
 }
 

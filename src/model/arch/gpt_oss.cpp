@@ -14,13 +14,9 @@ extern const Architecture gpt_oss_architecture = {
       local.freq_base = keys.real("rope.freq_base_swa", local.freq_base, 1e-3, 1e15);
       if (!keys.status().ok()) return keys.status();
       spec.ropes.push_back(std::move(local));
-      for (size_t i = 0; i < spec.layers.size(); ++i) {
-        LayerSpec& l = spec.layers[i];
+      set_windows(spec, window, all_but_one_in(period, spec.n_layer()));
+      for (LayerSpec& l : spec.layers) {
         l.attention.sinks = true;
-        if (static_cast<int64_t>(i) % period != period - 1) {
-          l.attention.window = window;
-          l.attention.rope = 1;
-        }
         l.ffn.activation = Activation::clamped;
         l.ffn_norm_is_post_attention = true;
       }

@@ -119,6 +119,20 @@ Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts) {
   return {};
 }
 
+std::vector<bool> all_but_one_in(int64_t period, int64_t n_layer) {
+  std::vector<bool> flags(static_cast<size_t>(n_layer));
+  for (int64_t i = 0; i < n_layer; ++i) flags[static_cast<size_t>(i)] = i % period != period - 1;
+  return flags;
+}
+
+void set_windows(ModelSpec& spec, int64_t window, const std::vector<bool>& flagged) {
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    if (!flagged[i]) continue;
+    spec.layers[i].attention.window = window;
+    spec.layers[i].attention.rope = 1;
+  }
+}
+
 int64_t add_no_rope(ModelSpec& spec) {
   kernels::RopeParams still;
   still.n_rot = spec.ropes.front().n_rot;

@@ -39,7 +39,7 @@ Status BlockPool::add_slab() {
   free_.reserve(numbers_.size() + kSlabBlocks);
   numbers_.reserve(numbers_.size() + kSlabBlocks);
   slabs_.reserve(slabs_.size() + 1);
-  Result<std::unique_ptr<device::Stream>> stream = device::Stream::create(device_);
+  Result<std::unique_ptr<device::Stream>> stream = make_stream();
   if (!stream.ok()) return stream.status();
   (*stream)->fill(at, 0xFF, bytes);
   (*stream)->wait();
@@ -58,8 +58,7 @@ Status BlockSequence::reserve(int64_t size, int64_t n) {
   if (size % device::kBlockTokens != 0 && blocks_[last].use_count() > 1) {
     Result<BlockPool::Block> own = pool_->take();
     if (!own.ok()) return own.status();
-    Result<std::unique_ptr<device::Stream>> stream =
-        device::Stream::create(pool_->device().shared_from_this());
+    Result<std::unique_ptr<device::Stream>> stream = pool_->make_stream();
     if (!stream.ok()) return stream.status();
     const int64_t bytes = pool_->block_bytes();
     for (int64_t i = 0; i < pool_->n_layer(); ++i)

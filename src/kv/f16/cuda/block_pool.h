@@ -34,6 +34,9 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   /// it is once a block has been taken.
   char* layer(int64_t i) const { return base_ + i * kSlabBlocks * block_bytes(); }
 
+  /// For work on blocks that is waited for.
+  Result<std::unique_ptr<device::Stream>> make_stream() const { return device::Stream::create(device_); }
+
   /// A block that is given back when nobody holds it.
   using Block = std::shared_ptr<const int32_t>;
   /// One that holds NaN in all layers, or what it held before; out_of_memory with the figures. Thread-safe.

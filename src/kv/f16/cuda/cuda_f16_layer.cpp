@@ -36,8 +36,7 @@ void transpose_keys(const AttentionShape& s, bool to_cpu, const f16_t* from, f16
 void CudaF16Layer::fetch(int64_t b, f16_t* to) const {
   const BlockPool& pool = blocks_->pool();
   const int64_t bytes = pool.block_bytes();
-  Result<std::unique_ptr<device::Stream>> stream =
-      device::Stream::create(blocks_->pool().device().shared_from_this());
+  Result<std::unique_ptr<device::Stream>> stream = pool.make_stream();
   if (stream.ok()) (*stream)->download(to, pool.layer(index_) + blocks_->block(b) * bytes, bytes);
   if (stream.ok() && (*stream)->ok()) return;
   blocks_->note_lost();
@@ -47,8 +46,7 @@ void CudaF16Layer::fetch(int64_t b, f16_t* to) const {
 Status CudaF16Layer::put(int64_t b, const f16_t* from) {
   const BlockPool& pool = blocks_->pool();
   const int64_t bytes = pool.block_bytes();
-  Result<std::unique_ptr<device::Stream>> stream =
-      device::Stream::create(blocks_->pool().device().shared_from_this());
+  Result<std::unique_ptr<device::Stream>> stream = pool.make_stream();
   if (!stream.ok()) return stream.status();
   (*stream)->upload(pool.layer(index_) + blocks_->block(b) * bytes, from, bytes);
   (*stream)->wait();
