@@ -14,6 +14,11 @@ if(NARROWS_WERROR)
   target_compile_options(narrows_warnings INTERFACE -Werror)
 endif()
 
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # GCC tidies its own memory less often: a tenth of the time of most files, for some 200 MB more while it compiles.
+  target_compile_options(narrows_warnings INTERFACE "SHELL:--param ggc-min-heapsize=400000" "SHELL:--param ggc-min-expand=400")
+endif()
+
 if(NARROWS_SANITIZE)
   set(flags -fsanitize=${NARROWS_SANITIZE} -fno-omit-frame-pointer)
   if(NARROWS_SANITIZE MATCHES "undefined")
@@ -34,5 +39,13 @@ function(narrows_program target)
   target_link_libraries(${target} PRIVATE narrows_warnings)
   if(NARROWS_SANITIZE)
     target_link_libraries(${target} PRIVATE narrows_sanitizer_defaults)
+  endif()
+endfunction()
+
+# narrows_precompile(target <header>...): other people's large headers that many of the target's files include, compiled
+# once, in the sanitizers' builds alone: with -O3 GCC 12 warns inside of precompiled headers where nothing is wrong.
+function(narrows_precompile target)
+  if(NARROWS_SANITIZE)
+    target_precompile_headers(${target} PRIVATE ${ARGN})
   endif()
 endfunction()

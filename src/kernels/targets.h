@@ -7,8 +7,11 @@
 // WASM, PPC8: never tried.
 // NARROWS_FEW_TARGETS: builds that look for races, which the targets do not differ in, keep two and compile
 // in half the time.
+// With AddressSanitizer without AVX3: AVX3_DL has its vectors, and all but its products of bytes.
 #ifdef NARROWS_FEW_TARGETS
 #define NARROWS_OTHER_TARGETS (HWY_SSE4 | HWY_AVX3)
+#elif defined(__SANITIZE_ADDRESS__)
+#define NARROWS_OTHER_TARGETS HWY_AVX3
 #else
 #define NARROWS_OTHER_TARGETS 0
 #endif
