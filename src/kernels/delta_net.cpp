@@ -22,12 +22,68 @@
 HWY_BEFORE_NAMESPACE();
 namespace narrows::kernels::HWY_NAMESPACE {
 
+namespace {
+
+/// Columns [0, NV vectors), the last of them n_tail lanes, of a convolution that sees four rows, as all
+/// released models have it: three of them stay in registers.
+template <int NV, bool kTail>
+HWY_INLINE void conv_columns(const float* x, int64_t ldx, const float* before, int64_t ldb, const float* w,
+                             int64_t ldw, int64_t n, int64_t n_tail, float* y, int64_t ldy) {
+  const DF d;
+  const auto load = [&](const float* p, int j) {
+    return kTail && j == NV - 1 ? load_n(d, p + j * kLanes, n_tail) : hn::LoadU(d, p + j * kLanes);
+  };
+  VF w0[NV], w1[NV], w2[NV], w3[NV], a[NV], b[NV], c[NV];
+  NARROWS_UNROLL
+  for (int j = 0; j < NV; ++j) {
+    w0[j] = load(w, j);
+    w1[j] = load(w + ldw, j);
+    w2[j] = load(w + 2 * ldw, j);
+    w3[j] = load(w + 3 * ldw, j);
+    a[j] = load(before, j);
+    b[j] = load(before + ldb, j);
+    c[j] = load(before + 2 * ldb, j);
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    NARROWS_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const VF own = load(x + r * ldx, j);
+      VF sum = hn::Mul(w0[j], a[j]);
+      sum = hn::MulAdd(w1[j], b[j], sum);
+      sum = hn::MulAdd(w2[j], c[j], sum);
+      sum = hn::MulAdd(w3[j], own, sum);
+      a[j] = b[j];
+      b[j] = c[j];
+      c[j] = own;
+      const VF result = hn::Mul(sum, sigmoid(sum));
+      float* to = y + r * ldy + j * kLanes;
+      if (kTail && j == NV - 1) {
+        store_n(result, d, to, n_tail);
+      } else {
+        hn::StoreU(result, d, to);
+      }
+    }
+  }
+}
+
+}  // namespace
+
 void conv_silu(const float* x, int64_t ldx, const float* before, int64_t ldb, const float* w, int64_t ldw,
                int64_t n_conv, int64_t n, int64_t n_channel, float* y, int64_t ldy) {
   const DF d;
-  for (int64_t r = 0; r < n; ++r) {
-    for (int64_t c = 0; c < n_channel; c += kLanes) {
+  int64_t c = 0;
+  if (n_conv == 4) {
+    for (; c + kBlockColumns <= n_channel; c += kBlockColumns)
+      conv_columns<kBlockVectors, false>(x + c, ldx, before + c, ldb, w + c, ldw, n, 0, y + c, ldy);
+    for (; c < n_channel; c += kLanes) {
       const int64_t left = n_channel - c < kLanes ? n_channel - c : kLanes;
+      conv_columns<1, true>(x + c, ldx, before + c, ldb, w + c, ldw, n, left, y + c, ldy);
+    }
+    return;
+  }
+  for (; c < n_channel; c += kLanes) {
+    const int64_t left = n_channel - c < kLanes ? n_channel - c : kLanes;
+    for (int64_t r = 0; r < n; ++r) {
       VF sum = hn::Zero(d);
       for (int64_t j = 0; j < n_conv; ++j) {
         const int64_t row = r + 1 + j - n_conv;

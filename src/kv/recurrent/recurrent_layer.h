@@ -67,9 +67,10 @@ class RecurrentLayer final : public KvLayer {
   /// n_conv; then the heads' matrices.
   int64_t ring_slot(int64_t position) const;
   float* head_of(float* state, int64_t head) const;
-  void run_head(const RecurrentRows& rows, int64_t base, int64_t head, const Work& work);
-  void gather(const RecurrentRows& rows, int64_t base, int64_t first, int64_t n, int64_t head,
-              const Work& work);
+  void run_heads(const RecurrentRows& rows, int64_t base, int64_t key, const Work& work);
+  void run_head(const RecurrentRows& rows, int64_t first, int64_t n, int64_t head, const Work& work);
+  void convolve(const RecurrentRows& rows, int64_t base, int64_t first, int64_t n, int64_t part,
+                int64_t channel, float* to, const Work& work);
   void run_ring(const RecurrentRows& rows, int64_t begin, int64_t end);
 
   kernels::DeltaNetShape net_;
