@@ -38,6 +38,10 @@ struct ModelInfo {
   std::string name;          ///< general.name, may be empty
   std::string fingerprint;   ///< 16 hex digits over the metadata, the tensor table and samples of the data
   int64_t n_layer = 0;
+  int64_t n_layer_recurrent =
+      0;  ///< of them those with a state of one size (gated DeltaNet), the rest attends
+  int64_t n_layer_windowed = 0;  ///< that attend to a window
+  int64_t recurrent_bytes = 0;   ///< of the states of a sequence, snapshots apart
   int64_t n_embd = 0;
   int64_t n_ff = 0;           ///< of an expert, if there are such
   int64_t n_expert = 0;       ///< of each layer; 0: it has one feed-forward
@@ -50,7 +54,7 @@ struct ModelInfo {
   int64_t weight_bytes = 0;  ///< tensor data in the file
   RopeOverrides rope;        ///< that it was loaded with
   std::string device;        ///< the GPU that holds the weights, "cuda:0 (NVIDIA H100)"; empty: the CPU
-  /// What about the file makes results worse than they should be, in sentences.
+  /// What about the file makes results worse than they should be, or is left out of it, in sentences.
   std::vector<std::string> warnings;
 };
 

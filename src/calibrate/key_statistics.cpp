@@ -27,6 +27,11 @@ struct Gather {
 Status run_text(const Model& model, std::span<const Token> text, int n_threads, const ProgressFn& progress,
                 const Gather& gather) {
   const ModelParts& parts = parts_of(model);
+  if (parts.spec().n_recurrent() > 0) {
+    return {StatusCode::unsupported,
+            "statistics of keys are not made of models with recurrent layers yet; klt and the SALS profiles "
+            "learn from the prompt instead"};
+  }
   const int64_t width = model.info().n_head_kv * model.info().head_dim;
   const auto n = static_cast<int64_t>(text.size());
   if (n < 2 * width + kSkipTokens) {

@@ -1,6 +1,7 @@
 // `narrows inspect`: a model's shapes, what its cache takes under every profile, and how its key spectrum
 // falls.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -79,17 +80,32 @@ std::string feed_forward(const ModelInfo& m) {
                      m.n_expert_used);
 }
 
+/// What kinds of layers there are, where not all attend to all.
+std::string layer_kinds(const ModelInfo& m) {
+  if (m.n_layer_recurrent + m.n_layer_windowed == 0) return "";
+  std::vector<std::string> kinds;
+  if (m.n_layer_recurrent > 0) {
+    kinds.push_back(fmt::format("{} of gated DeltaNet (states of {} a sequence, with every profile)",
+                                m.n_layer_recurrent, human_bytes(m.recurrent_bytes)));
+  }
+  if (m.n_layer_windowed > 0)
+    kinds.push_back(fmt::format("{} attend to a window (exact, with every profile)", m.n_layer_windowed));
+  kinds.push_back(fmt::format("{} attend to all", m.n_layer - m.n_layer_recurrent - m.n_layer_windowed));
+  return fmt::format("layers     {}\n", fmt::join(kinds, ", "));
+}
+
 std::string text_report(const ModelInfo& m, int64_t context, const std::vector<CacheSize>& sizes,
                         const std::vector<LayerSpectrum>& spectrum) {
   std::string out = fmt::format(
       "model      {} ({}), {} of weights, fingerprint {}\n"
       "shape      {} layers of width {}, {} query heads and {} key/value heads of {}, {}, "
       "vocabulary {}\n"
+      "{}"
       "made for   {} tokens of context\n\n"
       "cache at {} tokens\n{:<12}{:>14}{:>14}{:>10}\n",
       m.name.empty() ? "without a name" : m.name, m.architecture, human_bytes(m.weight_bytes), m.fingerprint,
-      m.n_layer, m.n_embd, m.n_head, m.n_head_kv, m.head_dim, feed_forward(m), m.n_vocab, m.n_ctx_train,
-      context, "profile", "whole", "bytes/token", "ratio");
+      m.n_layer, m.n_embd, m.n_head, m.n_head_kv, m.head_dim, feed_forward(m), m.n_vocab, layer_kinds(m),
+      m.n_ctx_train, context, "profile", "whole", "bytes/token", "ratio");
   for (const CacheSize& size : sizes) {
     out += fmt::format("{:<12}{:>14}{:>14.1f}{:>10.2f}\n", size.profile, human_bytes(size.bytes),
                        size.bytes_a_token, size.compression);
@@ -114,6 +130,9 @@ std::string json_report(const ModelInfo& m, int64_t context, const std::vector<C
         {"architecture", m.architecture},
         {"fingerprint", m.fingerprint},
         {"n_layer", m.n_layer},
+        {"n_layer_recurrent", m.n_layer_recurrent},
+        {"n_layer_windowed", m.n_layer_windowed},
+        {"recurrent_bytes", m.recurrent_bytes},
         {"n_embd", m.n_embd},
         {"n_ff", m.n_ff},
         {"n_expert", m.n_expert},

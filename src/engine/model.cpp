@@ -7,6 +7,7 @@
 #include "device/library.h"
 #include "engine/model_parts.h"
 #include "gguf/gguf_file.h"
+#include "kv/recurrent/recurrent_layer.h"
 #include "model/rope_override.h"
 #include "narrows/engine.h"
 #include "text/llama_log.h"
@@ -33,8 +34,13 @@ std::string with_overrides(const std::string& fingerprint, const RopeOverrides& 
 }
 
 /// What libllama's log says at load, where nobody sees it.
-std::vector<std::string> warnings_about(const GgufFile& file) {
+std::vector<std::string> warnings_about(const GgufFile& file, const ModelSpec& spec) {
   std::vector<std::string> all;
+  if (spec.n_layer_unused > 0) {
+    all.push_back(fmt::format("{}: {} of its layers predict{} further tokens (nextn) and {} not used",
+                              file.path(), spec.n_layer_unused, spec.n_layer_unused == 1 ? "s" : "",
+                              spec.n_layer_unused == 1 ? "is" : "are"));
+  }
   const auto kind = file.text("tokenizer.ggml.model"), pre = file.text("tokenizer.ggml.pre");
   if (kind.ok() && kind->has_value() && **kind == "gpt2" && !(pre.ok() && pre->has_value())) {
     all.push_back(
@@ -82,13 +88,18 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   auto model = std::make_unique<Impl>();
   model->path = file->path();
   ModelInfo& info = model->info;
-  const AttentionSpec& attention = spec->layers.front().attention;
+  const AttentionSpec& attention = spec->attention();
   info.architecture = spec->architecture;
   info.name = spec->name;
   info.fingerprint = with_overrides(*fingerprint, options.rope);
   info.rope = options.rope;
-  info.warnings = warnings_about(*file);
+  info.warnings = warnings_about(*file, *spec);
   info.n_layer = spec->n_layer();
+  info.n_layer_recurrent = spec->n_recurrent();
+  for (const LayerSpec& l : spec->layers) {
+    if (l.attention.window > 0) ++info.n_layer_windowed;
+    if (l.delta_net) info.recurrent_bytes += RecurrentLayer::bytes_for(l.delta_net, 1);
+  }
   info.n_embd = spec->n_embd;
   info.n_ff = spec->layers.front().ffn.n_ff;
   info.n_expert = spec->layers.front().ffn.experts.n_expert;

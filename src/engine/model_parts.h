@@ -28,14 +28,14 @@ struct ModelParts {
     on_device = std::move(*there);
     executors.use(on_device.get());
     if (can_keep_blocks()) {
-      const AttentionSpec& a = spec().layers.front().attention;
+      const AttentionSpec& a = spec().attention();
       blocks = std::make_shared<BlockPool>(on_device->device(), spec().n_layer(), a.n_head_kv, a.head_dim);
     }
     return {};
   }
   /// True if f16 caches can lie on a GPU: heads of 64 or 128, the same in all layers.
   bool can_keep_blocks() const {
-    const AttentionSpec& first = spec().layers.front().attention;
+    const AttentionSpec& first = spec().attention();
     return std::all_of(spec().layers.begin(), spec().layers.end(), [&](const LayerSpec& l) {
       const AttentionSpec& a = l.attention;
       return (a.head_dim == 64 || a.head_dim == 128) && a.head_dim == first.head_dim &&

@@ -49,8 +49,8 @@ std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernel
   std::vector<KvLayerSpec> layers;
   for (int64_t i = 0; i < spec.n_layer(); ++i) {
     const auto rope = static_cast<size_t>(spec.layer(i).attention.rope);
-    layers.push_back(
-        {attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope], spec.layer(i).attention.window});
+    layers.push_back({attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope],
+                      spec.layer(i).attention.window, spec.layer(i).delta_net});
   }
   return layers;
 }
@@ -199,6 +199,15 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
     }
     return {};
   };
+  hooks.begin_rows = [sessions](int64_t layer, int64_t n) -> Status {
+    for (Session* s : sessions) {
+      if (Status st = s->impl_->cache->layer(layer).begin_rows(n); !st.ok()) return st;
+    }
+    return {};
+  };
+  hooks.run_rows = [sessions](int64_t layer, int phase, const RecurrentRows& rows, int ith, int n_thread) {
+    for (Session* s : sessions) s->impl_->cache->layer(layer).run_rows(phase, rows, ith, n_thread);
+  };
   const auto wants_queries = [](const Session* s) { return s->impl_->cache->wants_queries(); };
   if (std::any_of(sessions.begin(), sessions.end(), wants_queries)) {
     hooks.queries = [sessions](int64_t layer, const float* q, int64_t n) {
@@ -242,9 +251,8 @@ void Session::Impl::keep_spare(int64_t n_new) {
   const ModelSpec& spec = parts_of(*model).spec();
   const int64_t n_exact = exact_tokens(options.kv, spec.most_width_kv(), !options.basis_path.empty());
   const bool begins_to_encode = stripe_past < n_exact && stripe_past + n_new > n_exact;
-  const bool has_windows = std::any_of(spec.layers.begin(), spec.layers.end(),
-                                       [](const LayerSpec& l) { return l.attention.window > 0; });
-  if (!in_segments(stripe_past) || stripe_past == 0 || (!begins_to_encode && !has_windows)) return;
+  if (!in_segments(stripe_past) || stripe_past == 0 || (!begins_to_encode && cache->goes_back_anywhere()))
+    return;
   Result<std::unique_ptr<KvCache>> made = KvCache::create(kv_layers(spec, ropes), options.kv, nullptr, {},
                                                           options.segments, blocks_for(*model, options));
   if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);

@@ -70,13 +70,15 @@ void StepMixer::observe(std::function<void(int64_t layer, const DecodeStep&)> se
   seen_ = std::move(seen);
   if (!seen_) return blocks_.observe({});
   blocks_.observe([this](int64_t layer, const float* q, const float* k, const float* v, float* out) {
-    seen_(layer, DecodeStep{q, k, v, out, nullptr});  // models with sinks do not run there
+    seen_(layer, DecodeStep{q, k, v, out, nullptr, nullptr});  // models with sinks do not run there
   });
 }
 
 DecodeStep StepMixer::step_of(const LayerPlan& layer, const MixRows& rows, int64_t sequence) {
-  return {rows.q + sequence * rows.ld, rows.k + sequence * rows.ld, rows.v + sequence * rows.ld,
-          rows.out + sequence * rows.ldo, layer.mix.sinks};
+  float* const q = rows.q + sequence * rows.ld;
+  float* const out = rows.out + sequence * rows.ldo;
+  if (layer.mix.is_recurrent()) return {q, nullptr, nullptr, out, nullptr, &layer.mix.delta_net};
+  return {q, rows.k + sequence * rows.ld, rows.v + sequence * rows.ld, out, layer.mix.sinks, nullptr};
 }
 
 /// Runs [first, end) of q, then k, of a sequence: norms, and the queries' factor.
@@ -130,7 +132,7 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
     }
     team.barrier();
   }
-  if (seen_ && ith == 0) seen_(layer.index, step_of(layer, rows, 0));
+  if (seen_ && ith == 0 && !layer.mix.is_recurrent()) seen_(layer.index, step_of(layer, rows, 0));
 }
 
 void StepMixer::measure_from(int64_t now_ns) {

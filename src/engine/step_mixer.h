@@ -38,8 +38,8 @@ class StepMixer final : public Mixer {
   void measure_from(int64_t now_ns) override;
   std::array<int64_t, 4> measured(int64_t now_ns) override;
 
-  /// Called on one thread with the first sequence's rows of each layer once they are mixed: for eval and
-  /// tests. Empty: not.
+  /// Called on one thread with the first sequence's rows of each layer that attends once they are mixed:
+  /// for eval and tests. Empty: not.
   void observe(std::function<void(int64_t layer, const DecodeStep&)> seen);
 
  private:

@@ -9,15 +9,28 @@
 
 namespace narrows {
 
+namespace {
+
+/// Of the layers that attend; recurrent ones have no keys.
+const AttentionShape& shape_of(const KvCache& cache) {
+  int64_t l = 0;
+  while (l + 1 < cache.n_layer() && cache.layer(l).shape().width() == 0) ++l;
+  return cache.layer(l).shape();
+}
+
+}  // namespace
+
 ExactKeys::ExactKeys(const Session::Impl& reference) {
   const KvCache& cache = *reference.cache;
-  shape_ = cache.layer(0).shape();
+  shape_ = shape_of(cache);
   n_ = cache.n_tokens();
   const int64_t width = shape_.width();
   std::vector<float> k(static_cast<size_t>(n_ * width)), v(k.size());
   for (int64_t l = 0; l < cache.n_layer(); ++l) {
+    const bool attends = cache.layer(l).shape().width() > 0;
+    layers_.emplace_back(attends ? n_ * width : 0);
+    if (!attends) continue;
     cache.layer(l).read(0, n_, k.data(), v.data());
-    layers_.emplace_back(n_ * width);
     for (int64_t i = 0; i < n_; ++i) {
       for (int64_t c = 0; c < width; ++c) layers_.back()[c * n_ + i] = k[static_cast<size_t>(i * width + c)];
     }
@@ -29,7 +42,7 @@ const float* ExactKeys::head(int64_t layer, int64_t h) const {
 }
 
 MassKept::MassKept(const ExactKeys& prompt, Session::Impl& session)
-    : prompt_(prompt), session_(session), shape_(session.cache->layer(0).shape()) {
+    : prompt_(prompt), session_(session), shape_(shape_of(*session.cache)) {
   decoded_keys_.resize(static_cast<size_t>(session.cache->n_layer()));
   step_q_.resize(decoded_keys_.size());
   step_k_.resize(decoded_keys_.size());
@@ -46,6 +59,7 @@ void MassKept::observe() {
   const int64_t width = shape_.width(), pos = session_.cache->n_tokens() - 1;
   ++n_decoded_;
   for (size_t l = 0; l < decoded_keys_.size(); ++l) {
+    if (step_k_[l].empty()) continue;
     const kernels::RopeTable& rope = session_.cache->layer(static_cast<int64_t>(l)).rope();
     const int64_t half = rope.n_rot() / 2;
     std::vector<float> angle(static_cast<size_t>(2 * half));

@@ -359,6 +359,8 @@ Result<std::vector<PrecisionRow>> measure_precision(const std::shared_ptr<const 
   const std::vector<kernels::RopeTable> ropes = rope_tables(parts.spec(), options.context);
   Result<ExecutorLease> executor = ExecutorLease::take(parts.executors, n_threads);
   if (!executor.ok()) return executor.status();
+  if (parts.spec().n_recurrent() > 0)
+    return Status(StatusCode::unsupported, "a model with recurrent layers is not judged head by head yet");
   ModelHeads heads(parts.spec().layer(0).attention, ropes.front(), options.context, sink);
   PrefillHooks hooks;
   hooks.queries = [&](int64_t, const float* q, int64_t n) { heads.queries(q, n); };

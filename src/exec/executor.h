@@ -32,7 +32,7 @@ class Team {
 };
 
 /// Queries, keys and values of all rows before norms and RoPE, row r at r * ld; where the mixed rows go,
-/// [n, ldo] with width_q numbers each.
+/// [n, ldo] with MixStage::width_out() numbers each, before a gate. Of a DeltaNet layer q is the whole row.
 struct MixRows {
   float* q = nullptr;
   float* k = nullptr;

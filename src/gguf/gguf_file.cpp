@@ -321,6 +321,20 @@ std::optional<std::vector<bool>> GgufFile::booleans(const std::string& key) cons
   return all;
 }
 
+std::optional<std::vector<int64_t>> GgufFile::integers(const std::string& key) const {
+  const int64_t id = gguf_find_key(gguf_, key.c_str());
+  if (id < 0 || gguf_get_kv_type(gguf_, id) != GGUF_TYPE_ARRAY) return std::nullopt;
+  const gguf_type type = gguf_get_arr_type(gguf_, id);
+  if (type != GGUF_TYPE_INT32 && type != GGUF_TYPE_UINT32) return std::nullopt;
+  const void* data = gguf_get_arr_data(gguf_, id);
+  std::vector<int64_t> all;
+  for (size_t i = 0; i < gguf_get_arr_n(gguf_, id); ++i) {
+    all.push_back(type == GGUF_TYPE_INT32 ? int64_t{static_cast<const int32_t*>(data)[i]}
+                                          : int64_t{static_cast<const uint32_t*>(data)[i]});
+  }
+  return all;
+}
+
 std::optional<int64_t> GgufFile::array_size(const std::string& key) const {
   const int64_t id = gguf_find_key(gguf_, key.c_str());
   if (id < 0 || gguf_get_kv_type(gguf_, id) != GGUF_TYPE_ARRAY) return std::nullopt;

@@ -54,6 +54,8 @@ class GgufFile {
   Result<std::optional<bool>> boolean(const std::string& key) const;
   /// nullopt if there is no such key, or it is no array of them.
   std::optional<std::vector<bool>> booleans(const std::string& key) const;
+  /// nullopt if there is no such key, or it is no array of int32 or uint32.
+  std::optional<std::vector<int64_t>> integers(const std::string& key) const;
   /// Number of elements if key is an array (of any type).
   std::optional<int64_t> array_size(const std::string& key) const;
 

@@ -51,6 +51,10 @@ std::vector<bool> KeyReader::flags(const std::string& key, int64_t n) {
   return *all;
 }
 
+std::vector<int64_t> KeyReader::integers(const std::string& key) {
+  return file_.integers(prefix_ + key).value_or(std::vector<int64_t>());
+}
+
 bool KeyReader::has(const std::string& key) const {
   const auto r = file_.integer(prefix_ + key);
   return r.ok() && r->has_value();

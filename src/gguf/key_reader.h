@@ -23,6 +23,8 @@ class KeyReader {
   bool flag(const std::string& key, bool fallback);
   /// Empty if there is no such array; else one for each of n layers. On a failure empty.
   std::vector<bool> flags(const std::string& key, int64_t n);
+  /// Empty if there is no such array; else its whole numbers.
+  std::vector<int64_t> integers(const std::string& key);
   bool has(const std::string& key) const;
 
   const Status& status() const { return status_; }

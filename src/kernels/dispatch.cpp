@@ -69,6 +69,11 @@ constexpr Ops make_table(const char* name, const Formats& formats) {
       .swiglu = swiglu,
       .geglu = geglu,
       .swiglu_clamped = swiglu_clamped,
+      .sigmoid_gate = sigmoid_gate,
+      .conv_silu = conv_silu,
+      .l2_norm = l2_norm,
+      .delta_step = delta_step,
+      .delta_rows = delta_rows,
   };
 }
 

@@ -70,6 +70,11 @@ std::remove_pointer_t<decltype(Ops::rms_norm)> rms_norm;
 std::remove_pointer_t<decltype(Ops::swiglu)> swiglu;
 std::remove_pointer_t<decltype(Ops::geglu)> geglu;
 std::remove_pointer_t<decltype(Ops::swiglu_clamped)> swiglu_clamped;
+std::remove_pointer_t<decltype(Ops::sigmoid_gate)> sigmoid_gate;
+std::remove_pointer_t<decltype(Ops::conv_silu)> conv_silu;
+std::remove_pointer_t<decltype(Ops::l2_norm)> l2_norm;
+std::remove_pointer_t<decltype(Ops::delta_step)> delta_step;
+std::remove_pointer_t<decltype(Ops::delta_rows)> delta_rows;
 
 extern const PrefillKernel kPrefillF32;
 extern const PrefillKernel kPrefillBf16;

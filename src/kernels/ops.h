@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/delta_net.h"
 #include "kernels/latent_page.h"
 #include "kernels/packed_weights.h"
 #include "kernels/prefill_kernel.h"
@@ -204,6 +205,29 @@ struct Ops {
   void (*geglu)(const float* gate, const float* up, int64_t n, float* y);
   /// gpt-oss's: y [n] = g / (1 + exp(-1.702 g)) * (u + 1) of g = min(gate, 7), u = up within [-7, 7].
   void (*swiglu_clamped)(const float* gate, const float* up, int64_t n, float* y);
+  /// y [n] = y / (1 + exp(-gate)).
+  void (*sigmoid_gate)(const float* gate, int64_t n, float* y);
+
+  // --- gated DeltaNet; delta_net.h says what a layer of it is.
+
+  /// A causal convolution of every column for itself, then silu: y [n, ldy], columns [0, n_channel), row r =
+  /// silu(sum over j < n_conv of w [n_conv, ldw] row j times row r + 1 + j - n_conv of x [n, ldx]); rows
+  /// before the first are those of before [n_conv - 1, ldb], the oldest first.
+  void (*conv_silu)(const float* x, int64_t ldx, const float* before, int64_t ldb, const float* w,
+                    int64_t ldw, int64_t n_conv, int64_t n, int64_t n_channel, float* y, int64_t ldy);
+
+  /// y [n] = x scale / sqrt(sum of squares + eps); y may be x.
+  void (*l2_norm)(const float* x, int64_t n, float eps, float scale, float* y);
+
+  /// One token of a head: s [head_dim, head_dim] = decay s + k (x) beta (v - decay s^T k), then out
+  /// [head_dim] = s^T q.
+  void (*delta_step)(const float* q, const float* k, const float* v, float decay, float beta,
+                     int64_t head_dim, float* s, float* out);
+
+  /// The same for n <= kDeltaTile tokens, one after another: kq [2 n, head_dim], rows of k then those of q; v
+  /// [n, head_dim]; log_decay [n], at most 0; beta [n]; out [n, ldo]. work: delta_work_floats(head_dim).
+  void (*delta_rows)(const float* kq, const float* v, const float* log_decay, const float* beta, int64_t n,
+                     int64_t head_dim, float* s, float* out, int64_t ldo, float* work);
 };
 
 int64_t select_scratch_bytes(int64_t n);

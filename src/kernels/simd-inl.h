@@ -1,5 +1,6 @@
 // The small vector vocabulary of the kernels, once a target: loads and stores of the first n lanes that touch
-// no other memory, half precision, exp of non-positive numbers. Re-included by foreach_target.
+// no other memory, half precision, exp of non-positive numbers, the logistic function. Re-included by
+// foreach_target.
 
 // clang-format off
 #if defined(NARROWS_KERNELS_SIMD_INL_H) == defined(HWY_TARGET_TOGGLE)
@@ -220,6 +221,14 @@ HWY_INLINE VF exp_nonpositive(DF d, VF x) {
   p = hn::MulAdd(p, hn::Mul(r, r), hn::Add(r, hn::Set(d, 1.0F)));
   // Not "if x >= -87.3 then .. else 0": that would turn NaN into 0.
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -87.3F)), hn::Mul(p, power));
+}
+
+/// 1 / (1 + exp(-x)), both branches by the exponential of a number below 0, which cannot overflow.
+HWY_INLINE VF sigmoid(VF x) {
+  const DF d;
+  const VF one = hn::Set(d, 1.0F);
+  const VF e = exp_nonpositive(d, hn::Neg(hn::Abs(x)));
+  return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
 }
 
 }  // namespace narrows::kernels::HWY_NAMESPACE

@@ -40,18 +40,6 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
   }
 }
 
-namespace {
-
-/// 1 / (1 + exp(-x)), both branches by the exponential of a number below 0, which cannot overflow.
-HWY_INLINE VF sigmoid(VF x) {
-  const DF d;
-  const VF one = hn::Set(d, 1.0F);
-  const VF e = exp_nonpositive(d, hn::Neg(hn::Abs(x)));
-  return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
-}
-
-}  // namespace
-
 void swiglu(const float* gate, const float* up, int64_t n, float* y) {
   const DF d;
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -82,6 +70,14 @@ void swiglu_clamped(const float* gate, const float* up, int64_t n, float* y) {
     const VF g = at_most(load_n(d, gate + i, left)), most = at_most(load_n(d, up + i, left));
     const VF u = hn::IfThenElse(hn::Lt(most, least), least, most);
     store_n(hn::Mul(hn::Mul(g, sigmoid(hn::Mul(g, hn::Set(d, 1.702F)))), hn::Add(u, one)), d, y + i, left);
+  }
+}
+
+void sigmoid_gate(const float* gate, int64_t n, float* y) {
+  const DF d;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    store_n(hn::Mul(load_n(d, y + i, left), sigmoid(load_n(d, gate + i, left))), d, y + i, left);
   }
 }
 

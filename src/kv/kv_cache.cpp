@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kExactTokens = 2048;
 
 Status check_shape(const KvLayerSpec& layer) {
+  if (layer.delta_net) return {};
   const AttentionShape& s = layer.shape;
   const kernels::RopeTable& rope = *layer.rope;
   const bool good = s.n_head > 0 && s.n_head_kv > 0 && s.n_head % s.n_head_kv == 0 && s.head_dim > 0 &&
@@ -127,6 +128,11 @@ void KvCache::use_workers(Workers* workers) {
 bool KvCache::wants_queries() const {
   return std::any_of(layers_.begin(), layers_.end(),
                      [](const auto& layer) { return layer->wants_queries(); });
+}
+
+bool KvCache::goes_back_anywhere() const {
+  return std::all_of(layers_.begin(), layers_.end(),
+                     [](const auto& layer) { return layer->goes_back_anywhere(); });
 }
 
 bool KvCache::can_keep(int64_t n) const {

@@ -41,6 +41,7 @@ class KvCache {
   void clear();
 
   // As KvLayer has them, for all layers. share(): same profile, shapes and `segmented`.
+  bool goes_back_anywhere() const;
   bool can_keep(int64_t n) const;
   void keep(int64_t n);
   Status share(const KvCache& from, int64_t n);

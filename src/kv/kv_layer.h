@@ -10,6 +10,7 @@
 #include <span>
 
 #include "base/workers.h"
+#include "kernels/delta_net.h"
 #include "kernels/rope_table.h"
 #include "kv/snapshot.h"
 #include "narrows/config.h"
@@ -36,6 +37,25 @@ struct DecodeStep {
   float* out = nullptr;      ///< [n_head, head_dim], written in the last phase
   const float* sinks =
       nullptr;  ///< [n_head] or null: a score of each head's softmax that belongs to no token
+  /// Of a recurrent layer: q is its projected row, k and v are null, out is [width_v].
+  const kernels::DeltaNet* delta_net = nullptr;
+};
+
+/// Tokens of a prompt that go through a recurrent layer's state, in order.
+struct RecurrentRows {
+  const kernels::DeltaNet* net = nullptr;
+  const float* x = nullptr;  ///< [n, ld] projected rows
+  int64_t ld = 0;
+  float* out = nullptr;  ///< [n, ldo], width_v numbers each
+  int64_t ldo = 0;
+  int64_t n = 0;
+  float* work = nullptr;  ///< [n_threads] times work_floats()
+
+  static constexpr int kPhases = 2;
+  static int64_t work_floats(const kernels::DeltaNetShape& shape) {
+    return 3 * (kernels::kDeltaTile + shape.n_conv) * shape.head_dim + 2 * kernels::kDeltaTile +
+           kernels::delta_work_floats(shape.head_dim);
+  }
 };
 
 class StepScratch;  // kv/step/step_scratch.h
@@ -64,6 +84,13 @@ class KvLayer {
   /// compute a basis. non_finite if a key or value is NaN, infinite or beyond f16's 65504 (names the token);
   /// the layer then holds what it held before.
   virtual Status append(const float* k, const float* v, int64_t n) = 0;
+
+  // A recurrent layer has no keys: its tokens of a prompt come here chunk by chunk, and append(null, null, n)
+  // then counts those that have come. Phases as in a step.
+
+  /// Serial, before a chunk of n: all of it that can fail.
+  virtual Status begin_rows(int64_t /*n*/) { return not_recurrent(); }
+  virtual void run_rows(int /*phase*/, const RecurrentRows& /*rows*/, int /*ith*/, int /*n_threads*/) {}
 
   /// Makes room for one more token: allocates, and encodes tokens that leave the recent window. Serial,
   /// between steps. may_convert: false keeps a layer that has no transforms yet from making them.
@@ -95,6 +122,8 @@ class KvLayer {
 
   /// True if the cache can become that of its first n tokens without a number being encoded anew.
   virtual bool can_keep(int64_t n) const = 0;
+  /// True if what append() brings never takes away a place that can_keep().
+  virtual bool goes_back_anywhere() const { return true; }
   /// Forgets tokens from n on; can_keep(n).
   virtual void keep(int64_t n) = 0;
   /// Becomes the first n tokens of a layer of the same profile and shape, which can_keep(n), and shares its
@@ -139,6 +168,8 @@ class KvLayer {
   Workers* workers() const { return workers_; }
 
  private:
+  static Status not_recurrent() { return {StatusCode::internal, "rows for a layer that is not recurrent"}; }
+
   AttentionShape shape_;
   const kernels::RopeTable* rope_;  ///< outlives the cache
   Workers* workers_ = nullptr;

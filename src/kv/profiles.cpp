@@ -11,6 +11,7 @@ const KvFamily& family_of(KvKind kind) {
 }
 
 const KvFamily& family_of(const KvProfile& profile, const KvLayerSpec& layer, int64_t i, int64_t n_layer) {
+  if (layer.delta_net) return recurrent_family;
   if (layer.window > 0) return ring_family;
   return family_of(profile.layer_is_dense(i, n_layer) ? KvKind::f16 : profile.kind);
 }

@@ -21,6 +21,7 @@ struct KvLayerSpec {
   AttentionShape shape;
   const kernels::RopeTable* rope = nullptr;  ///< outlives the cache; null where only bytes are asked for
   int64_t window = 0;                        ///< a query sees this many tokens, itself included; 0: all
+  kernels::DeltaNetShape delta_net = {};     ///< a recurrent layer, without all of that
 };
 
 /// A layer that is to be made.
@@ -62,7 +63,7 @@ struct KvFamily {
 };
 
 /// The family that keeps layer i of a model's n_layer: that of the profile, an exact one where the profile
-/// leaves a layer dense, or the ring of a window.
+/// leaves a layer dense, the ring of a window, or a recurrent layer's state.
 const KvFamily& family_of(const KvProfile& profile, const KvLayerSpec& layer, int64_t i, int64_t n_layer);
 const KvFamily& family_of(KvKind kind);
 
@@ -71,6 +72,7 @@ extern const KvFamily kivi_family;
 extern const KvFamily klt_family;
 extern const KvFamily sals_family;
 extern const KvFamily ring_family;
+extern const KvFamily recurrent_family;
 
 /// Bytes of n exact tokens in blocks of so many.
 int64_t exact_bytes(int64_t n, const AttentionShape& shape, int64_t block);

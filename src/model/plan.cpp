@@ -25,6 +25,18 @@ ExpertsStage experts_of(const LayerWeights& w, const FfnSpec& ffn, int64_t n_emb
   return stage;
 }
 
+std::vector<LinearOp> qkv_of(const LayerWeights& w) {
+  std::vector<LinearOp> all;
+  for (const Matrix& m : w.delta_in) {
+    if (m) all.push_back({&m, nullptr});
+  }
+  if (!all.empty()) return all;
+  if (w.wqkv) return {{&w.wqkv, w.bqkv}};
+  all = {{&w.wq, w.bq}, {&w.wk, w.bk}, {&w.wv, w.bv}};
+  if (w.wgate) all.push_back({&w.wgate, nullptr});
+  return all;
+}
+
 }  // namespace
 
 Plan make_plan(const ModelWeights& weights) {
@@ -36,15 +48,17 @@ Plan make_plan(const ModelWeights& weights) {
     const LayerWeights& w = weights.layer(i);
     LayerPlan l;
     l.index = i;
-    std::vector<LinearOp> qkv = {{&w.wqkv, w.bqkv}};
-    if (!w.wqkv) qkv = {{&w.wq, w.bq}, {&w.wk, w.bk}, {&w.wv, w.bv}};
-    l.project = project(norm(w.attn_norm), std::move(qkv));
+    l.project = project(norm(w.attn_norm), qkv_of(w));
     const AttentionSpec& a = spec.layer(i).attention;
     const auto heads = [&](const float* weight, int64_t n_head) {
       return a.qk_norm_whole ? HeadNorms{norm(weight), 1, n_head * a.head_dim}
                              : HeadNorms{norm(weight), n_head, a.head_dim};
     };
-    l.mix = {a, heads(w.q_norm, a.n_head), heads(w.k_norm, a.n_head_kv), w.sinks};
+    if (const DeltaNetSpec& d = spec.layer(i).delta_net) {
+      l.mix.delta_net = {d, w.conv, w.delta_rate, w.delta_step_bias, w.delta_norm, spec.rms_eps};
+    } else {
+      l.mix = {a, heads(w.q_norm, a.n_head), heads(w.k_norm, a.n_head_kv), w.sinks, {}};
+    }
     l.residual_scale = spec.layer(i).residual_scale;
     l.out = {&w.wo, w.bo};
     l.out_norm = norm(w.attn_post_norm);

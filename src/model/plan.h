@@ -2,7 +2,9 @@
 // steps and for every executor. A layer is five stages,
 //
 //   project   q, k, v = W norm(x) + b
-//   mix       attention over the cache, q and k normed and rotated before; what it gives is `out`'s input
+//   mix       attention over the cache, q and k normed and rotated before; what it gives, times sigmoid of a
+//             gate where the layer has such, is `out`'s input. Or gated DeltaNet (kernels/delta_net.h), whose
+//             state is the layer's cache
 //   out       x += norm(W mixed + b), or without a norm
 //   ffn       act = activation(gate) * up of W norm(x) + b
 //   down      x += norm(W act + b), or without a norm
@@ -58,6 +60,13 @@ struct MixStage {
   AttentionSpec attention;
   HeadNorms q_norm, k_norm;
   const float* sinks = nullptr;  ///< [n_head] or null: scores of the softmax that belong to no token
+  kernels::DeltaNet delta_net;   ///< in the place of all of that where it has heads
+
+  bool is_recurrent() const { return static_cast<bool>(delta_net.shape); }
+  /// Numbers a row that it gives.
+  int64_t width_out() const { return is_recurrent() ? delta_net.shape.width_v() : attention.width_q(); }
+  /// Where the gates of a projected row begin.
+  int64_t at_gate() const { return attention.width_q() + 2 * attention.width_kv(); }
 };
 
 struct ExpertOp {
@@ -80,7 +89,7 @@ struct ExpertsStage {
 
 struct LayerPlan {
   int64_t index = 0;
-  ProjectStage project;  ///< q, k, v
+  ProjectStage project;  ///< q, k, v, and gates if the heads have such; or a DeltaNet layer's row
   MixStage mix;
   LinearOp out;
   NormOp out_norm;   ///< null: none

@@ -15,6 +15,16 @@ float AttentionSpec::query_factor(int64_t position) const {
   return static_cast<float>(1 + temperature * std::log(static_cast<double>(position / temperature_step) + 1));
 }
 
+const AttentionSpec& ModelSpec::attention() const {
+  const auto attends = [](const LayerSpec& l) { return !l.delta_net; };
+  return std::find_if(layers.begin(), layers.end(), attends)->attention;
+}
+
+int64_t ModelSpec::n_recurrent() const {
+  return std::count_if(layers.begin(), layers.end(),
+                       [](const LayerSpec& l) { return static_cast<bool>(l.delta_net); });
+}
+
 int64_t ModelSpec::most_width_q() const {
   int64_t most = 0;
   for (const LayerSpec& l : layers) most = std::max(most, l.attention.width_q());
@@ -74,6 +84,8 @@ Result<ModelSpec> read_spec(const GgufFile& file) {
   KeyReader keys(file, spec.architecture + ".");
   if (Status s = (*family)->read(keys, spec); !s.ok()) return s;
   if (!keys.status().ok()) return keys.status();
+  if (spec.n_recurrent() == spec.n_layer())
+    return keys.unsupported("no layer attends, which this build cannot do without");
   return spec;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gguf/gguf_file.h"
+#include "kernels/delta_net.h"
 #include "kernels/rope_table.h"
 #include "narrows/status.h"
 
@@ -21,8 +22,10 @@ struct AttentionSpec {
   int64_t rope = 0;            ///< index into ModelSpec::ropes
   bool qk_norm = false;        ///< RMS norm of each head's q and k before RoPE
   bool qk_norm_whole = false;  ///< of all heads together instead
-  bool sinks = false;  ///< a head's softmax has one summand more, a score of the file that has no value
-  int64_t window = 0;  ///< a query sees this many tokens, itself the last of them; 0: all before it
+  bool output_gate = false;  ///< what a head gives is multiplied by sigmoid(gate); the file has q and gate of
+                             ///< a head one after the other in its q tensor
+  bool sinks = false;        ///< a head's softmax has one summand more, a score of the file that has no value
+  int64_t window = 0;        ///< a query sees this many tokens, itself the last of them; 0: all before it
 
   /// Queries at position p are multiplied by 1 + temperature log(1 + floor(p / temperature_step)).
   double temperature = 0;
@@ -32,6 +35,9 @@ struct AttentionSpec {
   int64_t width_q() const { return n_head * head_dim; }
   int64_t width_kv() const { return n_head_kv * head_dim; }
 };
+
+/// Gated DeltaNet in the place of a layer's attention.
+using DeltaNetSpec = kernels::DeltaNetShape;
 
 /// Of a gate g and its partner u: silu(g) u; gelu(g) u, in its tanh form; or gpt-oss's, of g up to 7 and u
 /// within 7: g sigmoid(1.702 g) (u + 1).
@@ -62,7 +68,8 @@ struct FfnSpec {
 
 struct LayerSpec {
   float residual_scale = 1;  ///< on what attention and the feed-forward give, before it is added
-  AttentionSpec attention;
+  AttentionSpec attention;   ///< nothing of it where there is the next
+  DeltaNetSpec delta_net;
   FfnSpec ffn;
   bool pre_norms = true;                    ///< what goes into attention and feed-forward is normed
   bool ffn_norm_is_post_attention = false;  ///< the file's name for what is normed before the feed-forward
@@ -86,12 +93,16 @@ struct ModelSpec {
   bool rope_neighbours = false;
   std::vector<kernels::RopeParams> ropes;  ///< freq_factors are filled in by the weight loader
   std::vector<LayerSpec> layers;
+  int64_t n_layer_unused = 0;  ///< layers of the file after these, which predict further tokens (nextn)
 
   int64_t n_layer() const { return static_cast<int64_t>(layers.size()); }
   const LayerSpec& layer(int64_t i) const { return layers[static_cast<size_t>(i)]; }
   const kernels::RopeParams& rope_of(int64_t i) const {
     return ropes[static_cast<size_t>(layer(i).attention.rope)];
   }
+  /// Of the first layer that attends: what a model is described by.
+  const AttentionSpec& attention() const;
+  int64_t n_recurrent() const;  ///< layers of gated DeltaNet
   /// Largest of all layers: for buffers that serve one after another.
   int64_t most_width_q() const;
   int64_t most_width_kv() const;
@@ -105,7 +116,7 @@ std::vector<kernels::RopeTable> rope_tables(const ModelSpec& spec, int64_t n_ctx
 const std::vector<std::string>& supported_architectures();
 
 /// unsupported: another architecture (the sentence lists ours), experts where it has none, RoPE kinds that we
-/// lack; invalid_file: a key missing, of a wrong type or with an impossible value.
+/// lack, no layer that attends; invalid_file: a key missing, of a wrong type or with an impossible value.
 Result<ModelSpec> read_spec(const GgufFile& file);
 
 }  // namespace narrows

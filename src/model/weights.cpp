@@ -6,7 +6,10 @@ namespace narrows {
 
 std::vector<const Matrix*> LayerWeights::matrices() const {
   std::vector<const Matrix*> all;
-  for (const Matrix* m : {&wqkv, &wq, &wk, &wv, &wo, &gate_up, &gate, &up, &down}) {
+  for (const Matrix& m : delta_in) {
+    if (m) all.push_back(&m);
+  }
+  for (const Matrix* m : {&wqkv, &wq, &wk, &wv, &wgate, &wo, &gate_up, &gate, &up, &down}) {
     if (*m) all.push_back(m);
   }
   if (router) all.push_back(&router);

@@ -5,6 +5,7 @@
 // tensors of all experts.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -28,18 +29,30 @@ struct ExpertWeights {
   Matrix down;      ///< [n_embd, n_ff]
 };
 
+/// Parts of a DeltaNet layer's projected row that may be of types of their own.
+inline constexpr size_t kMostDeltaParts = 6;
+
 /// Vectors are null and matrices empty where the model has none.
 struct LayerWeights {
   const float* attn_norm = nullptr;  ///< [n_embd]
-  Matrix wqkv;                       ///< [width_q + 2 width_kv, n_embd], or empty and the three below
-  Matrix wq, wk, wv;
+  /// [width_q + 2 width_kv, n_embd], with gates of the heads' outputs behind them [width_q more]; or empty
+  /// and those below.
+  Matrix wqkv;
+  Matrix wq, wk, wv, wgate;
   const float* bqkv = nullptr;  ///< bias of wqkv, or null and the three below
   const float* bq = nullptr;
   const float* bk = nullptr;
   const float* bv = nullptr;
   const float* q_norm = nullptr;  ///< [head_dim]
   const float* k_norm = nullptr;
-  Matrix wo;  ///< [n_embd, width_q]
+  /// Of a DeltaNet layer, what makes its projected row (kernels/delta_net.h): one matrix or several, whose
+  /// rows follow each other; those at the end are empty.
+  std::array<Matrix, kMostDeltaParts> delta_in;
+  const float* conv = nullptr;             ///< [n_conv, n_channel]
+  const float* delta_rate = nullptr;       ///< [n_head_v]
+  const float* delta_step_bias = nullptr;  ///< [n_head_v]
+  const float* delta_norm = nullptr;       ///< [head_dim]
+  Matrix wo;                               ///< [n_embd, width_q], of a DeltaNet layer [n_embd, width_v]
   const float* bo = nullptr;
   const float* attn_post_norm = nullptr;  ///< [n_embd]
   const float* ffn_norm = nullptr;        ///< [n_embd]

@@ -41,6 +41,15 @@ bool long_enough(PrefillProducts how, int64_t n) {
   return how == PrefillProducts::bf16 || (how != PrefillProducts::int8 && n >= kBf16Rows);
 }
 
+/// What a thread of a recurrent layer works in.
+int64_t recurrent_floats(const Plan& plan) {
+  int64_t most = 0;
+  for (const LayerPlan& l : plan.layers) {
+    if (l.mix.is_recurrent()) most = std::max(most, RecurrentRows::work_floats(l.mix.delta_net.shape));
+  }
+  return most;
+}
+
 }  // namespace
 
 /// Everything that lives for one run. D = n_head_kv * head_dim, of the largest layer where it is a size.
@@ -74,6 +83,7 @@ struct Prefill::LayerBuffers {
   AlignedArray<float> past_v;     ///< [kPrefillTile, D]
   AlignedArray<float> q;          ///< [kChunk, n_head * head_dim] rotated
   AlignedArray<float> q_raw;      ///< the same before RoPE, if somebody wants them
+  AlignedArray<float> recurrent;  ///< [n_threads] what recurrent layers work in
   std::optional<PromptAttention> attention;  ///< of the layer's sizes
   AttentionSizes sizes;                      ///< those
   device::Buffer hidden_on_device;           ///< [n, n_embd] residual stream of a prompt that is read there
@@ -166,6 +176,24 @@ class Prefill::ChunkMixer final : public Mixer {
   FirstError error_;
 };
 
+/// The rows of one chunk through the state of a recurrent layer.
+class Prefill::RecurrentMixer final : public Mixer {
+ public:
+  RecurrentMixer(const PrefillHooks& hooks, float* work) : hooks_(hooks), work_(work) {}
+
+  void mix(const LayerPlan& layer, const MixRows& rows, Team& team) override {
+    const RecurrentRows mine{&layer.mix.delta_net, rows.q, rows.ld, rows.out, rows.ldo, rows.n, work_};
+    for (int phase = 0; phase < RecurrentRows::kPhases; ++phase) {
+      hooks_.run_rows(layer.index, phase, mine, team.ith(), team.n_threads());
+      team.barrier();
+    }
+  }
+
+ private:
+  const PrefillHooks& hooks_;
+  float* work_;
+};
+
 /// Attention of one chunk where the cache is on the executor's device.
 class Prefill::DeviceChunkMixer final : public Mixer {
  public:
@@ -188,14 +216,16 @@ int64_t Prefill::bytes_needed(const ModelSpec& spec, const Plan& plan, int64_t n
   const int64_t width = spec.most_width_kv(), chunk = std::min(n, kChunk);
   const int64_t floats = n * (spec.n_embd + 2 * width) + (2 * kPrefillTile + kChunk) * width +
                          chunk * 2 * spec.most_width_q() + spec.n_vocab;
-  const bool loaded = long_enough(options.products, n) && LoadedLayer::supports(plan.layers.front());
+  const bool loaded = long_enough(options.products, n) &&
+                      std::any_of(plan.layers.begin(), plan.layers.end(), LoadedLayer::supports);
   int64_t attention = 0;
   for (const LayerPlan& l : plan.layers) {
+    if (l.mix.is_recurrent()) continue;
     attention = std::max(
         attention, PromptAttention::bytes_needed(attention_kind(options.attention), sizes_of(l.mix.attention),
                                                  n_past + n, n_threads, options.mass));
   }
-  return floats * static_cast<int64_t>(sizeof(float)) + attention +
+  return (floats + n_threads * recurrent_floats(plan)) * static_cast<int64_t>(sizeof(float)) + attention +
          CpuExecutor::bytes_needed(spec, plan, chunk, loaded, n_threads);
 }
 
@@ -236,6 +266,10 @@ const AttentionSpec& Prefill::attention() const {
   return plan_.layers[static_cast<size_t>(buffers_->layer)].mix.attention;
 }
 
+bool Prefill::is_recurrent() const {
+  return plan_.layers[static_cast<size_t>(buffers_->layer)].mix.is_recurrent();
+}
+
 bool Prefill::loads(int64_t layer) const {
   return long_enough(options_.products, buffers_->n) &&
          executor_.can_load(plan_.layers[static_cast<size_t>(layer)]);
@@ -258,8 +292,14 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
     run.logits = logits_;
   }
   if (hooks_.blocks != nullptr) return run_chunk_on_device(run, first);
-  ChunkMixer mixer(b, ropes_[static_cast<size_t>(a.rope)], first, n, from);
   run.x = b.hidden.data() + first * weights_.spec().n_embd;
+  if (is_recurrent()) {
+    RecurrentMixer mixer(hooks_, b.recurrent.data());
+    run.mixer = &mixer;
+    const Status begun = hooks_.begin_rows(b.layer, n);
+    return begun.ok() ? executor_.run(run) : begun;
+  }
+  ChunkMixer mixer(b, ropes_[static_cast<size_t>(a.rope)], first, n, from);
   run.mixer = &mixer;
   Status status = executor_.run(run);
   if (Status s = mixer.take_error(); status.ok()) status = std::move(s);
@@ -339,12 +379,17 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   hooks_ = std::move(hooks);
   logits_ = logits;
   Status status;
+  if (recurrent_floats(plan_) > 0 && (!hooks_.begin_rows || !hooks_.run_rows))
+    return {StatusCode::internal, "a prompt of recurrent layers without their states"};
   if (hooks_.blocks != nullptr) {
     buffers_ = std::make_unique<LayerBuffers>(n, n_past);
     status = begin_on_device(tokens);
   } else {
     buffers_ = std::make_unique<LayerBuffers>(weights_.spec(), n, n_past, static_cast<bool>(hooks_.queries));
-    status = buffers_->ok() ? make_attention() : no_room();
+    const int64_t work = recurrent_floats(plan_) * executor_.n_threads();
+    if (work > 0) buffers_->recurrent = AlignedArray<float>(work);
+    const bool ok = buffers_->ok() && (work == 0 || buffers_->recurrent.ok());
+    status = ok ? make_attention() : no_room();
     if (status.ok()) status = weights_.embed(tokens, buffers_->hidden.data());
   }
   if (!status.ok()) buffers_.reset();
@@ -361,6 +406,7 @@ double Prefill::progress() const {
 /// Tiles for the layer's heads; those of the layer before serve again where they have its sizes.
 Status Prefill::make_attention() {
   LayerBuffers& b = *buffers_;
+  if (is_recurrent()) return {};
   const AttentionSizes sizes = sizes_of(attention());
   if (b.attention && b.sizes == sizes) return {};
   count_tiles();
@@ -388,14 +434,14 @@ Status Prefill::open_layer() {
   if (loaded) {
     if (Status s = executor_.load_layer(layer); !s.ok()) return s;
   }
-  if (on_host) pack_past(0, buffers_->n_past);
+  if (on_host && !is_recurrent()) pack_past(0, buffers_->n_past);
   return {};
 }
 
 Status Prefill::close_segment() {
   LayerBuffers& b = *buffers_;
   const int64_t width = attention().width_kv();
-  const bool on_host = hooks_.blocks == nullptr;
+  const bool on_host = hooks_.blocks == nullptr && !is_recurrent();
   Status status = hooks_.layer_done(b.layer, on_host ? b.k_raw.data() + b.segment_begin * width : nullptr,
                                     on_host ? b.v.data() + (b.tail + b.segment_begin) * width : nullptr,
                                     b.next - b.segment_begin);

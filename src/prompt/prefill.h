@@ -11,6 +11,7 @@
 
 #include "exec/executor.h"
 #include "kernels/rope_table.h"
+#include "kv/kv_layer.h"
 #include "model/plan.h"
 #include "narrows/engine.h"
 #include "narrows/status.h"
@@ -24,6 +25,11 @@ struct PrefillHooks {
   /// Queries before RoPE of a chunk of new tokens, [n, n_head, head_dim], in order and before layer_done. May
   /// be empty.
   std::function<void(int64_t layer, const float* q, int64_t n)> queries;
+  /// Of a recurrent layer, which is asked for nothing else but layer_done, with null, and seal: a chunk of n
+  /// tokens comes, all of it that can fail; then its rows, by all threads, phase by phase.
+  std::function<Status(int64_t layer, int64_t n)> begin_rows = {};
+  std::function<void(int64_t layer, int phase, const RecurrentRows& rows, int ith, int n_threads)> run_rows =
+      {};
   /// A segment of a layer is done: keys before RoPE and values of its tokens, [n, D] each, valid during the
   /// call.
   std::function<Status(int64_t layer, const float* k, const float* v, int64_t n)> layer_done;
@@ -79,7 +85,9 @@ class Prefill {
   struct LayerBuffers;
   class ChunkMixer;
   class DeviceChunkMixer;
+  class RecurrentMixer;
   const AttentionSpec& attention() const;
+  bool is_recurrent() const;
   bool loads(int64_t layer) const;
   void pack_past(int64_t from, int64_t to);
   int64_t chunk_tokens() const;

@@ -11,9 +11,11 @@ void PrefixStore::put(Held held) {
   if (n == 0) return;
   held.session->keep_prefix(n);  // the rest would be computed again anyhow
   held.tokens.resize(static_cast<size_t>(n));
+  // Layers that see a window or are recurrent go back to some places alone.
   const auto covers = [](const Held& a, const Held& b) {
+    const auto n_b = static_cast<int64_t>(b.tokens.size());
     return a.session->profile().name == b.session->profile().name &&
-           common_prefix(a.tokens, b.tokens) == static_cast<int64_t>(b.tokens.size());
+           common_prefix(a.tokens, b.tokens) == n_b && a.session->kept_prefix(n_b) == n_b;
   };
   for (auto it = entries_.begin(); it != entries_.end(); ++it) {
     if (!covers(*it, held)) continue;

@@ -106,8 +106,7 @@ TEST(Chat, FullContextIsSaidAndTheNextTurnRefused) {
 }
 
 /// A model whose template leaves out what earlier answers said, as templates do with thoughts.
-std::string forgetful_model(const TempDir& dir) {
-  testing::TinyModel tiny;
+std::string forgetful_model(const TempDir& dir, testing::TinyModel tiny = {}) {
   tiny.edit_metadata = [](gguf_context* file) {
     gguf_set_val_str(file, "tokenizer.chat_template",
                      "{% for m in messages %}{% if m.role == 'assistant' %}A: (thought)\n"
@@ -139,6 +138,33 @@ TEST(Chat, ATemplateThatShortensAnswersCostsTheAnswerOnly) {
     const Finished raw =
         run({"run", "-m", model, "--greedy", "--threads", "1", "--kv", kv, "-n", "20", "--raw", "-p", whole});
     EXPECT_EQ(three.out.substr(0, one.out.size() + raw.out.size()), one.out + raw.out);
+  }
+}
+
+// A state cannot be turned back: the chat goes on from its last snapshot that has all in common.
+TEST(Chat, AHybridReadsATurnsNewTokensAndFewMore) {
+  const TempDir dir;
+  testing::TinyModel hybrid;
+  hybrid.architecture = "qwen35";
+  hybrid.n_layer = 4;
+  hybrid.attends_in = 4;
+  hybrid.n_ctx = 8192;
+  const std::string model = forgetful_model(dir, hybrid), file = dir.file("document", std::string(4000, 'd'));
+  for (const std::string kv : {"f16", "klt"}) {
+    std::string input;
+    int64_t before = 0;
+    for (int turn = 0; turn < 5; ++turn) {
+      input += "Question " + std::to_string(turn) + "?\n";
+      const Finished chat =
+          run({"run", "-m", model, "--greedy", "--threads", "1", "--kv", kv, "-n", "300", "-f", file},
+              {.input = input});
+      ASSERT_EQ(chat.exit_code, 0) << chat.err;
+      const int64_t read = totals(chat).prompt - before;
+      before += read;
+      if (turn == 0) continue;
+      EXPECT_LE(read, 40 + 512) << kv << ", turn " << turn;  // "A: (thought)", the question
+      EXPECT_NE(chat.err.find("rewritten"), std::string::npos);
+    }
   }
 }
 

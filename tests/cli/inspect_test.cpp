@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cli/program.h"
+#include "support/tiny_model.h"
 
 namespace narrows {
 namespace {
@@ -38,6 +39,35 @@ TEST(Inspect, ShapesAndCacheSizes) {
     EXPECT_LE(size["bytes"], document["cache"][0]["bytes"]);
   }
   EXPECT_TRUE(document["key_spectrum"].empty());
+}
+
+TEST(Inspect, KindsOfLayers) {
+  const TempDir dir;
+  testing::TinyModel hybrid;
+  hybrid.architecture = "qwen35";
+  hybrid.n_layer = 4;
+  hybrid.attends_in = 4;
+  const std::string path = hybrid.write(dir.path("hybrid.gguf"));
+  const Json model = Json::parse(run({"inspect", "-m", path, "--json"}).out, nullptr, false)["model"];
+  EXPECT_EQ(model["n_layer_recurrent"], 3);
+  EXPECT_EQ(model["n_layer_windowed"], 0);
+  // Four rows of 128 channels and four heads of 16 x 16, float32, in each.
+  EXPECT_EQ(model["recurrent_bytes"], 3 * 4 * (4 * 128 + 4 * 16 * 16));
+  const Finished text = run({"inspect", "-m", path});
+  EXPECT_NE(text.out.find("3 of gated DeltaNet"), std::string::npos) << text.out;
+  EXPECT_NE(text.out.find("1 attend to all"), std::string::npos) << text.out;
+  const Finished spectrum = run({"inspect", "-m", path, "-f", dir.file("a.txt", std::string(900, 'a'))});
+  EXPECT_NE(spectrum.exit_code, 0);
+  EXPECT_NE(spectrum.err.find("recurrent layers"), std::string::npos) << spectrum.err;
+
+  testing::TinyModel windows;
+  windows.architecture = "gemma3";
+  windows.n_layer = 4;
+  windows.window = 24;
+  windows.window_period = 3;
+  const Finished windowed = run({"inspect", "-m", windows.write(dir.path("windows.gguf"))});
+  EXPECT_NE(windowed.out.find("3 attend to a window"), std::string::npos) << windowed.out;
+  EXPECT_EQ(run({"inspect", "-m", testing::model_path()}).out.find("\nlayers "), std::string::npos);
 }
 
 TEST(Inspect, DefaultContextIsThatOfTheModel) {

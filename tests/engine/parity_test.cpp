@@ -75,8 +75,10 @@ struct Fixture {
 /// 2^-10.4 of the deviation, and float32's share as ever with a geglu of ours that rounds in the same places
 /// (tests/exec/executor_test.cpp compares ours with double).
 double float_tolerance(const Fixture& f, int64_t position) {
+  // Norms of heads of few coordinates besides: measured 1.4 times at a first token.
+  const double recurrent = f.c.model.is_hybrid() ? 2 : 1;
   const double halves = f.c.model.architecture == "gemma3" ? std::ldexp(1.0, -9) : 0;
-  return (std::ldexp(1.0, -24) * static_cast<double>(16 + position) * 4 + halves) * f.deviation;
+  return (std::ldexp(1.0, -24) * static_cast<double>(16 + position) * 4 * recurrent + halves) * f.deviation;
 }
 
 /// One fixture at a time: cases run one after another.

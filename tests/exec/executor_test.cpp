@@ -19,11 +19,12 @@ namespace {
 class TakeQueries final : public Mixer {
  public:
   void mix(const LayerPlan& layer, const MixRows& rows, Team& team) override {
-    const int64_t width = layer.mix.attention.width_q();
+    const int64_t width = layer.mix.width_out();
     if (team.ith() == 0) {
       seen_rows = rows.n;
       for (int64_t r = 0; r < rows.n; ++r) {
         std::copy_n(rows.q + r * rows.ld, width, rows.out + r * rows.ldo);
+        if (rows.k == nullptr) continue;
         for (const float* x : {rows.k + r * rows.ld, rows.v + r * rows.ld})
           kv.insert(kv.end(), x, x + layer.mix.attention.width_kv());
       }
@@ -152,7 +153,9 @@ Doubles layer_in_double(const LayerPlan& layer, Doubles x) {
     return y;
   };
   Doubles q = project(layer.project, x);
-  q.resize(static_cast<size_t>(layer.mix.attention.width_q()));
+  for (size_t i = 0; layer.mix.attention.output_gate && i < static_cast<size_t>(layer.mix.width_out()); ++i)
+    q[i] /= 1 + std::exp(-q[static_cast<size_t>(layer.mix.at_gate()) + i]);
+  q.resize(static_cast<size_t>(layer.mix.width_out()));
   add(scaled(normed(layer.out_norm, product(layer.out, q))));
   if (layer.experts) {
     add(experts_in_double(layer, normed(layer.ffn.norm, x)));
@@ -168,10 +171,10 @@ struct Layered {
     EXPECT_TRUE(made.ok());
     executor = std::move(*made);
   }
-  const LayerPlan& layer() const { return parts.plan.layers.front(); }
+  const LayerPlan& layer() const { return parts.plan.layers[index]; }
   int64_t n_embd() const { return parts.spec().n_embd; }
 
-  /// n rows through the first layer.
+  /// n rows through the layer.
   std::vector<float> rows_through(int64_t n, bool by_rows, int64_t from = 0) {
     std::vector<float> x = some_rows(n, n_embd());
     mixer = {};
@@ -185,13 +188,17 @@ struct Layered {
   const ModelParts& parts;
   std::unique_ptr<CpuExecutor> executor;
   TakeQueries mixer;
+  size_t index = 0;  ///< of the layer
 };
 
 class EveryCase : public ::testing::TestWithParam<TinyCase> {};
 
 TEST_P(EveryCase, ALayerIsWhatItIsInDouble) {
   Layered s(GetParam().model, 2);
-  for (const bool by_rows : {false, true}) {
+  const size_t n_layer = GetParam().model.is_hybrid() ? s.parts.plan.layers.size() : 1;
+  for (size_t which = 0; which < 2 * n_layer; ++which) {
+    const bool by_rows = which % 2 == 1;
+    s.index = which / 2;
     if (by_rows && !s.executor->can_load(s.layer())) continue;
     // Weights and inputs in 8 bits, or as they are.
     const double tolerance = GetParam().float_weights ? 2e-4 : 0.12;

@@ -186,6 +186,57 @@ TEST(Spec, NumbersMayBeOfAnyWholeOrRealType) {
   EXPECT_EQ(hp.ropes.at(0).freq_base, 5e5);
 }
 
+TinyModel hybrid(const std::function<void(gguf_context*)>& edit = {}) {
+  TinyModel m;
+  m.architecture = "qwen35";
+  m.n_layer = 8;
+  m.attends_in = 4;
+  m.n_rot = 12;
+  m.edit_metadata = edit;
+  return m;
+}
+
+TEST(Spec, LayersOfGatedDeltaNet) {
+  const ModelSpec spec = good(hybrid());
+  EXPECT_EQ(spec.n_layer(), 8);
+  EXPECT_EQ(spec.n_recurrent(), 6);
+  EXPECT_EQ(&spec.attention(), &spec.layer(3).attention);
+  const LayerSpec &delta = spec.layer(2), &attends = spec.layer(7);
+  EXPECT_EQ(delta.delta_net, (DeltaNetSpec{2, 4, 16, 4, false}));
+  EXPECT_EQ(delta.delta_net.n_row(), 2 * 32 + 64 + 64 + 4 + 4);
+  EXPECT_EQ(delta.delta_net.key_head(3), 1);
+  EXPECT_EQ(delta.delta_net.key_head(2), 0);
+  EXPECT_EQ(delta.attention.n_head, 0);
+  EXPECT_FALSE(delta.attention.output_gate);
+  EXPECT_TRUE(attends.attention.output_gate);
+  EXPECT_TRUE(attends.attention.qk_norm);
+  EXPECT_FALSE(attends.delta_net);
+  EXPECT_TRUE(attends.ffn_norm_is_post_attention);
+  EXPECT_EQ(spec.ropes.front().n_rot, 12);
+  EXPECT_EQ(spec.n_layer_unused, 0);
+
+  TinyModel next = hybrid();
+  next.architecture = "qwen3next";
+  next.n_expert = 4;
+  next.n_used = 2;
+  next.n_shared_ff = 24;
+  next.n_nextn = 2;
+  next.edit_metadata = [](gguf_context* g) { gguf_remove_key(g, "qwen3next.feed_forward_length"); };
+  const ModelSpec grouped = good(next);
+  EXPECT_EQ(grouped.n_layer(), 8);
+  EXPECT_EQ(grouped.n_layer_unused, 2);
+  EXPECT_EQ(grouped.layer(0).delta_net.key_head(2), 1);
+  EXPECT_TRUE(grouped.layer(0).ffn.experts.normalised);
+  EXPECT_TRUE(grouped.layer(0).ffn.experts.shared_gate);
+  EXPECT_EQ(grouped.layer(0).ffn.experts.n_shared_ff, 24);
+
+  TinyModel one_by_one = hybrid();
+  one_by_one.n_layer = 3;
+  one_by_one.recurrent = {false, true, true};
+  EXPECT_EQ(good(one_by_one).n_recurrent(), 2);
+  EXPECT_FALSE(good(one_by_one).layer(0).delta_net);
+}
+
 // --- refusals
 // -----------------------------------------------------------------------------------------------------
 
@@ -260,6 +311,43 @@ TEST(SpecRefusals, KeysOfOneArchitecture) {
   glm4.architecture = "glm4";
   glm4.edit_metadata = [](gguf_context* g) { gguf_set_val_u32(g, "glm4.nextn_predict_layers", 1); };
   expect_refusal(status_of(read(glm4)), StatusCode::unsupported, {"nextn"});
+}
+
+TEST(SpecRefusals, Hybrids) {
+  const auto refuses = [](const std::function<void(gguf_context*)>& edit,
+                          const std::vector<std::string>& words, StatusCode code = StatusCode::invalid_file) {
+    expect_refusal(status_of(read(hybrid(edit))), code, words);
+  };
+  for (const char* key : {"ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank",
+                          "ssm.inner_size", "rope.dimension_sections"}) {
+    refuses([key](gguf_context* g) { gguf_remove_key(g, (std::string("qwen35.") + key).c_str()); },
+            {key, "missing"});
+  }
+  const auto with_number = [](const char* key, uint32_t n) {
+    return [key, n](gguf_context* g) { gguf_set_val_u32(g, key, n); };
+  };
+  refuses(with_number("qwen35.ssm.group_count", 3), {"3", "4", "go together"});
+  refuses(with_number("qwen35.ssm.inner_size", 63), {"63", "go together"});
+  refuses(with_number("qwen35.ssm.state_size", 512), {"state_size", "256"});
+  refuses(with_number("qwen35.ssm.conv_kernel", 9), {"conv_kernel", "8"});
+  refuses(with_number("qwen35.full_attention_interval", 9), {"no layer attends"}, StatusCode::unsupported);
+  refuses(with_number("qwen35.nextn_predict_layers", 8), {"nextn_predict_layers"});
+  refuses(
+      [](gguf_context* g) {
+        const bool short_list[] = {true, false};
+        gguf_set_arr_data(g, "qwen35.attention.recurrent_layers", GGUF_TYPE_BOOL, short_list, 2);
+      },
+      {"recurrent_layers", "2 entries", "8 layers"});
+  // Sections that give a coordinate no position of a text's, or are no numbers of coordinates.
+  const auto with_sections = [](const std::vector<int32_t>& s) {
+    return [s](gguf_context* g) {
+      gguf_set_arr_data(g, "qwen35.rope.dimension_sections", GGUF_TYPE_INT32, s.data(), s.size());
+    };
+  };
+  refuses(with_sections({2, 2, 1, 1}), {"sections"}, StatusCode::unsupported);
+  refuses(with_sections({0, 0, 0, 0}), {"sections"}, StatusCode::unsupported);
+  refuses(with_sections({-1, 2, 2, 0}), {"sections", "impossible"});
+  EXPECT_TRUE(status_of(read(hybrid(with_sections({2, 2, 2})))).ok());
 }
 
 TEST(SpecRefusals, OtherArchitecturesListOurs) {

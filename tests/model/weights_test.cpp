@@ -207,6 +207,121 @@ TEST(Weights, ExpertsAreSlices) {
 }
 
 // Any run of rows, across the borders of joined matrices.
+TinyModel hybrid(const std::string& architecture) {
+  TinyModel m;
+  m.architecture = architecture;
+  if (architecture == "qwen35") return m;
+  m.n_expert = m.n_used = 2;
+  m.n_shared_ff = 32;
+  return m;
+}
+
+/// Rows of a tensor of the file.
+std::vector<float> rows_of(std::vector<TinyTensor> all, const std::string& name, int64_t first, int64_t n) {
+  const TinyTensor& t = tensor(all, name);
+  return {t.data.begin() + first * t.ne[0], t.data.begin() + (first + n) * t.ne[0]};
+}
+
+// q of all heads, k, v, then the gates, which the file has behind each head's q.
+TEST(Weights, GatesStandBehindTheOthers) {
+  const TinyModel m = hybrid("qwen35");
+  for (const bool apart : {false, true}) {
+    TinyModel of_types = m;
+    if (apart) of_types.types = {{"attn_v", GGML_TYPE_F16}};
+    const Loaded loaded(of_types);
+    const LayerWeights& l = loaded.layer(1);
+    std::vector<float> want_q, want_gate;
+    for (int64_t h = 0; h < 4; ++h) {
+      for (const auto& [to, at] : {std::pair(&want_q, int64_t{0}), {&want_gate, int64_t{16}}}) {
+        const auto rows = rows_of(m.tensors(), "blk.1.attn_q.weight", 32 * h + at, 16);
+        to->insert(to->end(), rows.begin(), rows.end());
+      }
+    }
+    EXPECT_EQ(static_cast<bool>(l.wgate), apart);
+    std::vector<float> all = floats(l.wqkv ? l.wqkv : l.wq);
+    EXPECT_EQ(std::vector<float>(all.begin(), all.begin() + 64 * 64), want_q);
+    EXPECT_EQ(apart ? floats(l.wgate) : std::vector<float>(all.end() - 64 * 64, all.end()), want_gate);
+  }
+}
+
+// Both ways in which files have a DeltaNet layer's matrices become one order of rows.
+TEST(Weights, DeltaNetRowsStandInOneOrder) {
+  const Loaded plain(hybrid("qwen35"));
+  const TinyModel m = hybrid("qwen35");
+  std::vector<float> want;
+  for (const auto& [name, n] :
+       {std::pair("attn_qkv", 128), {"attn_gate", 64}, {"ssm_beta", 4}, {"ssm_alpha", 4}}) {
+    const auto rows = rows_of(m.tensors(), std::string("blk.0.") + name + ".weight", 0, n);
+    want.insert(want.end(), rows.begin(), rows.end());
+  }
+  EXPECT_EQ(floats(plain.layer(0).delta_in[0]), want);
+  EXPECT_FALSE(plain.layer(0).delta_in[1]);
+  EXPECT_FALSE(plain.layer(1).delta_in[0]);
+  // The convolution's oldest tokens first.
+  std::vector<TinyTensor> all = m.tensors();
+  const TinyTensor& conv = tensor(all, "blk.0.ssm_conv1d.weight");
+  for (int64_t c = 0; c < 128; ++c) {
+    for (int64_t j = 0; j < 4; ++j)
+      ASSERT_EQ(plain.layer(0).conv[j * 128 + c], conv.data[static_cast<size_t>(c * 4 + j)]);
+  }
+
+  TinyModel old = hybrid("qwen3next");
+  old.old_tensors = true;
+  const Loaded grouped(old);
+  want.clear();
+  const auto add = [&](const std::string& name, int64_t first, int64_t n) {
+    const auto rows = rows_of(old.tensors(), "blk.0." + name + ".weight", first, n);
+    want.insert(want.end(), rows.begin(), rows.end());
+  };
+  // Two key heads of 16, each with two value heads: q 16, k 16, v 32, gate 32.
+  for (const auto& [at, n] : {std::pair(0, 16), {16, 16}, {32, 32}, {64, 32}}) {
+    for (const int64_t head : {0, 1}) add("ssm_in", head * 96 + at, n);
+  }
+  for (const int64_t at : {0, 2}) {
+    for (const int64_t head : {0, 1}) add("ssm_ba", head * 4 + at, 2);
+  }
+  EXPECT_EQ(floats(grouped.layer(0).delta_in[0]), want);
+
+  TinyModel mixed = hybrid("qwen35");
+  mixed.types = {{"attn_gate", GGML_TYPE_F16}};
+  const Loaded apart(mixed);
+  EXPECT_EQ(apart.layer(0).delta_in[0].n_out, 128);
+  EXPECT_EQ(apart.layer(0).delta_in[1].n_out, 64);
+  EXPECT_EQ(apart.layer(0).delta_in[2].n_out, 8);
+}
+
+TEST(Weights, GateAndUpOfExpertsMayBeOneTensor) {
+  TinyModel m = hybrid("qwen35moe");
+  m.joined_experts = true;
+  const Loaded loaded(m);
+  for (int64_t e = 0; e < 2; ++e) {
+    EXPECT_EQ(floats(loaded.layer(0).experts[static_cast<size_t>(e)].gate_up),
+              rows_of(m.tensors(), "blk.0.ffn_gate_up_exps.weight", e * 256, 256));
+  }
+}
+
+TEST(Weights, StatesThatWouldGrowAreRefused) {
+  TinyModel m = hybrid("qwen35");
+  m.edit_tensors = [](std::vector<TinyTensor>& all) { tensor(all, "blk.0.ssm_a").data[1] = 0.1F; };
+  const TempDir dir;
+  auto file = GgufFile::open(m.write(dir.path("m.gguf")));
+  ASSERT_TRUE(file.ok());
+  const auto spec = read_spec(*file);
+  ASSERT_TRUE(spec.ok());
+  auto made = ModelWeights::load(std::move(*file), *spec, {});
+  expect_refusal(made.status(), StatusCode::invalid_file, {"blk.0.ssm_a", "above 0"});
+}
+
+// Tensors of layers that predict further tokens are left; others that nobody knows are still refused.
+TEST(Weights, LayersThatPredictFurtherTokensAreLeft) {
+  TinyModel m = hybrid("qwen35");
+  m.n_nextn = 1;
+  const Loaded loaded(m);
+  EXPECT_EQ(loaded.weights->spec().n_layer(), 2);
+  TinyModel none = hybrid("qwen35");
+  EXPECT_EQ(loaded.weights->allocated_bytes(), Loaded(none).weights->allocated_bytes());
+}
+
 TEST(Weights, AnyRowsAreUnpacked) {
   for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0}) {
     TinyModel m;

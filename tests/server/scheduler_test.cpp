@@ -36,6 +36,7 @@ struct Setup {
   int64_t memory_bytes = 0;
   int max_waiting = 64;
   std::string kv = "klt";
+  const LoadedTiny* model = &tiny();
 };
 
 struct Engine {
@@ -50,7 +51,7 @@ struct Engine {
     o.session.kv = narrows::testing::kv(setup.kv);
     o.session.n_ctx = setup.n_ctx;
     o.session.n_threads = 2;
-    auto made = Scheduler::create(tiny().model, o, &metrics);
+    auto made = Scheduler::create(setup.model->model, o, &metrics);
     if (!made.ok()) {
       ADD_FAILURE() << made.status().message();
       std::abort();
@@ -180,6 +181,48 @@ TEST(Scheduler, CachedIsUncached) {
     EXPECT_EQ(again.text, first.text);
     EXPECT_GT(again.result.n_cached, 2900 - 128 - 257);
     EXPECT_GT(engine.metrics.cached_tokens, 0U);
+  }
+}
+
+const LoadedTiny& hybrid() {
+  static const LoadedTiny loaded([] {
+    TinyModel m;
+    m.architecture = "qwen35";
+    m.n_layer = 4;
+    m.attends_in = 4;
+    m.n_ctx = 16384;
+    return m;
+  }());
+  return loaded;
+}
+
+// Five turns about a long text on a model with recurrent layers, whose template drops half of each answer
+// once it is history; another conversation about the same text comes in between.
+TEST(Scheduler, AChatOnAHybridReadsNewTokensAndFewMore) {
+  for (const std::string kv : {"f16", "klt"}) {
+    Engine engine({.n_slots = 2, .kv = kv, .model = &hybrid()});
+    const std::vector<Token> text = random_tokens(12000, 5);
+    std::vector<Token> history = text, last;
+    for (uint32_t turn = 0; turn < 5; ++turn) {
+      for (const Token t : random_tokens(40, 200 + turn)) history.push_back(t);
+      const auto n = static_cast<int64_t>(history.size());
+      const int64_t n_new = n - static_cast<int64_t>(last.size());
+      const Answer a = run(engine, job_of(history, 60, kv));
+      ASSERT_FALSE(a.error);
+      if (turn > 0) {
+        EXPECT_LE(n - a.result.n_cached, n_new + 512) << kv << ", turn " << turn;
+      }
+      if (turn == 4) {
+        Engine fresh({.kv = kv, .model = &hybrid()});
+        EXPECT_EQ(run(fresh, job_of(history, 60, kv)).text, a.text) << kv;
+      }
+      last = history;
+      for (const Token t : random_tokens(30, 300 + turn)) history.push_back(t);
+      if (turn != 2) continue;
+      std::vector<Token> other = text;
+      for (const Token t : random_tokens(80, 999)) other.push_back(t);
+      EXPECT_GT(run(engine, job_of(other, 10, kv)).result.n_cached, 12000 - 512) << kv;
+    }
   }
 }
 

@@ -197,6 +197,57 @@ inline std::vector<TinyCase> float_cases() {
     m.rope_factor = 4;
   });
   add("gemma3_no_window", gemma3, [](TinyModel& m) { m.window = m.window_period = 0; });
+  TinyModel hybrid;
+  hybrid.architecture = "qwen35";
+  hybrid.n_layer = 4;
+  hybrid.head_dim = 32;
+  hybrid.n_rot = 12;
+  hybrid.freq_base = 1e6;
+  add("qwen35", hybrid, [](TinyModel&) {});
+  add("qwen35_as_many_heads_tied", hybrid, [](TinyModel& m) {
+    m.delta_head_v = m.delta_head_k = 3;
+    m.delta_dim = 32;
+    m.tied_output = true;
+  });
+  add("qwen35_one_key_head", hybrid, [](TinyModel& m) {  // rotates whole heads
+    m.delta_head_k = 1;
+    m.delta_head_v = 3;
+    m.n_conv = 3;
+    m.n_rot = 0;
+    m.n_layer = 3;
+    m.attends_in = 3;
+  });
+  add("qwen35_one_by_one_nextn", hybrid, [](TinyModel& m) {  // ends with a DeltaNet layer
+    m.recurrent = {true, false, true, true};
+    m.n_nextn = 1;
+  });
+  const auto with_experts = [](TinyModel& m) {
+    m.n_expert = 8;
+    m.n_used = 3;
+    m.n_ff = 48;
+    m.n_shared_ff = 40;
+  };
+  add("qwen35moe", hybrid, [&](TinyModel& m) {
+    m.architecture = "qwen35moe";
+    with_experts(m);
+  });
+  add("qwen35moe_joined_tied", hybrid, [&](TinyModel& m) {
+    m.architecture = "qwen35moe";
+    with_experts(m);
+    m.joined_experts = m.tied_output = true;
+    m.delta_head_k = m.delta_head_v = 4;
+  });
+  add("qwen3next", hybrid, [&](TinyModel& m) {
+    m.architecture = "qwen3next";
+    with_experts(m);
+  });
+  add("qwen3next_old_tensors", hybrid, [&](TinyModel& m) {
+    m.architecture = "qwen3next";
+    with_experts(m);
+    m.old_tensors = true;
+    m.delta_head_v = 6;
+    m.n_used = 1;
+  });
   TinyModel oss = experts;
   oss.architecture = "gpt-oss";
   oss.head_dim = 16;
@@ -289,6 +340,17 @@ inline std::vector<TinyCase> quantised_cases() {
   experts.n_expert = experts.n_used = 4;
   experts.router_gain = 0.3;
   all.push_back({"qwen3moe_q4_K_q6_K", experts, false});
+  TinyModel hybrid;
+  hybrid.architecture = "qwen35";
+  hybrid.n_layer = 4;
+  hybrid.head_dim = 32;
+  hybrid.n_rot = 12;
+  hybrid.delta_dim = 32;
+  // Of fewer bits tests/engine/hybrid_test.cpp: where few layers attend, the rounding of activations is more
+  // than that of the f16 cache, by which steps are judged here.
+  hybrid.type = GGML_TYPE_F16;
+  hybrid.types = {{"attn_v", GGML_TYPE_F32}, {"attn_gate", GGML_TYPE_F32}, {"ssm_alpha", GGML_TYPE_F32}};
+  all.push_back({"qwen35_mixed", hybrid, false});
   TinyModel oss;  // as released: experts in MXFP4, the rest in bfloat16
   oss.architecture = "gpt-oss";
   oss.n_ff = 96;

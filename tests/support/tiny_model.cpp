@@ -102,12 +102,21 @@ class Draw {
 
 double by_width(double gain, int64_t n_in) { return gain / std::sqrt(static_cast<double>(n_in)); }
 
+bool is_one_of(const TinyModel& m, std::initializer_list<const char*> architectures) {
+  return std::any_of(architectures.begin(), architectures.end(),
+                     [&](const char* a) { return m.architecture == a; });
+}
+
 /// Routers are float32 in files of all types. Their outputs are far enough apart that rounding changes the
 /// choice of an expert seldom, and then of one that weighs little.
 void draw_experts(Draw& draw, const TinyModel& m, const std::string& p) {
   draw.floats(p + "ffn_gate_inp.weight", m.n_embd, m.n_expert, by_width(m.router_gain, m.n_embd));
-  draw.experts(p + "ffn_gate_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
-  draw.experts(p + "ffn_up_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
+  if (m.joined_experts) {
+    draw.experts(p + "ffn_gate_up_exps.weight", m.n_embd, 2 * m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
+  } else {
+    draw.experts(p + "ffn_gate_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
+    draw.experts(p + "ffn_up_exps.weight", m.n_embd, m.n_ff, m.n_expert, by_width(1.5, m.n_embd));
+  }
   draw.experts(p + "ffn_down_exps.weight", m.n_ff, m.n_embd, m.n_expert, by_width(1, m.n_ff));
   if (m.architecture == "gpt-oss") {
     draw.vector(p + "ffn_gate_inp.bias", m.n_expert, 0, 0.5);
@@ -119,13 +128,44 @@ void draw_experts(Draw& draw, const TinyModel& m, const std::string& p) {
   draw.matrix(p + "ffn_gate_shexp.weight", m.n_embd, m.n_shared_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_up_shexp.weight", m.n_embd, m.n_shared_ff, by_width(1.5, m.n_embd));
   draw.matrix(p + "ffn_down_shexp.weight", m.n_shared_ff, m.n_embd, by_width(1, m.n_shared_ff));
-  if (m.architecture == "qwen2moe")
+  if (m.architecture == "qwen2moe" || m.is_hybrid())
     draw.vector(p + "ffn_gate_inp_shexp.weight", m.n_embd, 0, by_width(2, m.n_embd));
 }
 
-bool is_one_of(const TinyModel& m, std::initializer_list<const char*> architectures) {
-  return std::any_of(architectures.begin(), architectures.end(),
-                     [&](const char* a) { return m.architecture == a; });
+void draw_ffn(Draw& draw, const TinyModel& m, const std::string& p) {
+  if (m.n_expert > 0) return draw_experts(draw, m, p);
+  const bool gate_in_up = is_one_of(m, {"phi3", "glm4"});
+  if (!gate_in_up) draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_up.weight", m.n_embd, gate_in_up ? 2 * m.n_ff : m.n_ff, by_width(1.5, m.n_embd));
+  draw.matrix(p + "ffn_down.weight", m.n_ff, m.n_embd, by_width(1, m.n_ff));
+  if (m.other_bias) {
+    draw.vector(p + "attn_output.bias", m.n_embd, 0, 0.3);
+    draw.vector(p + "ffn_gate.bias", m.n_ff, 0, 0.3);
+    draw.vector(p + "ffn_up.bias", m.n_ff, 0, 0.3);
+    draw.vector(p + "ffn_down.bias", m.n_embd, 0, 0.3);
+  }
+}
+
+/// Decays from some tokens to some hundred, as trained models have them.
+void draw_delta_net(Draw& draw, const TinyModel& m, const std::string& p) {
+  const int64_t k = m.delta_head_k * m.delta_dim, v = m.delta_head_v * m.delta_dim;
+  if (m.old_tensors) {
+    draw.matrix(p + "ssm_in.weight", m.n_embd, 2 * k + 2 * v, by_width(1.5, m.n_embd));
+  } else {
+    draw.matrix(p + "attn_qkv.weight", m.n_embd, 2 * k + v, by_width(1.5, m.n_embd));
+    draw.matrix(p + "attn_gate.weight", m.n_embd, v, by_width(1.5, m.n_embd));
+  }
+  if (m.architecture == "qwen3next") {
+    draw.matrix(p + "ssm_ba.weight", m.n_embd, 2 * m.delta_head_v, by_width(1.5, m.n_embd));
+  } else {
+    draw.matrix(p + "ssm_beta.weight", m.n_embd, m.delta_head_v, by_width(1.5, m.n_embd));
+    draw.matrix(p + "ssm_alpha.weight", m.n_embd, m.delta_head_v, by_width(1.5, m.n_embd));
+  }
+  draw.floats(p + "ssm_conv1d.weight", m.n_conv, 2 * k + v, by_width(1.5, m.n_conv));
+  draw.vector(p + "ssm_a", m.delta_head_v, -0.15, 0.04);
+  draw.vector(p + "ssm_dt.bias", m.delta_head_v, -2, 1);
+  draw.vector(p + "ssm_norm.weight", m.delta_dim, 1, 0.2);
+  draw.matrix(p + "ssm_out.weight", v, m.n_embd, by_width(1.5, v));
 }
 
 void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
@@ -134,10 +174,15 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
   const bool bias = m.qkv_bias || is_one_of(m, {"qwen2", "qwen2moe", "gpt-oss"});
   const bool pre_norms = !is_one_of(m, {"olmo2"}), post_norms = is_one_of(m, {"gemma3", "glm4", "olmo2"});
   if (pre_norms) draw.vector(p + "attn_norm.weight", m.n_embd, 1, 0.2);
+  if (m.is_recurrent(i)) {
+    draw_delta_net(draw, m, p);
+    draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
+    return draw_ffn(draw, m, p);
+  }
   if (is_one_of(m, {"phi3"})) {
     draw.matrix(p + "attn_qkv.weight", m.n_embd, d_q + 2 * m.width(), by_width(1.4, m.n_embd));
   } else {
-    draw.matrix(p + "attn_q.weight", m.n_embd, d_q, by_width(1.5, m.n_embd));
+    draw.matrix(p + "attn_q.weight", m.n_embd, m.is_hybrid() ? 2 * d_q : d_q, by_width(1.5, m.n_embd));
     draw.matrix(p + "attn_k.weight", m.n_embd, m.width(), by_width(1.5, m.n_embd));
     if (m.key_rank > 0) draw.lower_rank(m.key_rank);
     draw.matrix(p + "attn_v.weight", m.n_embd, m.width(), by_width(1, m.n_embd));
@@ -162,20 +207,21 @@ void draw_layer(Draw& draw, const TinyModel& m, int64_t i) {
     draw.vector(p + "attn_sinks.weight", m.n_head, 1, 1.5);
     draw.vector(p + "attn_output.bias", m.n_embd, 0, 0.3);
     draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
+  } else if (m.is_hybrid()) {
+    draw.vector(p + "post_attention_norm.weight", m.n_embd, 1, 0.2);
   } else if (pre_norms) {
     draw.vector(p + "ffn_norm.weight", m.n_embd, 1, 0.2);
   }
-  if (m.n_expert > 0) return draw_experts(draw, m, p);
-  const bool gate_in_up = is_one_of(m, {"phi3", "glm4"});
-  if (!gate_in_up) draw.matrix(p + "ffn_gate.weight", m.n_embd, m.n_ff, by_width(1.5, m.n_embd));
-  draw.matrix(p + "ffn_up.weight", m.n_embd, gate_in_up ? 2 * m.n_ff : m.n_ff, by_width(1.5, m.n_embd));
-  draw.matrix(p + "ffn_down.weight", m.n_ff, m.n_embd, by_width(1, m.n_ff));
-  if (m.other_bias) {
-    draw.vector(p + "attn_output.bias", m.n_embd, 0, 0.3);
-    draw.vector(p + "ffn_gate.bias", m.n_ff, 0, 0.3);
-    draw.vector(p + "ffn_up.bias", m.n_ff, 0, 0.3);
-    draw.vector(p + "ffn_down.bias", m.n_embd, 0, 0.3);
-  }
+  draw_ffn(draw, m, p);
+}
+
+/// What a layer that predicts further tokens has beside an attending layer's.
+void draw_nextn(Draw& draw, const TinyModel& m, int64_t i) {
+  draw_layer(draw, m, i);
+  const std::string p = "blk." + std::to_string(i) + ".nextn.";
+  draw.matrix(p + "eh_proj.weight", 2 * m.n_embd, m.n_embd, by_width(1, 2 * m.n_embd));
+  for (const char* name : {"enorm.weight", "hnorm.weight", "shared_head_norm.weight"})
+    draw.vector(p + name, m.n_embd, 1, 0.2);
 }
 
 Gguf metadata_of(const TinyModel& m) {
@@ -190,7 +236,28 @@ Gguf metadata_of(const TinyModel& m) {
   };
   gguf_set_val_str(file.get(), "general.architecture", m.architecture.c_str());
   gguf_set_val_str(file.get(), "general.name", "tiny");
-  count("block_count", m.n_layer);
+  count("block_count", m.n_layer + m.n_nextn);
+  if (m.n_nextn > 0) count("nextn_predict_layers", m.n_nextn);
+  if (m.is_hybrid()) {
+    count("ssm.conv_kernel", m.n_conv);
+    count("ssm.state_size", m.delta_dim);
+    count("ssm.group_count", m.delta_head_k);
+    count("ssm.time_step_rank", m.delta_head_v);
+    count("ssm.inner_size", m.delta_head_v * m.delta_dim);
+    count("full_attention_interval", m.attends_in);
+    if (!m.recurrent.empty()) {
+      std::vector<int8_t> each(m.recurrent.begin(), m.recurrent.end());
+      each.resize(static_cast<size_t>(m.n_layer + m.n_nextn));
+      gguf_set_arr_data(file.get(), key("attention.recurrent_layers").c_str(), GGUF_TYPE_BOOL, each.data(),
+                        each.size());
+    }
+    const auto n_rot = static_cast<int32_t>(m.n_rot > 0 ? m.n_rot : m.head_dim);
+    std::vector<int32_t> sections = m.sections;
+    const int32_t half = n_rot / 2;
+    if (sections.empty()) sections = {(half + 2) / 3, (half + 1) / 3, half / 3, 0};
+    gguf_set_arr_data(file.get(), key("rope.dimension_sections").c_str(), GGUF_TYPE_INT32, sections.data(),
+                      sections.size());
+  }
   count("embedding_length", m.n_embd);
   count("feed_forward_length", m.n_ff);
   count("attention.head_count", m.n_head);
@@ -240,10 +307,18 @@ std::string encode(const TinyTensor& t) {
 
 }  // namespace
 
+bool TinyModel::is_hybrid() const { return is_one_of(*this, {"qwen35", "qwen35moe", "qwen3next"}); }
+
+bool TinyModel::is_recurrent(int64_t layer) const {
+  if (!is_hybrid() || layer >= n_layer) return false;
+  return recurrent.empty() ? (layer + 1) % attends_in != 0 : recurrent[static_cast<size_t>(layer)];
+}
+
 std::vector<TinyTensor> TinyModel::tensors() const {
   Draw draw(*this);
   draw.matrix("token_embd.weight", n_embd, kTinyVocab, tied_output ? 0.3 : 1.0);
   for (int64_t i = 0; i < n_layer; ++i) draw_layer(draw, *this, i);
+  for (int64_t i = n_layer; i < n_layer + n_nextn; ++i) draw_nextn(draw, *this, i);
   draw.vector("output_norm.weight", n_embd, 1, 0.2);
   if (!tied_output) draw.matrix("output.weight", n_embd, kTinyVocab, by_width(2.5, n_embd));
   if (output_bias) draw.vector("output.bias", kTinyVocab, 0, 0.5);

@@ -67,6 +67,22 @@ struct TinyModel {
   int64_t window_period = 0;         ///< a layer in so many sees all; 0: not in the file
   std::vector<bool> windows;         ///< in its place, layer by layer
 
+  // Hybrids (qwen35, qwen35moe, qwen3next): layers of gated DeltaNet, all but the last of each `attends_in`.
+  int64_t delta_head_k = 2;
+  int64_t delta_head_v = 4;
+  int64_t delta_dim = 16;
+  int64_t n_conv = 4;
+  int64_t attends_in = 2;
+  std::vector<bool> recurrent;  ///< in its place, layer by layer
+  bool old_tensors = false;     ///< qwen3next: q, k, v and gate of a key head together in one tensor
+  bool joined_experts = false;  ///< gate and up of an expert in one tensor
+  int64_t n_nextn = 0;          ///< layers behind the others that predict further tokens
+  std::vector<int32_t>
+      sections;  ///< rope.dimension_sections; empty: n_rot / 2 dealt out as released models do
+
+  bool is_hybrid() const;
+  bool is_recurrent(int64_t layer) const;
+
   int64_t key_rank = 0;  ///< > 0: every layer's K weight has this rank (over all KV heads)
 
   /// Last changes before the file is made.

@@ -60,7 +60,7 @@ CpuExecutor::Widths CpuExecutor::widths_of(const ModelSpec& spec, const Plan& pl
   Widths w = {spec.n_embd, 0, 0, 0, 0, spec.n_embd, 0};
   for (const LayerPlan& l : plan.layers) {
     w.qkv = std::max(w.qkv, l.project.n_out);
-    w.q = std::max(w.q, l.mix.attention.width_q());
+    w.q = std::max(w.q, l.mix.width_out());
     w.ff = std::max(w.ff, l.n_ff);
     if (l.out_norm.weight != nullptr || l.down_norm.weight != nullptr || l.residual_scale != 1)
       w.added = spec.n_embd;
@@ -209,22 +209,41 @@ void CpuExecutor::mix(const LayerPlan& layer, Thread& t) {
   if (measured) run_->mixer->measure_from(last_ns_);
   const AttentionSpec& a = layer.mix.attention;
   float* q = qkv_.data();
-  run_->mixer->mix(layer,
-                   {q, q + a.width_q(), q + a.width_q() + a.width_kv(), layer.project.n_out, mixed_.data(),
-                    a.width_q(), run_->n},
-                   t);
+  MixRows rows = {q,
+                  q + a.width_q(),
+                  q + a.width_q() + a.width_kv(),
+                  layer.project.n_out,
+                  mixed_.data(),
+                  layer.mix.width_out(),
+                  run_->n};
+  if (layer.mix.is_recurrent()) rows.k = rows.v = nullptr;
+  run_->mixer->mix(layer, rows, t);
   if (!measured) return;
   last_ns_ = monotonic_ns();
   const auto stages = run_->mixer->measured(last_ns_);
   for (size_t i = 0; i < stages.size(); ++i) times_[static_cast<size_t>(RunStage::score) + i] += stages[i];
 }
 
+/// What the heads gave times sigmoid of their gates, if there are such; rows are shared out.
+void CpuExecutor::gate_mixed(const LayerPlan& layer, int64_t from, Thread& t) {
+  const MixStage& mix = layer.mix;
+  if (!mix.attention.output_gate) return;
+  const Part mine = t.part((run_->n - from) * mix.attention.n_head);
+  const int64_t d = mix.attention.head_dim;
+  for (int64_t i = mine.begin; i < mine.end; ++i) {
+    const int64_t r = from + i / mix.attention.n_head, at = i % mix.attention.n_head * d;
+    kernels::ops().sigmoid_gate(qkv_.data() + r * layer.project.n_out + mix.at_gate() + at, d,
+                                mixed_.data() + r * mix.width_out() + at);
+  }
+  t.barrier();
+}
+
 // --- by outputs
 
 void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t) {
-  const int64_t n = run_->n - from, d = width_.embd, width_q = layer.mix.attention.width_q();
+  const int64_t n = run_->n - from, d = width_.embd, width = layer.mix.width_out();
   float* x = run_->x + from * d;
-  Output qkv[3];
+  Output qkv[kMostDeltaParts];
   size_t n_qkv = 0;
   int64_t at = 0;
   for (const LinearOp& l : layer.project.linears) {
@@ -235,8 +254,9 @@ void CpuExecutor::run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
   if (n == 0) return;
-  add_product(layer, layer.out, layer.out_norm,
-              taken(mixed_.data() + from * width_q, width_q, n, layer.out, t), x, t);
+  gate_mixed(layer, from, t);
+  add_product(layer, layer.out, layer.out_norm, taken(mixed_.data() + from * width, width, n, layer.out, t),
+              x, t);
   finish_stage(RunStage::out, t);
   if (layer.experts) experts_->activate(layer, x, n, t);
   if (layer.n_ff > 0) {
@@ -400,6 +420,7 @@ void CpuExecutor::run_by_rows(const LayerPlan& layer, int64_t from, Thread& t) {
   through(0, {&CpuExecutor::project_rows});
   finish_stage(RunStage::qkv, t);
   mix(layer, t);
+  gate_mixed(layer, from, t);
   if (layer.experts) {
     through(from, {&CpuExecutor::out_rows});
     finish_stage(RunStage::out, t);
@@ -451,7 +472,7 @@ Status CpuExecutor::add_rows(const LayerPlan& layer, const LinearOp& linear, con
 }
 
 Status CpuExecutor::out_rows(const LayerPlan& layer, int64_t first, int64_t m, Thread& t) {
-  const float* mixed = mixed_.data() + first * layer.mix.attention.width_q();
+  const float* mixed = mixed_.data() + first * layer.mix.width_out();
   return add_rows(layer, layer.out, layer.out_norm, mixed, first, m, t);
 }
 

@@ -86,6 +86,7 @@ class CpuExecutor final : public Executor {
   void run_by_outputs(const LayerPlan& layer, int64_t from, Thread& t);
   void run_by_rows(const LayerPlan& layer, int64_t from, Thread& t);
   void mix(const LayerPlan& layer, Thread& t);
+  void gate_mixed(const LayerPlan& layer, int64_t from, Thread& t);
   void weigh_shared(const LayerPlan& layer, int64_t r, int64_t n, float* act) const;
   void run_logits(Thread& t);
 

@@ -43,6 +43,10 @@ Status check(const LayerPlan& layer) {
     return {StatusCode::unsupported,
             fmt::format("layer {} has experts, which the GPU does not compute yet; take --device cpu",
                         layer.index)};
+  if (layer.mix.is_recurrent() || layer.mix.attention.output_gate)
+    return {StatusCode::unsupported,
+            fmt::format("layer {} is {}, which the GPU does not compute yet; take --device cpu", layer.index,
+                        layer.mix.is_recurrent() ? "gated DeltaNet" : "attention with an output gate")};
   if (layer.mix.sinks != nullptr || layer.activation == Activation::clamped)
     return {StatusCode::unsupported,
             fmt::format(

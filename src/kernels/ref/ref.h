@@ -43,6 +43,11 @@ std::remove_pointer_t<decltype(Ops::rms_norm)> rms_norm;
 std::remove_pointer_t<decltype(Ops::swiglu)> swiglu;
 std::remove_pointer_t<decltype(Ops::geglu)> geglu;
 std::remove_pointer_t<decltype(Ops::swiglu_clamped)> swiglu_clamped;
+std::remove_pointer_t<decltype(Ops::sigmoid_gate)> sigmoid_gate;
+std::remove_pointer_t<decltype(Ops::conv_silu)> conv_silu;
+std::remove_pointer_t<decltype(Ops::l2_norm)> l2_norm;
+std::remove_pointer_t<decltype(Ops::delta_step)> delta_step;
+std::remove_pointer_t<decltype(Ops::delta_rows)> delta_rows;
 
 /// Exact attention in double; and the same with operands rounded to bfloat16, keys after the shift.
 extern const PrefillKernel kPrefillF32;

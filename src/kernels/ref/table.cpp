@@ -43,6 +43,11 @@ const Ops kTable = {
     .swiglu = swiglu,
     .geglu = geglu,
     .swiglu_clamped = swiglu_clamped,
+    .sigmoid_gate = sigmoid_gate,
+    .conv_silu = conv_silu,
+    .l2_norm = l2_norm,
+    .delta_step = delta_step,
+    .delta_rows = delta_rows,
 };
 
 }  // namespace narrows::kernels::ref

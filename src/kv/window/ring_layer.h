@@ -25,6 +25,7 @@ class RingLayer final : public KvLayer {
   void read(int64_t first, int64_t n, float* k, float* v) const override;
   Status seal(int64_t* changed_from) override;
   bool can_keep(int64_t n) const override;
+  bool goes_back_anywhere() const override { return false; }
   void keep(int64_t n) override;
   Status share(const KvLayer& from, int64_t n) override;
   void save(SnapshotWriter& out) const override;

@@ -27,6 +27,17 @@ enum class Experts { never, if_said, always };
 /// in the result.
 Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts);
 
+/// Layers of gated DeltaNet in the place of attention, one in some attending, with an output gate and norms
+/// of q and k; as the Qwen hybrids have them. grouped: see DeltaNetSpec. After read_transformer().
+Status read_delta_net(KeyReader& keys, bool grouped, ModelSpec& spec);
+
+/// RoPE in sections of time, height and width, coordinates dealt out in turn: of text all three are the same
+/// position, and it is a RoPE like any other; unsupported if a coordinate belongs to none of the three.
+Status check_sections(KeyReader& keys, const ModelSpec& spec);
+
+/// A gated expert beside the others that all rows go through; n_ff: its width where the file does not say.
+Status read_shared_expert(KeyReader& keys, int64_t n_ff, ModelSpec& spec);
+
 /// A flag a layer: false for one in `period`, the last of each.
 std::vector<bool> all_but_one_in(int64_t period, int64_t n_layer);
 

@@ -79,11 +79,16 @@ Status read_experts(KeyReader& keys, Experts which, FfnSpec& ffn) {
 }  // namespace
 
 Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts) {
-  const int64_t n_layer = keys.integer("block_count", std::nullopt, 1, 4096);
+  const int64_t n_block = keys.integer("block_count", std::nullopt, 1, 4096);
+  // Layers that predict further tokens than the next come last.
+  spec.n_layer_unused = keys.integer("nextn_predict_layers", 0, 0, std::max<int64_t>(n_block - 1, 0));
+  const int64_t n_layer = n_block - spec.n_layer_unused;
   spec.n_embd = keys.integer("embedding_length", std::nullopt, 1, 1 << 20);
   LayerSpec layer;
   AttentionSpec& a = layer.attention;
-  layer.ffn.n_ff = keys.integer("feed_forward_length", std::nullopt, 1, 1 << 22);
+  // Files of experts alone may leave it out.
+  const bool is_said = keys.has("feed_forward_length") || !keys.has("expert_feed_forward_length");
+  layer.ffn.n_ff = is_said ? keys.integer("feed_forward_length", std::nullopt, 1, 1 << 22) : 0;
   a.n_head = keys.integer("attention.head_count", std::nullopt, 1, 1 << 14);
   a.n_head_kv = keys.integer("attention.head_count_kv", a.n_head, 1, a.n_head);
   spec.n_ctx_train = keys.integer("context_length", std::nullopt, 1, kMaxContext);
@@ -117,6 +122,66 @@ Status read_transformer(KeyReader& keys, ModelSpec& spec, Experts experts) {
   spec.ropes.push_back(std::move(rope));
   spec.layers.assign(static_cast<size_t>(n_layer), layer);
   return {};
+}
+
+Status read_delta_net(KeyReader& keys, bool grouped, ModelSpec& spec) {
+  DeltaNetSpec d;
+  d.n_conv = keys.integer("ssm.conv_kernel", std::nullopt, 1, kernels::kMostConv);
+  d.head_dim = keys.integer("ssm.state_size", std::nullopt, 1, kernels::kMaxDeltaDim);
+  d.n_head_k = keys.integer("ssm.group_count", std::nullopt, 1, 1 << 14);
+  d.n_head_v = keys.integer("ssm.time_step_rank", std::nullopt, 1, 1 << 14);
+  const int64_t inner = keys.integer("ssm.inner_size", std::nullopt, 1, 1 << 22);
+  const int64_t period = keys.integer("full_attention_interval", 4, 1, 4096);
+  d.grouped = grouped;
+  const int64_t n_said = spec.n_layer() + spec.n_layer_unused;
+  std::vector<bool> is_recurrent = keys.flags("attention.recurrent_layers", n_said);
+  if (!keys.status().ok()) return keys.status();
+  if (d.n_head_v % d.n_head_k != 0 || inner != d.width_v()) {
+    return keys.bad(fmt::format(
+        "ssm.group_count {}, ssm.time_step_rank {}, ssm.state_size {} and ssm.inner_size {} do not "
+        "go together",
+        d.n_head_k, d.n_head_v, d.head_dim, inner));
+  }
+  if (is_recurrent.empty()) is_recurrent = all_but_one_in(period, spec.n_layer());
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    LayerSpec& l = spec.layers[i];
+    l.ffn_norm_is_post_attention = true;
+    l.attention.qk_norm = l.attention.output_gate = true;
+    if (!is_recurrent[i]) continue;
+    l.attention = {};
+    l.delta_net = d;
+  }
+  return {};
+}
+
+Status check_sections(KeyReader& keys, const ModelSpec& spec) {
+  std::vector<int64_t> sections = keys.integers("rope.dimension_sections");
+  if (sections.empty()) return keys.bad("metadata rope.dimension_sections is missing");
+  sections.resize(4);
+  const int64_t half = spec.ropes.front().n_rot / 2;
+  int64_t all = 0;
+  for (const int64_t s : sections) {
+    if (s < 0 || s > half) return keys.bad("metadata rope.dimension_sections holds impossible numbers");
+    all += s;
+  }
+  for (int64_t i = 0; i < half; ++i) {
+    const int64_t at = all > 0 ? i % all : 0, kind = at % 3;
+    if (at >= 3 * sections[static_cast<size_t>(kind)])
+      return keys.unsupported(
+          "RoPE sections that leave a coordinate of text without a position are not supported");
+  }
+  return {};
+}
+
+Status read_shared_expert(KeyReader& keys, int64_t n_ff, ModelSpec& spec) {
+  const int64_t n_shared = keys.integer("expert_shared_feed_forward_length", 0, 0, 1 << 22);
+  for (LayerSpec& l : spec.layers) {
+    l.ffn.experts.n_shared_ff = n_shared > 0 ? n_shared : n_ff;
+    l.ffn.experts.shared_gate = true;
+  }
+  if (keys.status().ok() && n_shared == 0 && n_ff == 0)
+    return keys.bad("metadata expert_shared_feed_forward_length is missing");
+  return keys.status();
 }
 
 std::vector<bool> all_but_one_in(int64_t period, int64_t n_layer) {
