@@ -88,6 +88,9 @@ class Stream {
   void download(void* to, const void* from, int64_t bytes) {
     run([&](const Api& a, int d) { return a.download(d, to, from, bytes, stream_); });
   }
+  void download_rows(void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes, int64_t n) {
+    run([&](const Api& a, int d) { return a.download_rows(d, to, to_ld, from, from_ld, bytes, n, stream_); });
+  }
   void copy(void* to, const void* from, int64_t bytes) {
     run([&](const Api& a, int d) { return a.copy(d, to, from, bytes, stream_); });
   }

@@ -12,7 +12,7 @@
 namespace narrows::device {
 
 /// Of this header: a program and a library that were built of different ones do not go together.
-inline constexpr int kApiVersion = 1;
+inline constexpr int kApiVersion = 2;
 inline constexpr const char* kApiSymbol = "narrows_cuda_device_api";
 
 /// Tokens of a block of a cache on the device: f16 keys, rotated, [n_head_kv][64][head_dim], then values.
@@ -106,9 +106,10 @@ struct HeadNormArgs {
 };
 
 /// Rotates q and k of n rows (row r at r * ld) and stores keys and values where the cache has them: row r is
-/// token position[r] of sequence[r] (null: all of the first), whose block b is table[sequence * ld_table + b]
-/// of the pool. angles [n, n_rot / 2, 2]: cosine, sine. factor [n] or null: on queries. q_out f16 [n, n_head,
-/// head_dim]. bad [n] becomes 1 for a row whose key or value half precision cannot hold.
+/// token position[r] of sequence[r] (null: all of the first), whose block b, of `block` tokens, is
+/// table[sequence * ld_table + b] of the pool. angles [n, n_rot / 2, 2]: cosine, sine. factor [n] or null: on
+/// queries. q_out f16 [n, n_head, head_dim]; q_plain the same before RoPE, or null. bad [n] becomes 1 for a
+/// row whose key or value half precision cannot hold.
 struct StoreArgs {
   const float *q, *k, *v;
   int64_t ld, n;
@@ -122,6 +123,8 @@ struct StoreArgs {
   const int32_t* sequence;
   const int32_t* position;
   int32_t* bad;
+  void* q_plain;
+  int32_t block;
 };
 
 /// Attention of n rows of one sequence, positions first .. first + n - 1, each to all tokens up to its own,
@@ -153,6 +156,9 @@ struct Api {
   /// In the stream's order; host memory is free again, or holds what was asked for, when they return.
   int (*upload)(int device, void* to, const void* from, int64_t bytes, void* stream);
   int (*download)(int device, void* to, const void* from, int64_t bytes, void* stream);
+  /// n runs of `bytes`, to_ld and from_ld bytes apart.
+  int (*download_rows)(int device, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+                       int64_t n, void* stream);
   int (*copy)(int device, void* to, const void* from, int64_t bytes, void* stream);
   int (*fill)(int device, void* to, int byte, int64_t bytes, void* stream);
   int (*wait)(int device, void* stream);
@@ -167,6 +173,9 @@ struct Api {
   int (*prompt)(int device, const PromptArgs*, void* stream);
   int (*f16_workspace)(int device, const narrows_cuda_f16_args*, size_t* bytes);
   int (*f16_decode)(int device, const narrows_cuda_f16_args*, void* workspace, size_t bytes, void* stream);
+  int (*klt_workspace)(int device, const narrows_cuda_klt_args*, size_t* bytes);
+  int (*klt_decode)(int device, const narrows_cuda_klt_args*, void* workspace, size_t bytes, void* stream);
+  int (*klt_selection)(int device, const narrows_cuda_klt_args*, narrows_cuda_selection* at);
 };
 
 /// What the library exports as kApiSymbol.

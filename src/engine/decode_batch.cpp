@@ -88,10 +88,10 @@ Status DecodeBatch::decode(std::span<Session* const> sessions, std::span<const T
     each[i] = impl_->admit(session);
     if (std::find(before.begin(), before.end(), sessions[i]) != before.end())
       each[i] = Status(StatusCode::invalid_argument, "the session is twice in the batch");
-    if (each[i].ok() && !sequences.empty() &&
-        (sequences.front().cache->on_device() == nullptr) != (session.cache->on_device() == nullptr))
+    if (each[i].ok() && !sequences.empty() && !sequences.front().cache->lies_like(*session.cache))
       each[i] = Status(StatusCode::invalid_argument,
-                       "sessions with their cache on the GPU and others cannot take a step together");
+                       "sessions whose caches lie on the GPU in different ways, or not there, cannot take a "
+                       "step together");
     float* x = impl_->x.data() + static_cast<int64_t>(sequences.size()) * n_embd;
     if (each[i].ok()) each[i] = session.begin_step(tokens[i], x, *impl_->executor);
     if (!each[i].ok()) continue;

@@ -10,6 +10,7 @@
 #include "engine/executor_pool.h"
 #include "exec/cuda/cuda_weights.h"
 #include "kv/f16/cuda/block_pool.h"
+#include "kv/klt/cuda/klt_card.h"
 #include "model/plan.h"
 #include "model/weights.h"
 #include "narrows/engine.h"
@@ -30,8 +31,15 @@ struct ModelParts {
     if (can_keep_blocks()) {
       const AttentionSpec& a = spec().attention();
       blocks = std::make_shared<BlockPool>(on_device->device(), spec().n_layer(), a.n_head_kv, a.head_dim);
+      klt = std::make_shared<KltCard>(on_device->device(), a.n_head_kv, a.head_dim);
     }
     return {};
+  }
+  /// Of a prompt whose cache is not `blocks`: a layer at a time.
+  std::shared_ptr<BlockSequence> layer_blocks() const {
+    const AttentionSpec& a = spec().layers.front().attention;
+    return std::make_shared<BlockSequence>(
+        std::make_shared<BlockPool>(on_device->device(), 1, a.n_head_kv, a.head_dim));
   }
   /// True if f16 caches can lie on a GPU: heads of 64 or 128, the same in all layers.
   bool can_keep_blocks() const {
@@ -47,6 +55,7 @@ struct ModelParts {
   const Plan plan;
   std::unique_ptr<CudaWeights> on_device;  ///< null: the CPU computes
   std::shared_ptr<BlockPool> blocks;       ///< of f16 caches there; null: caches are the host's
+  std::shared_ptr<KltCard> klt;            ///< of klt caches there, with `blocks`
   mutable ExecutorPool executors;          ///< has a lock of its own
 
   const ModelSpec& spec() const { return weights->spec(); }

@@ -81,7 +81,7 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
       [this](int64_t layer, std::vector<double>& w) {
         return value_weight(*parts_of(*model).weights, layer, w, &workers);
       },
-      options.segments, blocks_for(*model, options));
+      options.segments, place_for(*model, options));
   if (!made.ok()) return made.status();
   cache = std::move(*made);
   cache->use_workers(&workers);
@@ -218,7 +218,20 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
     cache->layer(layer).read(first, n, k, v);
   };
   const int64_t n_past = cache->n_tokens();
-  if (sessions.size() == 1) hooks.blocks = cache->on_device();
+  if (sessions.size() == 1 && cache->place().f16 != nullptr) {
+    hooks.blocks = cache->place().f16.get();
+  } else if (reads_on_device(*model, options.prompt)) {
+    hooks.scratch = parts_of(*model).layer_blocks();
+    hooks.blocks = hooks.scratch.get();
+    hooks.query_stride = [sessions](int64_t layer) {
+      const int64_t stride = sessions.front()->impl_->cache->layer(layer).query_stride();
+      const bool alike = std::all_of(sessions.begin(), sessions.end(), [&](const Session* s) {
+        const KvLayer& l = s->impl_->cache->layer(layer);
+        return !l.wants_queries() || l.query_stride() == stride;
+      });
+      return alike ? stride : int64_t{1};
+    };
+  }
   if (!in_segments(n_past)) return hooks;
   const int64_t last = goes_on ? n_past + n_new - kSegmentTokens : segment_end(options.kv, n_past + n_new);
   hooks.goes_on = goes_on;
@@ -254,7 +267,7 @@ void Session::Impl::keep_spare(int64_t n_new) {
   if (!in_segments(stripe_past) || stripe_past == 0 || (!begins_to_encode && cache->goes_back_anywhere()))
     return;
   Result<std::unique_ptr<KvCache>> made = KvCache::create(kv_layers(spec, ropes), options.kv, nullptr, {},
-                                                          options.segments, blocks_for(*model, options));
+                                                          options.segments, place_for(*model, options));
   if (made.ok() && (*made)->share(*cache, stripe_past).ok()) spare = std::move(*made);
 }
 
@@ -421,6 +434,7 @@ Status Session::Impl::prepare_step(Token token, float* embedding) {
   }
   if (Status s = parts_of(*model).weights->embed({&token, 1}, embedding); !s.ok()) return s;
   if (Status s = claim_step(); !s.ok()) return s;
+  cache->encode_together(workers);
   scratch->may_convert = true;
   for (int64_t i = 0; i < cache->n_layer(); ++i) {
     if (Status s = cache->layer(i).begin_step(*scratch); !s.ok()) {

@@ -101,7 +101,7 @@ Status save_session(const Session& session, std::span<const Token> tokens, const
     out.number(m.cache->n_layer());
     for (int64_t i = 0; i < m.cache->n_layer(); ++i) m.cache->layer(i).save(out);
     out.number(out.checksum());
-    if (m.cache->on_device() != nullptr && m.cache->on_device()->lost())
+    if (m.cache->is_lost())
       return {StatusCode::internal, "the GPU does not give back the cache; the session is not saved"};
     return {};
   });

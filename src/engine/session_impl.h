@@ -42,8 +42,10 @@ class Session::Impl {
   static Status check_device(const Model& model, const SessionOptions& options);
   /// True if such a session's cache lies on the GPU that the model is on.
   static bool lies_on_device(const Model& model, const SessionOptions& options);
-  /// What it lies in; null: in the host's memory.
-  static std::shared_ptr<BlockSequence> blocks_for(const Model& model, const SessionOptions& options);
+  /// What it lies in; nothing: in the host's memory.
+  static DevicePlace place_for(const Model& model, const SessionOptions& options);
+  /// True if such prompts are read on the GPU that the model is on.
+  static bool reads_on_device(const Model& model, const PromptOptions& prompt);
   /// The cache has become another one: claims for the tokens that it holds. Throws nothing.
   void settle_claims() noexcept;
   Status check_usable() const;

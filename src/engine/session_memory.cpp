@@ -6,6 +6,7 @@
 #include "base/guarded.h"
 #include "base/memory_ledger.h"
 #include "engine/session_impl.h"
+#include "kv/klt/cuda/cuda_klt_layer.h"
 
 namespace narrows {
 
@@ -48,17 +49,32 @@ MemoryStats memory_stats() {
 void set_memory_limit(int64_t bytes) { MemoryLedger::process().set_limit(bytes); }
 
 bool Session::Impl::lies_on_device(const Model& model, const SessionOptions& options) {
-  return parts_of(model).blocks != nullptr && options.kv.kind == KvKind::f16;
+  const ModelParts& parts = parts_of(model);
+  if (parts.blocks == nullptr) return false;
+  if (options.kv.kind == KvKind::f16) return true;
+  const std::vector<LayerSpec>& layers = parts.spec().layers;
+  return std::all_of(layers.begin(), layers.end(), [&](const LayerSpec& l) {
+    const AttentionSpec& a = l.attention;
+    return CudaKltLayer::can_be_on_device(options.kv, {a.n_head, a.n_head_kv, a.head_dim, a.scale},
+                                          parts.spec().ropes[static_cast<size_t>(a.rope)].n_rot);
+  });
 }
 
-std::shared_ptr<BlockSequence> Session::Impl::blocks_for(const Model& model, const SessionOptions& options) {
-  if (!lies_on_device(model, options)) return nullptr;
-  return std::make_shared<BlockSequence>(parts_of(model).blocks);
+DevicePlace Session::Impl::place_for(const Model& model, const SessionOptions& options) {
+  if (!lies_on_device(model, options)) return {};
+  const ModelParts& parts = parts_of(model);
+  if (options.kv.kind == KvKind::f16) return {std::make_shared<BlockSequence>(parts.blocks), nullptr};
+  return {nullptr, std::make_shared<KltOnDevice>(parts.klt)};
+}
+
+bool Session::Impl::reads_on_device(const Model& model, const PromptOptions& prompt) {
+  return parts_of(model).blocks != nullptr && prompt.attention == PrefillAttention::automatic &&
+         prompt.mass == 1;
 }
 
 Status Session::Impl::check_device(const Model& model, const SessionOptions& options) {
-  if (!lies_on_device(model, options) ||
-      (options.prompt.attention == PrefillAttention::automatic && options.prompt.mass == 1))
+  if (options.kv.kind != KvKind::f16 || !lies_on_device(model, options) ||
+      reads_on_device(model, options.prompt))
     return {};
   return {
       StatusCode::unsupported,
@@ -70,8 +86,8 @@ bool Session::Impl::claim_cache(int64_t n_tokens) {
   const MemoryEstimate estimate = memory_estimate(*model, options, n_tokens, n_threads);
   const CacheStats now = cache->stats();
   // What lies on a GPU is no memory of this machine's.
-  int64_t all = cache->on_device() != nullptr ? now.bytes : std::max(estimate.cache, now.bytes);
-  if (cache->on_device() == nullptr && options.segments && now.n_tokens > 0 && now.bytes_pages == 0) {
+  int64_t all = cache->place().f16 != nullptr ? now.bytes : std::max(estimate.cache, now.bytes);
+  if (cache->place().f16 == nullptr && options.segments && now.n_tokens > 0 && now.bytes_pages == 0) {
     // Tokens of steps stay exact for longer than the layout says of a prompt of as many.
     all = std::max(all, kv_exact_bytes(kv_layers(parts_of(*model).spec()), options.kv, n_tokens));
   }

@@ -22,10 +22,20 @@ StepMixer::StepMixer(int max_sequences, int n_threads)
 
 void StepMixer::begin(std::span<const StepSequence> sequences) {
   sequences_ = sequences;
-  is_on_device_ = sequences.front().cache->on_device() != nullptr;
-  if (is_on_device_) {
+  const KvCache& first = *sequences.front().cache;
+  on_device_ = first.place().f16 != nullptr   ? static_cast<DeviceMixer*>(&blocks_)
+               : first.place().klt != nullptr ? &klt_
+                                              : nullptr;
+  if (on_device_ == &klt_) {
+    return klt_.begin_step(
+        std::ssize(sequences), first.n_layer(), [this](int64_t row, int64_t layer) -> CudaKltLayer& {
+          return static_cast<CudaKltLayer&>(sequences_[static_cast<size_t>(row)].cache->layer(layer));
+        });
+  }
+  if (on_device_ != nullptr) {
     rows_.clear();
-    for (const StepSequence& s : sequences) rows_.push_back({s.cache->on_device(), s.cache->n_tokens()});
+    for (const StepSequence& s : sequences)
+      rows_.push_back({s.cache->place().f16.get(), s.cache->n_tokens()});
     return blocks_.begin_step(rows_, [this](int64_t row, const LayerPlan& l) -> const kernels::RopeTable& {
       return sequences_[static_cast<size_t>(row)].cache->layer(l.index).rope();
     });
@@ -68,10 +78,14 @@ void StepMixer::share_sequences() {
 
 void StepMixer::observe(std::function<void(int64_t layer, const DecodeStep&)> seen) {
   seen_ = std::move(seen);
-  if (!seen_) return blocks_.observe({});
-  blocks_.observe([this](int64_t layer, const float* q, const float* k, const float* v, float* out) {
-    seen_(layer, DecodeStep{q, k, v, out, nullptr, nullptr});  // models with sinks do not run there
-  });
+  BlockMixer::Seen seen_there;
+  if (seen_) {
+    seen_there = [this](int64_t layer, const float* q, const float* k, const float* v, float* out) {
+      seen_(layer, DecodeStep{q, k, v, out, nullptr, nullptr});  // models with sinks do not run there
+    };
+  }
+  blocks_.observe(seen_there);
+  klt_.observe(seen_there);
 }
 
 DecodeStep StepMixer::step_of(const LayerPlan& layer, const MixRows& rows, int64_t sequence) {
@@ -136,13 +150,13 @@ void StepMixer::mix(const LayerPlan& layer, const MixRows& rows, Team& team) {
 }
 
 void StepMixer::measure_from(int64_t now_ns) {
-  if (is_on_device_) return Mixer::measure_from(now_ns);
+  if (on_device_ != nullptr) return Mixer::measure_from(now_ns);
   sequences_[0].scratch->thread(0).clock.start(now_ns);
 }
 
 std::array<int64_t, 4> StepMixer::measured(int64_t now_ns) {
   static_assert(kAttentionStages == 4);
-  if (is_on_device_) return Mixer::measured(now_ns);
+  if (on_device_ != nullptr) return Mixer::measured(now_ns);
   return sequences_[0].scratch->thread(0).clock.stop(now_ns);
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "exec/cuda/block_mixer.h"
+#include "exec/cuda/klt_mixer.h"
 #include "exec/executor.h"
 #include "kv/kv_cache.h"
 #include "kv/step/step_scratch.h"
@@ -34,7 +35,7 @@ class StepMixer final : public Mixer {
   void begin(std::span<const StepSequence> sequences);
 
   void mix(const LayerPlan& layer, const MixRows& rows, Team& team) override;
-  DeviceMixer* on_device() override { return is_on_device_ ? &blocks_ : nullptr; }
+  DeviceMixer* on_device() override { return on_device_; }
   void measure_from(int64_t now_ns) override;
   std::array<int64_t, 4> measured(int64_t now_ns) override;
 
@@ -54,9 +55,11 @@ class StepMixer final : public Mixer {
   std::vector<int64_t> load_;  ///< [threads] tokens of their sequences
   int n_shared_ = 0;           ///< sequences that all threads attend for
   std::function<void(int64_t, const DecodeStep&)> seen_;
-  BlockMixer blocks_;  ///< of sequences whose caches are on a GPU
+  // Of sequences whose caches are on a GPU, as these are.
+  BlockMixer blocks_;
+  KltMixer klt_;
   std::vector<BlockMixer::Row> rows_;
-  bool is_on_device_ = false;
+  DeviceMixer* on_device_ = nullptr;  ///< the one of the running step
 };
 
 }  // namespace narrows

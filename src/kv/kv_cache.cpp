@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <new>
 
+#include "kv/f16/cuda/block_pool.h"
+#include "kv/klt/cuda/cuda_klt_layer.h"
+
 namespace narrows {
 
 namespace {
@@ -68,7 +71,7 @@ Result<std::unique_ptr<KvCache>> KvCache::create(std::span<const KvLayerSpec> la
                                                  const KvProfile& profile,
                                                  std::shared_ptr<const BasisFile> basis,
                                                  ValueWeightFn value_weight, bool segmented,
-                                                 std::shared_ptr<BlockSequence> on_device) {
+                                                 DevicePlace place) {
   if (layers.empty()) return Status{StatusCode::invalid_argument, "a cache needs at least one layer"};
   for (const KvLayerSpec& layer : layers) {
     if (Status s = check_shape(layer); !s.ok()) return s;
@@ -77,13 +80,13 @@ Result<std::unique_ptr<KvCache>> KvCache::create(std::span<const KvLayerSpec> la
     std::unique_ptr<KvCache> cache(new KvCache());
     cache->profile_ = profile;
     cache->segmented_ = segmented;
-    cache->on_device_ = std::move(on_device);
+    cache->place_ = std::move(place);
     const WindowPlan plan =
         segmented ? segmented_plan(profile, most_width(layers), basis != nullptr) : window_plan(profile);
     const auto n_layer = static_cast<int64_t>(layers.size());
     for (int64_t i = 0; i < n_layer; ++i) {
       const KvLayerSpec& spec = layers[static_cast<size_t>(i)];
-      const KvOrder order{i, spec, profile, plan, basis, value_weight, cache->layers_, cache->on_device_};
+      const KvOrder order{i, spec, profile, plan, basis, value_weight, cache->layers_, cache->place_};
       const KvFamily& family = family_of(profile, spec, i, n_layer);
       auto layer = family.make(order);
       if (!layer.ok()) return layer.status();
@@ -133,6 +136,22 @@ bool KvCache::wants_queries() const {
 bool KvCache::goes_back_anywhere() const {
   return std::all_of(layers_.begin(), layers_.end(),
                      [](const auto& layer) { return layer->goes_back_anywhere(); });
+}
+
+bool KvCache::is_lost() const {
+  return (place_.f16 != nullptr && place_.f16->lost()) || (place_.klt != nullptr && place_.klt->lost());
+}
+
+void KvCache::encode_together(Workers& workers) {
+  if (place_.klt == nullptr) return;
+  std::vector<CudaKltLayer*> encoding;
+  for (auto& layer : layers_) {
+    auto& there = static_cast<CudaKltLayer&>(*layer);
+    // A device that does not answer is told of by the step.
+    if (there.encodes_next() && there.fetch().ok()) encoding.push_back(&there);
+  }
+  workers.for_each(std::ssize(encoding),
+                   [&](int64_t i) { encoding[static_cast<size_t>(i)]->encode_alone(); });
 }
 
 bool KvCache::can_keep(int64_t n) const {

@@ -18,19 +18,30 @@ class KvCache {
   /// basis may be null: SALS layers then keep tokens exact until tokens_for_basis() of them are there,
   /// compute their own basis from tokens 4.. (the first few are attention sinks with outlying keys) and
   /// convert themselves. klt layers do the same; value_weight (may be empty for other profiles) serves them
-  /// then. segmented: as WindowPlan says, for all layers. on_device: of a profile f16 alone.
+  /// then. segmented: as WindowPlan says, for all layers.
   static Result<std::unique_ptr<KvCache>> create(std::span<const KvLayerSpec> layers,
                                                  const KvProfile& profile,
                                                  std::shared_ptr<const BasisFile> basis,
                                                  ValueWeightFn value_weight, bool segmented = false,
-                                                 std::shared_ptr<BlockSequence> on_device = nullptr);
+                                                 DevicePlace place = {});
 
   KvLayer& layer(int64_t i) { return *layers_[static_cast<size_t>(i)]; }
   const KvLayer& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
   int64_t n_layer() const { return static_cast<int64_t>(layers_.size()); }
   const KvProfile& profile() const { return profile_; }
-  /// The tokens of all layers on a GPU; null: they are the host's.
-  BlockSequence* on_device() const { return on_device_.get(); }
+  /// The tokens of all layers on a GPU; neither: they are the host's.
+  const DevicePlace& place() const { return place_; }
+  bool is_on_device() const { return place_.f16 != nullptr || place_.klt != nullptr; }
+  /// True if both lie in the same way: their sessions can take a step together.
+  bool lies_like(const KvCache& other) const {
+    return (place_.f16 == nullptr) == (other.place_.f16 == nullptr) &&
+           (place_.klt == nullptr) == (other.place_.klt == nullptr);
+  }
+  /// True once a GPU has not given back what it holds.
+  bool is_lost() const;
+  /// Before a step: what its layers encode, if they have their transforms, is encoded here by all workers at
+  /// once. Errors are found again by KvLayer::begin_step().
+  void encode_together(Workers& workers);
   int64_t n_tokens() const { return layers_.front()->n_tokens(); }
   CacheStats stats() const;
   /// Of stats().bytes those that the memory ledger knows of already.
@@ -47,7 +58,7 @@ class KvCache {
   Status share(const KvCache& from, int64_t n);
 
  private:
-  std::shared_ptr<BlockSequence> on_device_;
+  DevicePlace place_;
   KvProfile profile_;
   bool segmented_ = false;
   std::vector<std::unique_ptr<KvLayer>> layers_;

@@ -108,6 +108,8 @@ class KvLayer {
   /// still to be made weighs errors by. Serial.
   virtual void observe_queries(const float* /*q*/, int64_t /*n*/) {}
   virtual bool wants_queries() const { return false; }
+  /// Of a prompt's queries only those at positions that this divides are looked at; 1: all.
+  virtual int64_t query_stride() const { return 1; }
 
   /// Threads for append(); null (as made): the caller's alone. They outlive the layer. What is stored does
   /// not depend on them.

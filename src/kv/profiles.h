@@ -15,6 +15,13 @@
 namespace narrows {
 
 class BlockSequence;  // kv/f16/cuda/block_pool.h
+class KltOnDevice;    // kv/klt/cuda/klt_card.h
+
+/// Where the tokens of a cache go on a GPU, as its profile is; neither: to the host's memory.
+struct DevicePlace {
+  std::shared_ptr<BlockSequence> f16;
+  std::shared_ptr<KltOnDevice> klt;
+};
 
 /// What a cache must know of a layer of the model.
 struct KvLayerSpec {
@@ -32,8 +39,8 @@ struct KvOrder {
   const WindowPlan& plan;
   const std::shared_ptr<const BasisFile>& basis;  ///< may be null
   const ValueWeightFn& value_weight;
-  std::span<const std::unique_ptr<KvLayer>> made;   ///< the layers before it
-  const std::shared_ptr<BlockSequence>& on_device;  ///< where exact tokens go; null: to the host's memory
+  std::span<const std::unique_ptr<KvLayer>> made;  ///< the layers before it
+  const DevicePlace& place;
 };
 
 /// Tokens of a layer, by where they are.

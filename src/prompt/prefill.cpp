@@ -16,6 +16,7 @@
 #include "exec/cpu/cpu_executor.h"
 #include "exec/cuda/block_mixer.h"
 #include "kernels/ops.h"
+#include "kv/layout.h"
 #include "prompt/attention.h"
 
 namespace narrows {
@@ -55,8 +56,14 @@ int64_t recurrent_floats(const Plan& plan) {
 /// Everything that lives for one run. D = n_head_kv * head_dim, of the largest layer where it is a size.
 /// `tail`: tokens of the cache that share a tile with the first new one.
 struct Prefill::LayerBuffers {
-  /// Of a prompt that is read on a device: nothing is the host's.
-  LayerBuffers(int64_t n_new, int64_t past) : n(n_new), n_past(past), tail(0) {}
+  /// Of a prompt that is read on a device: nothing is the host's, but what hooks of a cache elsewhere get.
+  LayerBuffers(int64_t n_new, int64_t past, int64_t width, int64_t width_q)
+      : n(n_new),
+        n_past(past),
+        tail(0),
+        k_raw(n * width),
+        v(n * width),
+        q_raw(std::min(n, kDeviceChunk) * width_q) {}
   LayerBuffers(const ModelSpec& spec, int64_t n_new, int64_t past, bool wants_queries)
       : n(n_new),
         n_past(past),
@@ -68,6 +75,7 @@ struct Prefill::LayerBuffers {
         past_v(kPrefillTile * spec.most_width_kv()),
         q(std::min(n, kChunk) * spec.most_width_q()),
         q_raw(wants_queries ? q.size() : 0) {}
+  bool rows_ok() const { return k_raw.ok() && v.ok() && q_raw.ok(); }
   bool ok() const {
     return hidden.ok() && k_raw.ok() && k_rotated.ok() && v.ok() && past_v.ok() && q.ok() && q_raw.ok();
   }
@@ -318,7 +326,8 @@ int64_t Prefill::chunk_tokens() const { return hooks_.blocks != nullptr ? kDevic
 Status Prefill::begin_on_device(std::span<const Token> tokens) {
   LayerBuffers& b = *buffers_;
   const int64_t d = weights_.spec().n_embd, n = chunk_tokens();
-  if (Status s = hooks_.blocks->reserve(b.n_past, b.n_past + b.n); !s.ok()) return s;
+  const int64_t held = hooks_.scratch != nullptr ? 0 : b.n_past;
+  if (Status s = hooks_.blocks->reserve(held, b.n_past + b.n); !s.ok()) return s;
   device::Stream& stream = *executor_.stream();
   if (Status s = stream.device().grow(b.hidden_on_device, b.n * d * static_cast<int64_t>(sizeof(float)),
                                       "the prompt's activations");
@@ -343,10 +352,72 @@ Status Prefill::run_chunk_on_device(Run run, int64_t first) {
                        [this](int64_t /*row*/, const LayerPlan& l) -> const kernels::RopeTable& {
                          return ropes_[static_cast<size_t>(l.mix.attention.rope)];
                        });
+  if (hooks_.scratch != nullptr) {
+    b.mixer.see_rows([this](const LayerPlan& l, const DeviceRows& rows, device::Stream& stream) {
+      fetch_rows(l, rows, stream);
+    });
+  }
   DeviceChunkMixer mixer(b.mixer);
   run.x_on_device = b.hidden_on_device.data<float>() + first * weights_.spec().n_embd;
   run.mixer = &mixer;
-  return executor_.run(run);
+  Status status = executor_.run(run);
+  if (status.ok() && hooks_.scratch != nullptr && hooks_.queries)
+    hooks_.queries(b.layer, b.q_raw.data(), run.n);
+  return status;
+}
+
+/// What the hooks get of a chunk that is read on a device: keys and values, and the queries that they look
+/// at.
+void Prefill::fetch_rows(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
+  LayerBuffers& b = *buffers_;
+  const AttentionSpec& a = layer.mix.attention;
+  const int64_t bytes = a.width_kv() * int64_t{sizeof(float)}, bytes_q = a.width_q() * int64_t{sizeof(float)};
+  const int64_t ld = rows.ld * int64_t{sizeof(float)}, to = b.next * a.width_kv();
+  stream.download_rows(b.k_raw.data() + to, bytes, rows.k, ld, bytes, rows.n);
+  stream.download_rows(b.v.data() + to, bytes, rows.v, ld, bytes, rows.n);
+  if (!hooks_.queries) return;
+  const int64_t stride = hooks_.query_stride ? hooks_.query_stride(b.layer) : 1;
+  const int64_t position = b.position(b.next), first = ceil_div(position, stride) * stride - position;
+  if (first >= rows.n) return;
+  float* q = b.q_raw.data();
+  stream.download_rows(q + first * a.width_q(), stride * bytes_q, rows.q + first * rows.ld, stride * ld,
+                       bytes_q, ceil_div(rows.n - first, stride));
+  for (int64_t r = first; a.temperature != 0 && r < rows.n; r += stride) {
+    for (int64_t i = 0; i < a.width_q(); ++i) q[r * a.width_q() + i] *= a.query_factor(position + r);
+  }
+}
+
+/// Tokens [from, to) of the cache into the scratch blocks, whole ones but the last.
+Status Prefill::send_past(int64_t from, int64_t to) {
+  LayerBuffers& b = *buffers_;
+  const int64_t width = attention().width_kv(), hd = attention().head_dim, n = device::kBlockTokens;
+  const int64_t first = from / n, n_block = ceil_div(to, n) - first, halves = 2 * width * n;
+  constexpr int64_t kAtOnce = 64;
+  std::vector<kernels::f16_t> rows(static_cast<size_t>(std::min(kAtOnce, n_block) * halves));
+  device::Stream& stream = *executor_.stream();
+  BlockPool& pool = hooks_.blocks->pool();
+  for (int64_t begin = 0; begin < n_block; begin += kAtOnce) {
+    const int64_t some = std::min(kAtOnce, n_block - begin);
+    executor_.for_each(some, [&](int64_t i) {
+      const int64_t at = (first + begin + i) * n, m = std::min(n, to - at);
+      std::vector<float> k(static_cast<size_t>(n * width)), v(k.size());
+      hooks_.read_past(b.layer, at, m, k.data(), v.data());
+      kernels::f16_t* block = rows.data() + i * halves;
+      for (int64_t t = 0; t < m; ++t) {
+        for (int64_t h = 0; h < width / hd; ++h) {
+          kernels::f16_t* key = block + (h * n + t) * hd;
+          kernels::ops().f32_to_f16(k.data() + t * width + h * hd, key, hd);
+          kernels::ops().f32_to_f16(v.data() + t * width + h * hd, key + width * n, hd);
+        }
+      }
+    });
+    for (int64_t i = 0; i < some; ++i)
+      stream.upload(pool.layer(0) + hooks_.blocks->block(first + begin + i) * pool.block_bytes(),
+                    rows.data() + i * halves, halves * int64_t{sizeof(kernels::f16_t)});
+    stream.wait();
+    if (Status s = stream.take_error(); !s.ok()) return s;
+  }
+  return {};
 }
 
 /// Tokens [from, to) of the cache, as far as a query at `to` or later sees them, into tiles: whole ones are
@@ -382,8 +453,10 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   if (recurrent_floats(plan_) > 0 && (!hooks_.begin_rows || !hooks_.run_rows))
     return {StatusCode::internal, "a prompt of recurrent layers without their states"};
   if (hooks_.blocks != nullptr) {
-    buffers_ = std::make_unique<LayerBuffers>(n, n_past);
-    status = begin_on_device(tokens);
+    const bool scratch = hooks_.scratch != nullptr;
+    buffers_ = std::make_unique<LayerBuffers>(n, n_past, scratch ? weights_.spec().most_width_kv() : 0,
+                                              scratch && hooks_.queries ? weights_.spec().most_width_q() : 0);
+    status = buffers_->rows_ok() ? begin_on_device(tokens) : no_room();
   } else {
     buffers_ = std::make_unique<LayerBuffers>(weights_.spec(), n, n_past, static_cast<bool>(hooks_.queries));
     const int64_t work = recurrent_floats(plan_) * executor_.n_threads();
@@ -435,15 +508,15 @@ Status Prefill::open_layer() {
     if (Status s = executor_.load_layer(layer); !s.ok()) return s;
   }
   if (on_host && !is_recurrent()) pack_past(0, buffers_->n_past);
-  return {};
+  return hooks_.scratch != nullptr ? send_past(0, buffers_->n_past) : Status();
 }
 
 Status Prefill::close_segment() {
   LayerBuffers& b = *buffers_;
   const int64_t width = attention().width_kv();
-  const bool on_host = hooks_.blocks == nullptr && !is_recurrent();
-  Status status = hooks_.layer_done(b.layer, on_host ? b.k_raw.data() + b.segment_begin * width : nullptr,
-                                    on_host ? b.v.data() + (b.tail + b.segment_begin) * width : nullptr,
+  const bool on_host = hooks_.blocks == nullptr && !is_recurrent(), has_rows = on_host || hooks_.scratch != nullptr;
+  Status status = hooks_.layer_done(b.layer, has_rows ? b.k_raw.data() + b.segment_begin * width : nullptr,
+                                    has_rows ? b.v.data() + (b.tail + b.segment_begin) * width : nullptr,
                                     b.next - b.segment_begin);
   const bool ends = b.next == b.n;
   if (status.ok() && hooks_.seal && (!ends || hooks_.goes_on)) {
@@ -452,6 +525,8 @@ Status Prefill::close_segment() {
     int64_t changed_from = begin;
     status = hooks_.seal(b.layer, &changed_from);
     if (status.ok() && !ends && on_host) pack_past(std::min(changed_from, begin), b.n_past + b.next);
+    if (status.ok() && !ends && hooks_.scratch != nullptr)
+      status = send_past(std::min(changed_from, begin), b.n_past + b.next);
   }
   if (!status.ok()) return {status.code(), fmt::format("layer {}: {}", b.layer, status.message())};
   b.segment_begin = b.next;

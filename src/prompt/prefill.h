@@ -19,6 +19,7 @@
 namespace narrows {
 
 class BlockSequence;  // kv/f16/cuda/block_pool.h
+struct DeviceRows;    // exec/cuda/device_mixer.h
 
 /// D = n_head_kv * head_dim of the layer.
 struct PrefillHooks {
@@ -46,6 +47,11 @@ struct PrefillHooks {
   /// Where the cache keeps its tokens on the executor's device; then the prompt is read there, keys and
   /// values are written into it, and layer_done gets null for them. Null: the cache is the host's.
   BlockSequence* blocks = nullptr;
+  /// Not null: blocks is this, of one layer after the other. The cache keeps tokens elsewhere, and the hooks
+  /// get keys, values and queries as of a prompt that is read on the host.
+  std::shared_ptr<BlockSequence> scratch = {};
+  /// Of `queries`, with scratch: only those at positions that this divides are looked at. Empty: all.
+  std::function<int64_t(int64_t layer)> query_stride = {};
 };
 
 class Prefill {
@@ -90,6 +96,8 @@ class Prefill {
   bool is_recurrent() const;
   bool loads(int64_t layer) const;
   void pack_past(int64_t from, int64_t to);
+  Status send_past(int64_t from, int64_t to);
+  void fetch_rows(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream);
   int64_t chunk_tokens() const;
   Status begin_on_device(std::span<const Token> tokens);
   Status run_chunk(int64_t first, int64_t n);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "device/host_klt.h"
 #include "device/library.h"
 #include "kernels/bf16.h"
 #include "kernels/half.h"
@@ -102,6 +103,14 @@ void end_stream(int /*device*/, void* /*stream*/) {}
 int move(int /*device*/, void* to, const void* from, int64_t bytes, void* /*stream*/) {
   if (const int code = called(); code != 0) return code;
   if (bytes > 0) std::memmove(to, from, static_cast<size_t>(bytes));
+  return 0;
+}
+int download_rows(int /*device*/, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+                  int64_t n, void* /*stream*/) {
+  if (const int code = called(); code != 0) return code;
+  for (int64_t r = 0; r < n; ++r)
+    std::memcpy(static_cast<char*>(to) + r * to_ld, static_cast<const char*>(from) + r * from_ld,
+                static_cast<size_t>(bytes));
   return 0;
 }
 int fill(int /*device*/, void* to, int byte, int64_t bytes, void* /*stream*/) {
@@ -228,23 +237,26 @@ float rotated(const float* x, int64_t i, int64_t n_rot, const float* angles) {
 }
 
 /// Where a token's key of a KV head is; its value is half a block further.
-int64_t place(int64_t block, int64_t n_head_kv, int64_t head, int64_t hd, int64_t position) {
-  return ((2 * block * n_head_kv + head) * kBlockTokens + position % kBlockTokens) * hd;
+int64_t place(int64_t block, int64_t n_head_kv, int64_t head, int64_t hd, int64_t position,
+              int64_t tokens = kBlockTokens) {
+  return ((2 * block * n_head_kv + head) * tokens + position % tokens) * hd;
 }
 
 int store(int /*device*/, const StoreArgs* a, void* /*stream*/) {
   if (const int code = called(); code != 0) return code;
-  const int64_t hd = a->head_dim, half_block = a->n_head_kv * kBlockTokens * hd;
+  const int64_t hd = a->head_dim, half_block = a->n_head_kv * int64_t{a->block} * hd;
   for (int64_t r = 0; r < a->n; ++r) {
     const float* angles = a->angles + r * a->n_rot;
     for (int64_t i = 0; i < a->n_head * hd; ++i) {
       const float x = rotated(a->q + r * a->ld + i / hd * hd, i % hd, a->n_rot, angles);
-      put_half(a->q_out, r * a->n_head * hd + i, x * (a->factor != nullptr ? a->factor[r] : 1.0F));
+      const float factor = a->factor != nullptr ? a->factor[r] : 1.0F;
+      put_half(a->q_out, r * a->n_head * hd + i, x * factor);
+      if (a->q_plain != nullptr) put_half(a->q_plain, r * a->n_head * hd + i, a->q[r * a->ld + i] * factor);
     }
     const int64_t sequence = a->sequence != nullptr ? a->sequence[r] : 0, position = a->position[r];
-    const int64_t block = a->table[sequence * a->ld_table + position / kBlockTokens];
+    const int64_t block = a->table[sequence * a->ld_table + position / a->block];
     for (int64_t i = 0; i < a->n_head_kv * hd; ++i) {
-      const int64_t to = place(block, a->n_head_kv, i / hd, hd, position) + i % hd;
+      const int64_t to = place(block, a->n_head_kv, i / hd, hd, position, a->block) + i % hd;
       put_half(a->pool, to, rotated(a->k + r * a->ld + i / hd * hd, i % hd, a->n_rot, angles));
       put_half(a->pool, to + half_block, a->v[r * a->ld + i]);
       if (!std::isfinite(half(a->pool, to)) || !std::isfinite(half(a->pool, to + half_block))) a->bad[r] = 1;
@@ -255,19 +267,19 @@ int store(int /*device*/, const StoreArgs* a, void* /*stream*/) {
 
 /// One query of one head over tokens [first, end).
 void attend(const void* q, int64_t q_at, const void* pool, const int32_t* table, int64_t n_head_kv,
-            int64_t head_kv, int64_t hd, int64_t first, int64_t end, float scale, void* out) {
+            int64_t head_kv, int64_t hd, int64_t first, int64_t end, float scale, void* out,
+            int64_t tokens = kBlockTokens) {
   std::vector<double> sum(static_cast<size_t>(hd));
   double total = 0, top = -1e300;
   std::vector<double> score;
   for (int64_t t = first; t < end; ++t) {
-    const int64_t at = place(table[t / kBlockTokens], n_head_kv, head_kv, hd, t);
+    const int64_t at = place(table[t / tokens], n_head_kv, head_kv, hd, t, tokens);
     double dot = 0;
     for (int64_t i = 0; i < hd; ++i) dot += double{half(q, q_at + i)} * half(pool, at + i);
     top = std::max(top, score.emplace_back(dot * double{scale}));
   }
   for (int64_t t = first; t < end; ++t) {
-    const int64_t at =
-        place(table[t / kBlockTokens], n_head_kv, head_kv, hd, t) + n_head_kv * kBlockTokens * hd;
+    const int64_t at = place(table[t / tokens], n_head_kv, head_kv, hd, t, tokens) + n_head_kv * tokens * hd;
     const double p = std::exp(score[static_cast<size_t>(t - first)] - top);
     total += p;
     for (int64_t i = 0; i < hd; ++i) sum[static_cast<size_t>(i)] += p * half(pool, at + i);
@@ -305,9 +317,23 @@ int f16_decode(int /*device*/, const narrows_cuda_f16_args* a, void* /*workspace
       attend(heads.q, s * heads.q_stride + h * heads.head_dim, a->blocks.pool,
              a->blocks.table + s * a->blocks.ld, heads.n_head_kv, h / (heads.n_head / heads.n_head_kv),
              heads.head_dim, a->window > 0 ? std::max<int64_t>(0, end - a->window) : 0, end, heads.scale,
-             heads.out);
+             heads.out, a->blocks.block);
     }
   }
+  return 0;
+}
+
+int klt_workspace(int /*device*/, const narrows_cuda_klt_args* a, size_t* bytes) {
+  *bytes = host_klt_workspace(*a);
+  return 0;
+}
+int klt_decode(int /*device*/, const narrows_cuda_klt_args* a, void* workspace, size_t bytes,
+               void* /*stream*/) {
+  if (const int code = called(); code != 0) return code;
+  return bytes >= host_klt_workspace(*a) ? host_klt_decode(*a, workspace) : -1;
+}
+int klt_selection(int /*device*/, const narrows_cuda_klt_args* a, narrows_cuda_selection* at) {
+  *at = host_klt_selection(*a);
   return 0;
 }
 
@@ -319,10 +345,11 @@ HostDevice& host_device() {
 }
 
 const Api& host_api() {
-  static const Api api = {kApiVersion, error,      count,    info,          allocate,  release,
-                          make_stream, end_stream, move,     move,          move,      fill,
-                          wait,        prepare,    multiply, unpack,        gemm,      add,
-                          head_norm,   store,      prompt,   f16_workspace, f16_decode};
+  static const Api api = {kApiVersion,   error,      count,        info,     allocate,      release,
+                          make_stream,   end_stream, move,         move,     download_rows, move,
+                          fill,          wait,       prepare,      multiply, unpack,        gemm,
+                          add,           head_norm,  store,        prompt,   f16_workspace, f16_decode,
+                          klt_workspace, klt_decode, klt_selection};
   return api;
 }
 

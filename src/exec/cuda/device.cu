@@ -102,6 +102,14 @@ int download(int device, void* to, const void* from, int64_t bytes, void* stream
   if (const int e = transfer(device, to, from, bytes, cudaMemcpyDeviceToHost, stream); e != 0) return e;
   return wait(device, stream);
 }
+int download_rows(int device, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+                  int64_t n, void* stream) {
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  const int e = failed(cudaMemcpy2DAsync(to, static_cast<size_t>(to_ld), from, static_cast<size_t>(from_ld),
+                                         static_cast<size_t>(bytes), static_cast<size_t>(n),
+                                         cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
+  return e != 0 ? e : wait(device, stream);
+}
 int copy(int device, void* to, const void* from, int64_t bytes, void* stream) {
   return transfer(device, to, from, bytes, cudaMemcpyDeviceToDevice, stream);
 }
@@ -149,6 +157,19 @@ int f16_decode(int device, const narrows_cuda_f16_args* a, void* workspace, size
   return operator_status(narrows_cuda_f16_decode(a, workspace, bytes, stream));
 }
 
+int klt_workspace(int device, const narrows_cuda_klt_args* a, size_t* bytes) {
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  return operator_status(narrows_cuda_klt_workspace(a, bytes));
+}
+int klt_decode(int device, const narrows_cuda_klt_args* a, void* workspace, size_t bytes, void* stream) {
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  return operator_status(narrows_cuda_klt_decode(a, workspace, bytes, stream));
+}
+int klt_selection(int device, const narrows_cuda_klt_args* a, narrows_cuda_selection* at) {
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  return operator_status(narrows_cuda_klt_selection(a, at));
+}
+
 }  // namespace
 
 }  // namespace narrows::cuda
@@ -166,6 +187,7 @@ extern "C" __attribute__((visibility("default"))) const narrows::device::Api* na
                           end_stream,
                           upload,
                           download,
+                          download_rows,
                           copy,
                           fill,
                           wait,
@@ -178,6 +200,9 @@ extern "C" __attribute__((visibility("default"))) const narrows::device::Api* na
                           op<StoreArgs, launch_store>,
                           may<PromptArgs, launch_prompt>,
                           f16_workspace,
-                          f16_decode};
+                          f16_decode,
+                          klt_workspace,
+                          klt_decode,
+                          klt_selection};
   return &api;
 }

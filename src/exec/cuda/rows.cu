@@ -114,18 +114,20 @@ __global__ __launch_bounds__(kThreads) void store_rows(const __grid_constant__ d
     const float x = rotated(a.q + r * a.ld + i / hd * hd, i % hd, a.n_rot, angles);
     const float factor = a.factor != nullptr ? a.factor[r] : 1.0F;
     static_cast<__half*>(a.q_out)[r * width_q + i] = __float2half_rn(x * factor);
+    if (a.q_plain != nullptr)
+      static_cast<__half*>(a.q_plain)[r * width_q + i] = __float2half_rn(a.q[r * a.ld + i] * factor);
     return;
   }
   i -= width_q;
   if (i >= width_kv) return;
   const int position = a.position[r];
   const int64_t sequence = a.sequence != nullptr ? a.sequence[r] : 0;
-  const int64_t block = a.table[sequence * a.ld_table + position / device::kBlockTokens];
-  const int64_t half_block = width_kv * device::kBlockTokens;
+  const int64_t block = a.table[sequence * a.ld_table + position / a.block];
+  const int64_t half_block = static_cast<int64_t>(width_kv) * a.block;
   __half* keys = static_cast<__half*>(a.pool) + block * 2 * half_block;
   const __half k = __float2half_rn(rotated(a.k + r * a.ld + i / hd * hd, i % hd, a.n_rot, angles));
   const __half v = __float2half_rn(a.v[r * a.ld + i]);
-  const int64_t to = (i / hd * device::kBlockTokens + position % device::kBlockTokens) * hd + i % hd;
+  const int64_t to = (i / hd * a.block + position % a.block) * hd + i % hd;
   keys[to] = k;
   keys[half_block + to] = v;
   if (!isfinite(__half2float(k)) || !isfinite(__half2float(v))) a.bad[r] = 1;

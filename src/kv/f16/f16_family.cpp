@@ -9,9 +9,9 @@ const KvFamily f16_family = {
     .unit = 0,
     .tokens_for_codec = nullptr,
     .make = [](const KvOrder& order) -> Result<std::unique_ptr<KvLayer>> {
-      if (order.on_device != nullptr) {
+      if (order.place.f16 != nullptr) {
         return std::unique_ptr<KvLayer>(
-            std::make_unique<CudaF16Layer>(order.spec.shape, order.spec.rope, order.index, order.on_device));
+            std::make_unique<CudaF16Layer>(order.spec.shape, order.spec.rope, order.index, order.place.f16));
       }
       return std::unique_ptr<KvLayer>(std::make_unique<F16Layer>(order.spec.shape, order.spec.rope));
     },

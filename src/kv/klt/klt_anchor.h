@@ -29,6 +29,8 @@ class QuerySamples {
 
   /// Queries [n, n_head, head_dim] of the next n positions. Throws std::bad_alloc, then nothing has changed.
   void add(const float* q, int64_t n);
+  /// True if the next query will be sampled; of others add() reads nothing.
+  bool wants_next() const { return next_ >= first_ && (next_ - first_) % kQueryStride == 0; }
   /// Forgets those before pos.
   void drop_before(int64_t pos);
   /// Forgets those from pos on: the next query is that of pos.

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "kv/klt/cuda/cuda_klt_layer.h"
 #include "kv/klt/klt_layer.h"
 #include "kv/klt/klt_work.h"
 #include "kv/profiles.h"
@@ -19,7 +20,8 @@ KltOptions options_of(const KvProfile& profile, int64_t width) {
 /// Layers with one RoPE and head size share what it does to keys on average.
 std::shared_ptr<const DistanceAverage> distances_of(const KvOrder& order) {
   for (const auto& other : order.made) {
-    const auto* klt = dynamic_cast<const KltLayer*>(other.get());
+    const auto* there = dynamic_cast<const CudaKltLayer*>(other.get());
+    const auto* klt = there != nullptr ? &there->host() : dynamic_cast<const KltLayer*>(other.get());
     if (klt != nullptr && &klt->rope() == order.spec.rope &&
         klt->shape().head_dim == order.spec.shape.head_dim)
       return klt->distances();
@@ -35,6 +37,8 @@ Result<std::unique_ptr<KvLayer>> make(const KvOrder& order) {
   if (order.basis && order.index < static_cast<int64_t>(order.basis->klt.size())) {
     if (Status s = layer->use_basis(order.basis->klt[static_cast<size_t>(order.index)]); !s.ok()) return s;
   }
+  if (order.place.klt != nullptr)
+    return std::unique_ptr<KvLayer>(std::make_unique<CudaKltLayer>(std::move(layer), order.place.klt));
   return std::unique_ptr<KvLayer>(std::move(layer));
 }
 

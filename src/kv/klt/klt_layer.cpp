@@ -128,15 +128,24 @@ int64_t KltLayer::segment_of(int64_t pos) const {
   return (std::min(pos, plan().n_exact) - plan().n_sink) / kSegmentTokens;
 }
 
+int64_t KltLayer::n_queries_seen() const {
+  int64_t n = 0;
+  for (const QueryStatistics& s : queries_) n += s.sums->n_queries();
+  return n;
+}
+
+int64_t KltLayer::query_stride() const {
+  const bool needs_all = !has_codec() && n_queries_seen() < kKltEnd;
+  return needs_all || n_sink() % kQueryStride != 0 ? 1 : kQueryStride;
+}
+
 void KltLayer::observe_queries(const float* q, int64_t n) {
   if (options_.anchors > 0) samples_.add(q, n);
   if (has_codec()) return;
   // A step is counted when its query comes here, a prompt's tokens are not.
   const int64_t segment = segment_of(n_tokens());
   if (segment < 0) return;
-  int64_t n_seen = 0;
-  for (const QueryStatistics& s : queries_) n_seen += s.sums->n_queries();
-  if (n_seen >= kKltEnd) return;
+  if (n_queries_seen() >= kKltEnd) return;
   if (queries_.empty() || queries_.back().segment != segment)
     queries_.push_back({segment, std::make_shared<KltStatistics>(shape())});
   std::shared_ptr<KltStatistics>& sums = queries_.back().sums;

@@ -88,6 +88,9 @@ class KltLayer final : public WindowedLayer {
   /// queries find no anchors.
   void observe_queries(const float* q, int64_t n) override;
   bool wants_queries() const override { return !has_codec() || options_.anchors > 0; }
+  int64_t query_stride() const override;
+  /// True if observe_queries() looks at the query of the next step.
+  bool wants_next_query() const { return !has_codec() || (options_.anchors > 0 && samples_.wants_next()); }
 
   /// Phases: store the new token, attend to exact blocks, score; pool, candidates; select, two tasks a KV
   /// head; rebuild what the hot keys lack, attend, a slice of the pages a task; merge. Without a choice to
@@ -104,6 +107,9 @@ class KltLayer final : public WindowedLayer {
   AnchorBits anchors(int64_t p) const;
 
   const std::vector<KltPart>& parts() const { return *parts_; }
+  /// The same, which layers share: it never changes.
+  const std::shared_ptr<const std::vector<KltPart>>& shared_parts() const { return parts_; }
+  const KvProfile& profile() const { return profile_; }
   /// The part of a KV head and the head's first channel in it.
   const KltPart& part_of_head(int64_t head) const {
     return (*parts_)[static_cast<size_t>(head / heads_of_a_part())];
@@ -119,6 +125,7 @@ class KltLayer final : public WindowedLayer {
  protected:
   Status make_codec(const Incoming& incoming) override;
   bool has_codec() const override { return !parts_->empty(); }
+  bool can_make_codec() const override { return n_tokens() >= tokens_for_klt(shape().width()); }
   int64_t codec_bytes() const override;
   int64_t hot_bytes() const override;
   void drop_codec() override;
@@ -141,6 +148,7 @@ class KltLayer final : public WindowedLayer {
   };
 
   Status set_transforms(const KltLayerBasis& basis);
+  int64_t n_queries_seen() const;
   /// Pages [first, last), whose anchors are set; the first that cannot be stored, or -1.
   int64_t encode_pages(int64_t first, int64_t last, const Incoming& incoming);
   void read_pages(int64_t first, int64_t n, float* k, float* v) const;

@@ -105,6 +105,10 @@ class KltPart {
   /// v [count] += sum of weights x mean + latent x decode, for a weighted sum of value latents.
   void rebuild_value(const float* latent, float weight, int64_t channel, int64_t count, float* v) const;
 
+  /// The keys' inverse transform, [n_coord / 2, width]: rows 2 i and 2 i + 1 in bfloat16, the low half first.
+  const std::vector<uint32_t>& key_pairs() const { return key_pairs_; }
+  const uint8_t* value_scales(const std::byte* page) const { return key_scales(page) + layout_.n_key; }
+
   // For scoring.
   const uint8_t* index(const std::byte* page) const {
     return reinterpret_cast<const uint8_t*>(page) + layout_.index_offset();
@@ -122,7 +126,6 @@ class KltPart {
 
  private:
   std::vector<float> decode_of_pairs() const;  ///< [n_coord, width]
-  const uint8_t* value_scales(const std::byte* page) const { return key_scales(page) + layout_.n_key; }
   int64_t first_channel_;
   KltTransform key_;
   KltTransform value_;

@@ -145,6 +145,30 @@ bool ExactStore::write(int64_t index, int64_t pos, const float* k, const float* 
   return finite;
 }
 
+void ExactStore::get_rows(int64_t b, f16_t* rows) const {
+  const std::byte* block = blocks_.page(b);
+  const int64_t d = layout_.head_dim, tokens = layout_.block;
+  for (int64_t h = 0; h < layout_.n_head_kv; ++h) {
+    const f16_t* key = layout_.key_t(block, h);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < d; ++c) *rows++ = key[c * tokens + t];
+    }
+  }
+  std::copy_n(layout_.value(block, 0), layout_.n_head_kv * tokens * d, rows);
+}
+
+void ExactStore::put_rows(int64_t b, const f16_t* rows) {
+  std::byte* block = blocks_.page(b);
+  const int64_t d = layout_.head_dim, tokens = layout_.block;
+  for (int64_t h = 0; h < layout_.n_head_kv; ++h) {
+    f16_t* key = layout_.key_t(block, h);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < d; ++c) key[c * tokens + t] = *rows++;
+    }
+  }
+  std::copy_n(rows, layout_.n_head_kv * tokens * d, layout_.value(block, 0));
+}
+
 void ExactStore::read(int64_t first, int64_t n, float* k, float* v) const {
   const int64_t head_dim = layout_.head_dim;
   const int64_t width = layout_.n_head_kv * head_dim;

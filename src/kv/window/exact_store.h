@@ -76,6 +76,11 @@ class ExactStore {
   const kernels::f16_t* key_t(int64_t b, int64_t head) const { return layout_.key_t(blocks_.page(b), head); }
   const kernels::f16_t* value(int64_t b, int64_t head) const { return layout_.value(blocks_.page(b), head); }
 
+  /// Block b as a device has it, [2][n_head_kv, block, head_dim]: keys token by token, then values; tokens
+  /// that the store does not hold mean nothing. put_rows(): of a block that is this store's alone.
+  void get_rows(int64_t b, kernels::f16_t* rows) const;
+  void put_rows(int64_t b, const kernels::f16_t* rows);
+
   /// Tokens [first, first + n) of the store: keys rotated, values; [n, D] each.
   void read(int64_t first, int64_t n, float* k, float* v) const;
 

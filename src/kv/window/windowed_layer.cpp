@@ -98,6 +98,12 @@ void WindowedLayer::commit_pages(int64_t target, const Kept& kept) {
   settle(plan_.n_sink + n_in_pages_);
 }
 
+bool WindowedLayer::encodes_next(bool may_convert) const {
+  const bool encodes = (has_codec() || may_convert) &&
+                       (!plan_.segmented || n_in_pages_ > 0 || n_tokens() >= plan_.n_exact_step);
+  return encodes && (has_codec() ? plan_.in_pages(n_tokens() + 1) > n_in_pages_ : can_make_codec());
+}
+
 Status WindowedLayer::make_room(bool may_convert) {
   if (!step_is_finite_) return non_finite_token(n_tokens() - 1);
   const bool had_codec = has_codec();

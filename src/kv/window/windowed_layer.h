@@ -45,6 +45,15 @@ class WindowedLayer : public KvLayer {
   int64_t page_tokens(int64_t p) const { return std::min(kPageTokens, n_in_pages_ - p * kPageTokens); }
   const std::byte* page(int64_t p) const { return pages_.page(p); }
 
+  // Where a device attends, and has the tokens of steps before this layer has them (kv/klt/cuda/): they are
+  // counted, and their blocks are filled before anything else is asked of them.
+  /// True if make_room() would read tokens: it encodes, or makes a codec.
+  bool encodes_next(bool may_convert) const;
+  /// Block b of the window or the sinks, as ExactStore::put_rows().
+  void put_rows(bool of_window, int64_t b, const kernels::f16_t* rows) {
+    (of_window ? window_ : sinks_).put_rows(b, rows);
+  }
+
  protected:
   WindowedLayer(const AttentionShape& shape, const kernels::RopeTable* rope, const WindowPlan& plan,
                 int64_t page_bytes)
@@ -64,6 +73,8 @@ class WindowedLayer : public KvLayer {
   /// Before tokens are encoded: may make what the codec needs out of the tokens held and incoming.
   virtual Status make_codec(const Incoming& /*incoming*/) { return {}; }
   virtual bool has_codec() const { return true; }
+  /// True if make_codec() would make one now.
+  virtual bool can_make_codec() const { return false; }
   virtual int64_t codec_bytes() const { return 0; }
   virtual int64_t hot_bytes() const { return 0; }
   /// Forgets what make_codec() made.

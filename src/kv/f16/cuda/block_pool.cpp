@@ -25,26 +25,26 @@ void BlockPool::give_back(const int32_t* block) {
   free_.push_back(block);  // has had room for all since the slab was added
 }
 
-/// A slab's layers lie one after another, kSlabBlocks blocks each: block b of the slab in layer l is
-/// l * kSlabBlocks + b blocks behind its beginning, which is a whole number of blocks from base_.
+/// A slab's layers lie one after another, slab_blocks_ blocks each: block b of the slab in layer l is
+/// l * slab_blocks_ + b blocks behind its beginning, which is a whole number of blocks from base_.
 Status BlockPool::add_slab() {
-  const int64_t block = block_bytes(), bytes = n_layer_ * kSlabBlocks * block;
-  Result<device::Buffer> made = device_->allocate(bytes + block, "more tokens of the key/value cache");
+  const int64_t block = block_bytes(), bytes = n_layer_ * slab_blocks_ * block;
+  Result<device::Buffer> made = device_->allocate(bytes + block, what_);
   if (!made.ok()) return made.status();
   char* at = made->data<char>();
   if (base_ != nullptr) at += ((base_ - at) % block + block) % block;
   const int64_t number = base_ == nullptr ? 0 : (at - base_) / block;
   if (number > std::numeric_limits<int32_t>::max() / 2 || number < std::numeric_limits<int32_t>::min() / 2)
     return {StatusCode::out_of_memory, "the GPU's memory is too far apart for the key/value cache's tables"};
-  free_.reserve(numbers_.size() + kSlabBlocks);
-  numbers_.reserve(numbers_.size() + kSlabBlocks);
+  free_.reserve(numbers_.size() + static_cast<size_t>(slab_blocks_));
+  numbers_.reserve(numbers_.size() + static_cast<size_t>(slab_blocks_));
   slabs_.reserve(slabs_.size() + 1);
   Result<std::unique_ptr<device::Stream>> stream = make_stream();
   if (!stream.ok()) return stream.status();
   (*stream)->fill(at, 0xFF, bytes);
   (*stream)->wait();
   if (Status s = (*stream)->take_error(); !s.ok()) return s;
-  for (int64_t b = kSlabBlocks - 1; b >= 0; --b) {
+  for (int64_t b = slab_blocks_ - 1; b >= 0; --b) {
     numbers_.push_back(std::make_unique<int32_t>(static_cast<int32_t>(number + b)));
     free_.push_back(numbers_.back().get());
   }

@@ -1,6 +1,7 @@
 // Exact tokens of all layers of a model on a GPU: blocks of 64 tokens (device/device_api.h) in slabs that are
 // allocated as sessions grow. A block has a number that is the same for all layers, each of which has its
 // pool's beginning: a table of numbers serves all layers. A sequence's blocks may be shared with others.
+// A pool may also be of anything else of one size, for one layer after another.
 #pragma once
 
 #include <algorithm>
@@ -19,20 +20,27 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   /// Blocks of a layer that a slab has.
   static constexpr int64_t kSlabBlocks = 16;
 
-  /// All layers have n_head_kv heads of head_dim.
+  /// All layers have n_head_kv heads of head_dim. n_layer 1: whatever layer is asked for, it is that one.
   BlockPool(std::shared_ptr<device::Device> device, int64_t n_layer, int64_t n_head_kv, int64_t head_dim)
-      : device_(std::move(device)), n_layer_(n_layer), n_head_kv_(n_head_kv), head_dim_(head_dim) {}
+      : BlockPool(std::move(device), n_layer, 4 * n_head_kv * head_dim * device::kBlockTokens, kSlabBlocks,
+                  "more tokens of the key/value cache") {}
+  /// Blocks of so many bytes (a multiple of 16); what: in a sentence of there being no room.
+  BlockPool(std::shared_ptr<device::Device> device, int64_t n_layer, int64_t block_bytes, int64_t slab_blocks,
+            const char* what)
+      : device_(std::move(device)),
+        n_layer_(n_layer),
+        block_bytes_(block_bytes),
+        slab_blocks_(slab_blocks),
+        what_(what) {}
 
   device::Device& device() const { return *device_; }
   int64_t n_layer() const { return n_layer_; }
-  int64_t n_head_kv() const { return n_head_kv_; }
-  int64_t head_dim() const { return head_dim_; }
   /// Of one layer.
-  int64_t block_bytes() const { return 2 * n_head_kv_ * head_dim_ * device::kBlockTokens * 2; }
+  int64_t block_bytes() const { return block_bytes_; }
 
   /// Where a layer's block 0 would be: block b is b * block_bytes() further, for either sign of b. Stays as
   /// it is once a block has been taken.
-  char* layer(int64_t i) const { return base_ + i * kSlabBlocks * block_bytes(); }
+  char* layer(int64_t i) const { return base_ + (n_layer_ == 1 ? 0 : i) * slab_blocks_ * block_bytes_; }
 
   /// For work on blocks that is waited for.
   Result<std::unique_ptr<device::Stream>> make_stream() const { return device::Stream::create(device_); }
@@ -47,7 +55,8 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   void give_back(const int32_t* block);
 
   std::shared_ptr<device::Device> device_;
-  int64_t n_layer_, n_head_kv_, head_dim_;
+  int64_t n_layer_, block_bytes_, slab_blocks_;
+  const char* what_;
   std::mutex mutex_;
   std::vector<device::Buffer> slabs_;
   std::vector<std::unique_ptr<int32_t>> numbers_;

@@ -1,0 +1,87 @@
+#include "exec/cuda/row_angles.h"
+
+#include <algorithm>
+
+namespace narrows {
+
+using device::Api;
+
+namespace {
+
+/// The attention's work is cut for as many tokens as the longest sequence has, rounded up to this: so its
+/// work space is laid out anew now and then, not at every step.
+constexpr int64_t kTokenUnit = 1024;
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace
+
+void send_to_device(device::Buffer& to, const void* from, int64_t bytes, device::Stream& stream) {
+  if (to.bytes() < bytes) {
+    stream.wait();  // what runs may read what the buffer holds
+    stream.fail(stream.device().grow(to, round_up(bytes, 4096), "the positions of a run's tokens"));
+  }
+  stream.upload(to.data(), from, bytes);
+}
+
+void RowAngles::begin(std::vector<int64_t> positions, RopeOfRow rope_of) {
+  positions_ = std::move(positions);
+  rope_of_ = std::move(rope_of);
+  for (OfRope& of : angles_) of.sent = false;
+  factor_sent_ = false;
+}
+
+const float* RowAngles::angles(const LayerPlan& layer, device::Stream& stream) {
+  const int64_t rope = layer.mix.attention.rope;
+  auto of = std::find_if(angles_.begin(), angles_.end(), [&](const OfRope& a) { return a.rope == rope; });
+  if (of == angles_.end()) {
+    angles_.emplace_back();
+    of = std::prev(angles_.end());
+    of->rope = rope;
+  }
+  if (of->sent) return of->angles.data<float>();
+  of->sent = true;
+  const auto n = static_cast<int64_t>(positions_.size());
+  const int64_t n_rot = this->n_rot(layer);
+  std::vector<float> all(static_cast<size_t>(n * std::max<int64_t>(n_rot, 1)));
+  for (int64_t r = 0; r < n; ++r) {
+    float* to = all.data() + r * n_rot;
+    rope_of_(r, layer).at(positions_[static_cast<size_t>(r)], to, to + 1, 2);
+  }
+  send_to_device(of->angles, all.data(), static_cast<int64_t>(all.size() * sizeof(float)), stream);
+  return of->angles.data<float>();
+}
+
+const float* RowAngles::factors(const AttentionSpec& a, device::Stream& stream) {
+  if (a.temperature == 0) return nullptr;
+  if (!factor_sent_) {
+    factor_sent_ = true;
+    std::vector<float> all;
+    for (const int64_t position : positions_) all.push_back(a.query_factor(position));
+    send_to_device(factor_, all.data(), static_cast<int64_t>(all.size() * sizeof(float)), stream);
+  }
+  return factor_.data<float>();
+}
+
+void F16Attention::run(narrows_cuda_f16_args args, int64_t n_longest, device::Stream& stream) {
+  const int64_t n_max =
+      std::min(round_up(n_longest, kTokenUnit), int64_t{args.blocks.ld} * args.blocks.block);
+  args.n_max = static_cast<int32_t>(n_max);
+  size_t bytes = 0;
+  stream.run([&](const Api& api, int d) { return api.f16_workspace(d, &args, &bytes); });
+  const auto needed = static_cast<int64_t>(bytes);
+  if (workspace_.bytes() < needed || rows_ != args.heads.n_seq || tokens_ != n_max) {
+    if (workspace_.bytes() < needed) {
+      stream.wait();
+      stream.fail(stream.device().grow(workspace_, needed, "what attention works in"));
+    }
+    if (stream.ok()) stream.fill(workspace_.data(), 0, workspace_.bytes());
+    rows_ = args.heads.n_seq;
+    tokens_ = n_max;
+  }
+  stream.run([&](const Api& api, int d) {
+    return api.f16_decode(d, &args, workspace_.data(), static_cast<size_t>(workspace_.bytes()), stream.get());
+  });
+}
+
+}  // namespace narrows
