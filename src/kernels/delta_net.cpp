@@ -24,6 +24,9 @@ namespace narrows::kernels::HWY_NAMESPACE {
 
 namespace {
 
+/// Rows that are asked for before they are used.
+inline constexpr uintptr_t kAhead = 10;
+
 /// Columns [0, NV vectors), the last of them n_tail lanes, of a convolution that sees four rows, as all
 /// released models have it: three of them stay in registers.
 template <int NV, bool kTail>
@@ -45,6 +48,11 @@ HWY_INLINE void conv_columns(const float* x, int64_t ldx, const float* before, i
     c[j] = load(before + 2 * ldb, j);
   }
   for (int64_t r = 0; r < n; ++r) {
+    // Rows lie pages apart, which no prefetcher of a CPU follows. Beyond the last one it does no harm.
+    const auto ahead =
+        reinterpret_cast<uintptr_t>(x + r * ldx) + kAhead * static_cast<uintptr_t>(ldx) * sizeof(float);
+    for (uintptr_t line = 0; line < NV * kLanes * sizeof(float); line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
     NARROWS_UNROLL
     for (int j = 0; j < NV; ++j) {
       const VF own = load(x + r * ldx, j);

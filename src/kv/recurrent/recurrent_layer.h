@@ -49,6 +49,7 @@ class RecurrentLayer final : public KvLayer {
     float* before;  ///< [n_conv - 1, 3 head_dim] q, k and v of the tokens before a tile
     float* kq;      ///< [2 n, head_dim]
     float* v;       ///< [n, head_dim]
+    float* out;     ///< [n, head_dim] what a head gives, before its norm
     float* log_decay;
     float* beta;
     float* rule;  ///< delta_work_floats(); of one token null
