@@ -56,6 +56,22 @@ Result<std::unique_ptr<Stream>> Stream::create(std::shared_ptr<Device> device) {
   return std::unique_ptr<Stream>(new Stream(std::move(device), stream));
 }
 
-Stream::~Stream() { device_->api().end_stream(device_->index(), stream_); }
+Stream::~Stream() {
+  steps_.release(device_->api(), device_->index());
+  device_->api().end_stream(device_->index(), stream_);
+}
+
+void Stream::launch() {
+  if (!steps_.records()) return;
+  if (!error_.ok()) return steps_.drop();
+  if (const int code = steps_.launch(device_->api(), device_->index(), stream_); code != 0)
+    error_ = device_->status(code);
+}
+
+void Stream::launch_kept() {
+  if (!error_.ok()) return steps_.drop();
+  if (const int code = steps_.launch_each(device_->api(), device_->index(), stream_); code != 0)
+    error_ = device_->status(code);
+}
 
 }  // namespace narrows::device

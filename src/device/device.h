@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "device/device_api.h"
+#include "device/step_graphs.h"
 #include "narrows/status.h"
 
 namespace narrows::device {
@@ -92,6 +93,7 @@ class Stream {
     run([&](const Api& a, int d) { return a.download_rows(d, to, to_ld, from, from_ld, bytes, n, stream_); });
   }
   void copy(void* to, const void* from, int64_t bytes) {
+    if (steps_.records()) return steps_.add(CopyArgs{to, from, bytes});
     run([&](const Api& a, int d) { return a.copy(d, to, from, bytes, stream_); });
   }
   void fill(void* to, int byte, int64_t bytes) {
@@ -103,10 +105,41 @@ class Stream {
   /// One of the table's operators.
   template <class Args>
   void op(int (*Api::*function)(int, const Args*, void*), const Args& args) {
+    if constexpr (StepGraphs::can_hold<Args>()) {
+      if (steps_.records()) return steps_.add(args);
+    }
     run([&](const Api& a, int d) { return (a.*function)(d, &args, stream_); });
+  }
+  void decode(const narrows_cuda_f16_args& args, const Buffer& workspace) {
+    if (steps_.records()) return steps_.add(args, workspace.data(), workspace.bytes());
+    run([&](const Api& a, int d) {
+      return a.f16_decode(d, &args, workspace.data(), static_cast<size_t>(workspace.bytes()), stream_);
+    });
+  }
+  void decode(const narrows_cuda_klt_args& args, const Buffer& workspace) {
+    if (steps_.records()) return steps_.add(args, workspace.data(), workspace.bytes());
+    run([&](const Api& a, int d) {
+      return a.klt_decode(d, &args, workspace.data(), static_cast<size_t>(workspace.bytes()), stream_);
+    });
+  }
+
+  /// From here on operators and copies are kept, to be launched together. Whatever else is asked for in
+  /// between is begun after them, and then nothing is kept any more.
+  void record() {
+    if (error_.ok()) steps_.begin();
+  }
+  /// Launches what was kept as a graph; the same operators with the same arguments as a run before are that
+  /// graph again.
+  void launch();
+  /// What only the host answers: it is in nobody's order.
+  template <class Fn>
+  void ask(Fn&& fn) {
+    if (!error_.ok()) return;
+    if (const int code = fn(device_->api(), device_->index()); code != 0) error_ = device_->status(code);
   }
   template <class Fn>
   void run(Fn&& fn) {
+    if (steps_.records()) launch_kept();
     if (!error_.ok()) return;
     if (const int code = fn(device_->api(), device_->index()); code != 0) error_ = device_->status(code);
   }
@@ -114,13 +147,18 @@ class Stream {
     if (error_.ok()) error_ = std::move(status);
   }
   bool ok() const { return error_.ok(); }
-  Status take_error() { return std::exchange(error_, Status()); }
+  Status take_error() {
+    steps_.drop();
+    return std::exchange(error_, Status());
+  }
 
  private:
   Stream(std::shared_ptr<Device> device, void* stream) : device_(std::move(device)), stream_(stream) {}
   std::shared_ptr<Device> device_;
   void* stream_;
+  void launch_kept();
   Status error_;
+  StepGraphs steps_;
 };
 
 }  // namespace narrows::device

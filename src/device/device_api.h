@@ -139,6 +139,22 @@ struct PromptArgs {
   float scale;
 };
 
+struct CopyArgs {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+
+/// One of the operators that a graph may hold. args: of its kind; workspace and bytes of the decode
+/// operators.
+enum Kind : int32_t { kPrepare, kMultiply, kAdd, kHeadNorm, kStore, kF16Decode, kKltDecode, kCopy };
+struct Call {
+  int32_t kind;
+  const void* args;
+  void* workspace;
+  size_t bytes;
+};
+
 struct Api {
   int version;
   /// The sentence of this thread's last failure; never null.
@@ -176,6 +192,12 @@ struct Api {
   int (*klt_workspace)(int device, const narrows_cuda_klt_args*, size_t* bytes);
   int (*klt_decode)(int device, const narrows_cuda_klt_args*, void* workspace, size_t bytes, void* stream);
   int (*klt_selection)(int device, const narrows_cuda_klt_args*, narrows_cuda_selection* at);
+
+  /// What n calls would do, one after the other, as one piece of work that may be launched again and again;
+  /// args and what they point to on the host are not needed after. Launches nothing.
+  int (*make_graph)(int device, const Call* calls, int64_t n, void** graph);
+  int (*launch_graph)(int device, void* graph, void* stream);
+  void (*end_graph)(int device, void* graph);
 };
 
 /// What the library exports as kApiSymbol.

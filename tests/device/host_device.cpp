@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "device/host_klt.h"
@@ -332,6 +333,92 @@ int klt_decode(int /*device*/, const narrows_cuda_klt_args* a, void* workspace, 
   if (const int code = called(); code != 0) return code;
   return bytes >= host_klt_workspace(*a) ? host_klt_decode(*a, workspace) : -1;
 }
+int copy(int device, void* to, const void* from, int64_t bytes, void* stream) {
+  return move(device, to, from, bytes, stream);
+}
+
+/// Calls with their arguments.
+struct Graph {
+  struct Kept {
+    Kind kind;
+    std::vector<char> args;
+    std::vector<narrows_cuda_klt_part> parts;
+    void* workspace;
+    size_t bytes;
+  };
+  std::vector<Kept> calls;
+};
+
+int64_t size_of(int32_t kind) {
+  static const int64_t sizes[] = {
+      sizeof(PrepareArgs),           sizeof(MultiplyArgs), sizeof(AddArgs),
+      sizeof(HeadNormArgs),          sizeof(StoreArgs),    sizeof(narrows_cuda_f16_args),
+      sizeof(narrows_cuda_klt_args), sizeof(CopyArgs)};
+  return sizes[kind];
+}
+
+int make_graph(int /*device*/, const Call* calls, int64_t n, void** graph) {
+  *graph = nullptr;
+  if (const int code = called(); code != 0) return code;
+  auto made = std::make_unique<Graph>();
+  for (const Call* c = calls; c != calls + n; ++c) {
+    const auto* args = static_cast<const char*>(c->args);
+    Graph::Kept kept = {
+        static_cast<Kind>(c->kind), {args, args + size_of(c->kind)}, {}, c->workspace, c->bytes};
+    if (c->kind == kKltDecode) {
+      auto& a = *reinterpret_cast<narrows_cuda_klt_args*>(kept.args.data());
+      kept.parts.assign(a.host_parts, a.host_parts + a.n_part);
+    }
+    made->calls.push_back(std::move(kept));
+  }
+  *graph = made.release();
+  ++host_device().n_graph;
+  return 0;
+}
+
+int launch_graph(int device, void* graph, void* stream) {
+  for (Graph::Kept& c : static_cast<Graph*>(graph)->calls) {
+    const auto of = [&]<class Args>(const Args*) { return reinterpret_cast<const Args*>(c.args.data()); };
+    int code = 0;
+    switch (c.kind) {
+      case kPrepare:
+        code = prepare(device, of(static_cast<PrepareArgs*>(nullptr)), stream);
+        break;
+      case kMultiply:
+        code = multiply(device, of(static_cast<MultiplyArgs*>(nullptr)), stream);
+        break;
+      case kAdd:
+        code = add(device, of(static_cast<AddArgs*>(nullptr)), stream);
+        break;
+      case kHeadNorm:
+        code = head_norm(device, of(static_cast<HeadNormArgs*>(nullptr)), stream);
+        break;
+      case kStore:
+        code = store(device, of(static_cast<StoreArgs*>(nullptr)), stream);
+        break;
+      case kF16Decode:
+        code = f16_decode(device, of(static_cast<narrows_cuda_f16_args*>(nullptr)), c.workspace, c.bytes,
+                          stream);
+        break;
+      case kKltDecode: {
+        narrows_cuda_klt_args a = *of(static_cast<narrows_cuda_klt_args*>(nullptr));
+        a.host_parts = c.parts.data();
+        code = klt_decode(device, &a, c.workspace, c.bytes, stream);
+        break;
+      }
+      case kCopy: {
+        const auto* a = of(static_cast<CopyArgs*>(nullptr));
+        code = copy(device, a->to, a->from, a->bytes, stream);
+        break;
+      }
+    }
+    if (code != 0) return code;
+  }
+  return 0;
+}
+
+void end_graph(int /*device*/, void* graph) { delete static_cast<Graph*>(graph); }
+
 int klt_selection(int /*device*/, const narrows_cuda_klt_args* a, narrows_cuda_selection* at) {
   *at = host_klt_selection(*a);
   return 0;
@@ -345,11 +432,11 @@ HostDevice& host_device() {
 }
 
 const Api& host_api() {
-  static const Api api = {kApiVersion,   error,      count,        info,     allocate,      release,
-                          make_stream,   end_stream, move,         move,     download_rows, move,
-                          fill,          wait,       prepare,      multiply, unpack,        gemm,
-                          add,           head_norm,  store,        prompt,   f16_workspace, f16_decode,
-                          klt_workspace, klt_decode, klt_selection};
+  static const Api api = {kApiVersion,   error,      count,         info,       allocate,      release,
+                          make_stream,   end_stream, move,          move,       download_rows, move,
+                          fill,          wait,       prepare,       multiply,   unpack,        gemm,
+                          add,           head_norm,  store,         prompt,     f16_workspace, f16_decode,
+                          klt_workspace, klt_decode, klt_selection, make_graph, launch_graph,  end_graph};
   return api;
 }
 

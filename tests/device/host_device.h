@@ -19,6 +19,7 @@ struct HostDevice {
   int64_t allocated = 0;       ///< bytes now
   int64_t n_allocation = 0;    ///< so far
   int64_t failing = -1;        ///< the allocation of this number finds no room
+  int64_t n_graph = 0;         ///< graphs made so far
   int64_t n_call = 0;          ///< operators and copies so far
   int64_t breaking_call = -1;  ///< from this one on the card does not answer
 };

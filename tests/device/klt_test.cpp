@@ -228,6 +228,25 @@ TEST_F(KltOnDevice, AnObserverSeesWhatAStepReads) {
   EXPECT_EQ(n_seen, 2);
 }
 
+/// A step is a graph that serves for many steps; whoever observes gets the same numbers without one.
+TEST_F(KltOnDevice, StepsAreGraphsThatServeAgain) {
+  const LoadedTiny there(small_model(), on_device());
+  for (const char* kv : {"f16", "klt"}) {
+    const auto a = make_session(there.model, setup(kv)), b = make_session(there.model, setup(kv));
+    for (Session* s : {a.get(), b.get()}) ASSERT_OK(s->prefill(random_tokens(700)));
+    const int64_t before = host_device().n_graph;
+    const Rows x = decode_all(*a, random_tokens(70));
+    EXPECT_GE(host_device().n_graph - before, 1) << kv;
+    EXPECT_LE(host_device().n_graph - before, 4) << kv;
+    int64_t n_seen = 0;
+    Access::impl(*b).mixer.observe([&](int64_t, const DecodeStep&) { ++n_seen; });
+    const int64_t then = host_device().n_graph;
+    EXPECT_EQ(x, decode_all(*b, random_tokens(70))) << kv;
+    EXPECT_EQ(host_device().n_graph, then);
+    EXPECT_EQ(n_seen, 140);
+  }
+}
+
 TEST_F(KltOnDevice, AKeyThatHalfPrecisionCannotHoldIsNamed) {
   TinyModel m = small_model();
   m.edit_tensors = [](std::vector<TinyTensor>& tensors) {

@@ -19,7 +19,7 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 void BlockMixer::begin_step(std::span<const Row> rows, RopeOfRow rope_of) {
   rows_.assign(rows.begin(), rows.end());
   begin_angles(std::move(rope_of));
-  is_prompt_ = sent_ = false;
+  is_prompt_ = false;
 }
 
 void BlockMixer::begin_prompt(BlockSequence& blocks, int64_t first, int64_t n, RopeOfRow rope_of) {
@@ -27,7 +27,6 @@ void BlockMixer::begin_prompt(BlockSequence& blocks, int64_t first, int64_t n, R
   for (int64_t r = 0; r < n; ++r) rows_.push_back({&blocks, first + r});
   begin_angles(std::move(rope_of));
   is_prompt_ = true;
-  sent_ = false;
 }
 
 void BlockMixer::begin_angles(RopeOfRow rope_of) {
@@ -36,9 +35,16 @@ void BlockMixer::begin_angles(RopeOfRow rope_of) {
   angles_.begin(std::move(positions), std::move(rope_of));
 }
 
+void BlockMixer::begin(std::span<const LayerPlan> layers, device::Stream& stream) {
+  send_rows(stream);
+  for (const LayerPlan& l : layers) {
+    angles_.angles(l, stream);
+    angles_.factors(l.mix.attention, stream);
+  }
+}
+
 /// Tables and positions: the same for all layers.
 void BlockMixer::send_rows(device::Stream& stream) {
-  sent_ = true;
   const auto n = static_cast<int64_t>(rows_.size()), n_sequence = is_prompt_ ? 1 : n;
   ld_table_ = 1;
   for (const Row& row : rows_) ld_table_ = std::max(ld_table_, row.blocks->n_block());
@@ -61,7 +67,6 @@ void BlockMixer::send_rows(device::Stream& stream) {
 }
 
 void BlockMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
-  if (!sent_) send_rows(stream);
   const AttentionSpec& a = layer.mix.attention;
   BlockPool& pool = rows_.front().blocks->pool();
   device::StoreArgs store{};
@@ -139,7 +144,7 @@ void BlockMixer::attend_step(const LayerPlan& layer, const DeviceRows& rows,
 
 void BlockMixer::finish(device::Stream& stream) {
   const auto n = static_cast<int64_t>(rows_.size());
-  if (!stream.ok() || !sent_) return;
+  if (!stream.ok()) return;
   host_.assign(static_cast<size_t>(n), 0);
   stream.download(host_.data(), numbers_.data<int32_t>() + 3 * n, n * kWord);
   for (int64_t r = 0; r < n; ++r) {

@@ -24,6 +24,8 @@ class BlockMixer final : public DeviceMixer {
   /// Or n rows of a prompt, from position `first` on.
   void begin_prompt(BlockSequence& blocks, int64_t first, int64_t n, RopeOfRow rope_of);
 
+  void begin(std::span<const LayerPlan> layers, device::Stream& stream) override;
+  bool is_observed() const override { return seen_ || see_rows_; }
   void mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) override;
   void finish(device::Stream& stream) override;
 
@@ -47,7 +49,6 @@ class BlockMixer final : public DeviceMixer {
 
   std::vector<Row> rows_;
   bool is_prompt_ = false;
-  bool sent_ = false;  ///< what is the same for all layers
   RowAngles angles_;
   Seen seen_;
   Rows see_rows_;

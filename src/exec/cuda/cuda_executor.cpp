@@ -138,10 +138,16 @@ Status CudaExecutor::run(const Run& run) {
   if (measure_) last_ns_ = monotonic_ns();
   const int64_t bytes = run.n * width_.embd * kFloat;
   if (run.x_on_device == nullptr) stream_->upload(x_.data(), run.x, bytes);
+  DeviceMixer* const mixer = run.mixer->on_device();
+  if (mixer != nullptr) mixer->begin(run.layers, *stream_);
+  // A step is launched as one graph.
+  if (mixer != nullptr && !mixer->is_observed() && run.x_on_device == nullptr && run.output != nullptr &&
+      run.layers.size() == plan_.layers.size() && !measure_)
+    stream_->record();
   for (const LayerPlan& layer : run.layers)
     run_layer(run, layer, &layer == &run.layers.back() ? run.from : 0);
   if (run.output != nullptr) run_logits(run);
-  if (DeviceMixer* mixer = run.mixer->on_device()) mixer->finish(*stream_);
+  if (mixer != nullptr) mixer->finish(*stream_);
   // A step's residual stream ends here; that of a prompt goes on in the next layer.
   if (run.x_on_device == nullptr && run.layers.size() < plan_.layers.size())
     stream_->download(run.x, x_.data(), bytes);
@@ -324,6 +330,7 @@ void CudaExecutor::run_logits(const Run& run) {
   norm.eps = run.output->norm.eps;
   norm.n = n;
   multiply(weights_.logits(), prepare(norm, false), -1, logits_.data<float>(), spec_.n_vocab, false);
+  stream_->launch();
   stream_->download(run.logits, logits_.data(), n * spec_.n_vocab * kFloat);
 }
 

@@ -170,6 +170,62 @@ int klt_selection(int device, const narrows_cuda_klt_args* a, narrows_cuda_selec
   return operator_status(narrows_cuda_klt_selection(a, at));
 }
 
+int do_call(int device, const device::Call& call, void* stream) {
+  using namespace device;
+  switch (call.kind) {
+    case kPrepare:
+      return op<PrepareArgs, launch_prepare>(device, static_cast<const PrepareArgs*>(call.args), stream);
+    case kMultiply:
+      return may<MultiplyArgs, launch_multiply>(device, static_cast<const MultiplyArgs*>(call.args), stream);
+    case kAdd:
+      return op<AddArgs, launch_add>(device, static_cast<const AddArgs*>(call.args), stream);
+    case kHeadNorm:
+      return op<HeadNormArgs, launch_head_norm>(device, static_cast<const HeadNormArgs*>(call.args), stream);
+    case kStore:
+      return op<StoreArgs, launch_store>(device, static_cast<const StoreArgs*>(call.args), stream);
+    case kF16Decode:
+      return f16_decode(device, static_cast<const narrows_cuda_f16_args*>(call.args), call.workspace,
+                        call.bytes, stream);
+    case kKltDecode:
+      return klt_decode(device, static_cast<const narrows_cuda_klt_args*>(call.args), call.workspace,
+                        call.bytes, stream);
+    case kCopy: {
+      const auto& a = *static_cast<const CopyArgs*>(call.args);
+      return copy(device, a.to, a.from, a.bytes, stream);
+    }
+    default:
+      return unsupported("a graph of an unknown operator");
+  }
+}
+
+int make_graph(int device, const device::Call* calls, int64_t n, void** graph) {
+  *graph = nullptr;
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  cudaStream_t stream = nullptr;
+  if (const int e = failed(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); e != 0) return e;
+  int result = failed(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+  if (result == 0) {
+    for (int64_t i = 0; i < n && result == 0; ++i) result = do_call(device, calls[i], stream);
+    cudaGraph_t captured = nullptr;
+    const int ended = failed(cudaStreamEndCapture(stream, &captured));
+    if (result == 0) result = ended;
+    cudaGraphExec_t made = nullptr;
+    if (result == 0) result = failed(cudaGraphInstantiate(&made, captured, 0));
+    if (captured != nullptr) static_cast<void>(cudaGraphDestroy(captured));
+    *graph = made;
+  }
+  static_cast<void>(cudaStreamDestroy(stream));
+  return result;
+}
+int launch_graph(int device, void* graph, void* stream) {
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  return failed(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), static_cast<cudaStream_t>(stream)));
+}
+void end_graph(int device, void* graph) {
+  if (cudaSetDevice(device) == cudaSuccess)
+    static_cast<void>(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)));
+}
+
 }  // namespace
 
 }  // namespace narrows::cuda
@@ -203,6 +259,9 @@ extern "C" __attribute__((visibility("default"))) const narrows::device::Api* na
                           f16_decode,
                           klt_workspace,
                           klt_decode,
-                          klt_selection};
+                          klt_selection,
+                          make_graph,
+                          launch_graph,
+                          end_graph};
   return &api;
 }

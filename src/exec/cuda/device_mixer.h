@@ -1,6 +1,8 @@
 // The mix stage of a run whose caches lie on the executor's device.
 #pragma once
 
+#include <span>
+
 #include "device/device.h"
 #include "model/plan.h"
 
@@ -22,6 +24,10 @@ struct DeviceRows {
 class DeviceMixer {
  public:
   virtual ~DeviceMixer() = default;
+  /// Before the first layer of a run: sends what its layers need.
+  virtual void begin(std::span<const LayerPlan> layers, device::Stream& stream) = 0;
+  /// True if somebody looks at each layer's numbers: then the host waits for them.
+  virtual bool is_observed() const = 0;
   /// Begins the work of a layer; errors are the stream's.
   virtual void mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) = 0;
   /// After the last layer of a run.

@@ -25,7 +25,6 @@ void KltMixer::begin_step(int64_t n, int64_t n_layer, LayerOf layer_of) {
   n_ = n;
   n_layer_ = n_layer;
   layer_of_ = std::move(layer_of);
-  sent_ = false;
   wants_queries_ = false;
   std::vector<int64_t> positions;
   for (int64_t r = 0; r < n; ++r) {
@@ -38,7 +37,6 @@ void KltMixer::begin_step(int64_t n, int64_t n_layer, LayerOf layer_of) {
 }
 
 void KltMixer::send_rows(device::Stream& stream) {
-  sent_ = true;
   ld_ = 1;
   for (int64_t i = 0; i < n_layer_; ++i) {
     for (int64_t r = 0; r < n_; ++r) ld_ = std::max<int64_t>(ld_, std::ssize(view(r, i).exact));
@@ -77,14 +75,24 @@ KltMixer::Places KltMixer::places(int64_t layer) const {
           reinterpret_cast<const uint8_t*>(numbers + 5 * n_)};
 }
 
-void KltMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
-  if (!sent_) send_rows(stream);
-  const AttentionSpec& a = layer.mix.attention;
-  width_q_ = a.width_q();
-  if (plain_.bytes() < n_ * width_q_ * 2) {
+void KltMixer::begin(std::span<const LayerPlan> layers, device::Stream& stream) {
+  send_rows(stream);
+  width_q_ = layers.front().mix.attention.width_q();
+  const int64_t halves = n_ * width_q_ * 2, floats = n_layer_ * n_ * width_q_ * int64_t{sizeof(float)};
+  for (const auto& [buffer, bytes] :
+       {std::pair{&plain_, halves}, std::pair{&queries_, wants_queries_ ? floats : 0}}) {
+    if (buffer->bytes() >= bytes) continue;
     stream.wait();
-    stream.fail(stream.device().grow(plain_, n_ * width_q_ * 2, "the queries of a step"));
+    stream.fail(stream.device().grow(*buffer, bytes, "the queries of a step"));
   }
+  for (const LayerPlan& l : layers) {
+    angles_.angles(l, stream);
+    angles_.factors(l.mix.attention, stream);
+  }
+}
+
+void KltMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
+  const AttentionSpec& a = layer.mix.attention;
   if (!stream.ok()) return;
   const Places at = places(layer.index);
   device::StoreArgs store{};
@@ -190,20 +198,18 @@ void KltMixer::attend_klt(const LayerPlan& layer, const DeviceRows& rows, int64_
   args.mass = v.mass;
   args.turns = v.tables->turns.data<const float>();
   size_t bytes = 0;
-  stream.run([&](const Api& api, int d) { return api.klt_workspace(d, &args, &bytes); });
+  stream.ask([&](const Api& api, int d) { return api.klt_workspace(d, &args, &bytes); });
   if (!stream.ok()) return;
   Result<device::Buffer*> work = own.on_device().workspace(static_cast<int64_t>(bytes), stream);
   if (!work.ok()) return stream.fail(work.status());
-  stream.run([&](const Api& api, int d) {
-    return api.klt_decode(d, &args, (*work)->data(), static_cast<size_t>((*work)->bytes()), stream.get());
-  });
+  stream.decode(args, **work);
   if (seen_ && row == 0) note_selection(args, **work, own, stream);
 }
 
 void KltMixer::note_selection(const narrows_cuda_klt_args& args, const device::Buffer& work,
                               CudaKltLayer& layer, device::Stream& stream) const {
   narrows_cuda_selection at{};
-  stream.run([&](const Api& api, int d) { return api.klt_selection(d, &args, &at); });
+  stream.ask([&](const Api& api, int d) { return api.klt_selection(d, &args, &at); });
   const auto n_kv = static_cast<size_t>(args.heads.n_head_kv);
   const auto most = static_cast<size_t>(args.pages.max_budget);
   std::vector<uint32_t> n(n_kv);
@@ -223,10 +229,6 @@ void KltMixer::note_selection(const narrows_cuda_klt_args& args, const device::B
 /// Copied aside: they are fetched when the step is over.
 void KltMixer::keep_queries(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
   const int64_t row = width_q_ * int64_t{sizeof(float)};
-  if (queries_.bytes() < n_layer_ * n_ * row) {
-    stream.wait();
-    stream.fail(stream.device().grow(queries_, n_layer_ * n_ * row, "the queries of a step"));
-  }
   for (int64_t r = 0; r < n_; ++r) {
     if (layer_of_(r, layer.index).wants_next_query())
       stream.copy(queries_.data<char>() + (layer.index * n_ + r) * row, rows.q + r * rows.ld, row);
@@ -234,7 +236,7 @@ void KltMixer::keep_queries(const LayerPlan& layer, const DeviceRows& rows, devi
 }
 
 void KltMixer::finish(device::Stream& stream) {
-  if (!stream.ok() || !sent_) return;
+  if (!stream.ok()) return;
   std::vector<int32_t> bad(static_cast<size_t>(n_));
   stream.download(bad.data(), numbers_.data<int32_t>() + n_layer_ * words_of_layer(n_, ld_), n_ * kWord);
   if (wants_queries_) {

@@ -24,6 +24,8 @@ class KltMixer final : public DeviceMixer {
   /// The n rows of the next run, whose steps have begun.
   void begin_step(int64_t n, int64_t n_layer, LayerOf layer_of);
 
+  void begin(std::span<const LayerPlan> layers, device::Stream& stream) override;
+  bool is_observed() const override { return static_cast<bool>(seen_); }
   void mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) override;
   void finish(device::Stream& stream) override;
 
@@ -53,7 +55,6 @@ class KltMixer final : public DeviceMixer {
   int64_t n_ = 0, n_layer_ = 0, ld_ = 0;
   LayerOf layer_of_;
   Seen seen_;
-  bool sent_ = false;
   bool wants_queries_ = false;
   RowAngles angles_;
   F16Attention exact_;

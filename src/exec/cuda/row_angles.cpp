@@ -68,7 +68,7 @@ void F16Attention::run(narrows_cuda_f16_args args, int64_t n_longest, device::St
       std::min(round_up(n_longest, kTokenUnit), int64_t{args.blocks.ld} * args.blocks.block);
   args.n_max = static_cast<int32_t>(n_max);
   size_t bytes = 0;
-  stream.run([&](const Api& api, int d) { return api.f16_workspace(d, &args, &bytes); });
+  stream.ask([&](const Api& api, int d) { return api.f16_workspace(d, &args, &bytes); });
   const auto needed = static_cast<int64_t>(bytes);
   if (workspace_.bytes() < needed || rows_ != args.heads.n_seq || tokens_ != n_max) {
     if (workspace_.bytes() < needed) {
@@ -79,9 +79,7 @@ void F16Attention::run(narrows_cuda_f16_args args, int64_t n_longest, device::St
     rows_ = args.heads.n_seq;
     tokens_ = n_max;
   }
-  stream.run([&](const Api& api, int d) {
-    return api.f16_decode(d, &args, workspace_.data(), static_cast<size_t>(workspace_.bytes()), stream.get());
-  });
+  stream.decode(args, workspace_);
 }
 
 }  // namespace narrows
