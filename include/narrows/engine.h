@@ -15,7 +15,6 @@
 
 namespace narrows {
 
-/// What the file says of the model; sizes in GGUF's words.
 /// A model's RoPE, other than its file says: as llama.cpp's flags of these names do. 0 and negative numbers
 /// where they mean nothing: as the file says.
 struct RopeOverrides {
@@ -29,19 +28,16 @@ struct RopeOverrides {
   double yarn_attn_factor = -1;
   double yarn_beta_slow = -1;
   double yarn_beta_fast = -1;
-
   bool operator==(const RopeOverrides&) const = default;
 };
 
-struct ModelInfo {
+struct ModelInfo {           ///< what the file says of the model; sizes in GGUF's words
   std::string architecture;  ///< "llama", "qwen2", "qwen3", ..
   std::string name;          ///< general.name, may be empty
   std::string fingerprint;   ///< 16 hex digits over the metadata, the tensor table and samples of the data
   int64_t n_layer = 0;
-  int64_t n_layer_recurrent =
-      0;  ///< of them those with a state of one size (gated DeltaNet), the rest attends
-  int64_t n_layer_windowed = 0;  ///< that attend to a window
-  int64_t recurrent_bytes = 0;   ///< of the states of a sequence, snapshots apart
+  int64_t n_layer_recurrent = 0, n_layer_windowed = 0;  ///< of gated DeltaNet; that attend to a window
+  int64_t recurrent_bytes = 0;                          ///< states of a sequence, snapshots apart
   int64_t n_embd = 0;
   int64_t n_ff = 0;           ///< of an expert, if there are such
   int64_t n_expert = 0;       ///< of each layer; 0: it has one feed-forward

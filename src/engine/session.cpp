@@ -40,21 +40,6 @@ Status check_prompt_options(const PromptOptions& options) {
 
 }  // namespace
 
-AttentionShape attention_shape(const ModelSpec& spec, int64_t layer) {
-  const AttentionSpec& a = spec.layer(layer).attention;
-  return {a.n_head, a.n_head_kv, a.head_dim, a.scale};
-}
-
-std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernels::RopeTable> ropes) {
-  std::vector<KvLayerSpec> layers;
-  for (int64_t i = 0; i < spec.n_layer(); ++i) {
-    const auto rope = static_cast<size_t>(spec.layer(i).attention.rope);
-    layers.push_back({attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope],
-                      spec.layer(i).attention.window, spec.layer(i).delta_net});
-  }
-  return layers;
-}
-
 Result<int> threads_to_use(int n_threads) {
   if (n_threads < 0 || n_threads > kMaxThreads) {
     return {StatusCode::invalid_argument,

@@ -19,6 +19,21 @@ double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
 
 }  // namespace
 
+AttentionShape attention_shape(const ModelSpec& spec, int64_t layer) {
+  const AttentionSpec& a = spec.layer(layer).attention;
+  return {a.n_head, a.n_head_kv, a.head_dim, a.scale};
+}
+
+std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernels::RopeTable> ropes) {
+  std::vector<KvLayerSpec> layers;
+  for (int64_t i = 0; i < spec.n_layer(); ++i) {
+    const auto rope = static_cast<size_t>(spec.layer(i).attention.rope);
+    layers.push_back({attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope],
+                      spec.layer(i).attention.window, spec.layer(i).delta_net});
+  }
+  return layers;
+}
+
 int64_t cache_bytes_estimate(const Model& model, const KvProfile& profile, int64_t n_tokens, bool segments) {
   return kv_bytes_estimate(kv_layers(parts_of(model).spec()), profile, n_tokens, segments);
 }
