@@ -7,7 +7,8 @@
  * half. Nothing beyond a length or count is read into a result: tails of blocks and pages may hold NaN.
  *
  * Work space: narrows_cuda_*_workspace() says how many bytes, aligned to 256. It must be zeros before its first use by one
- * operator with one set of sizes; every call leaves the part that must be zero as zeros. One work space serves one stream.
+ * operator with one set of sizes; every call leaves the part that must be zero as zeros (klt: the first 4 n_seq n_head_kv bytes, whatever the other sizes are).
+ * One work space serves one stream.
  */
 #ifndef NARROWS_CUDA_OPS_H
 #define NARROWS_CUDA_OPS_H
