@@ -18,6 +18,7 @@
 #include "kernels/ops.h"
 #include "kv/layout.h"
 #include "prompt/attention.h"
+#include "prompt/prefill_buffers.h"
 
 namespace narrows {
 
@@ -25,12 +26,6 @@ namespace {
 
 using kernels::kPrefillTile;
 
-/// Rows of one chunk: enough that a weight read from memory is used 512 times, few enough that a chunk's
-/// activations stay below some tens of MB. Whole tiles: a tile is packed when all of its keys are there.
-constexpr int64_t kChunk = 512;
-static_assert(kChunk % kPrefillTile == 0);
-/// The same on a GPU, whose activations are in its own memory.
-constexpr int64_t kDeviceChunk = 2048;
 /// Shorter prompts are multiplied out of the packed weights: unpacking them would cost more than it saves
 /// (docs/experiments.md).
 constexpr int64_t kBf16Rows = 96;
@@ -52,60 +47,6 @@ int64_t recurrent_floats(const Plan& plan) {
 }
 
 }  // namespace
-
-/// Everything that lives for one run. D = n_head_kv * head_dim, of the largest layer where it is a size.
-/// `tail`: tokens of the cache that share a tile with the first new one.
-struct Prefill::LayerBuffers {
-  /// Of a prompt that is read on a device: nothing is the host's, but what hooks of a cache elsewhere get.
-  LayerBuffers(int64_t n_new, int64_t past, int64_t width, int64_t width_q)
-      : n(n_new),
-        n_past(past),
-        tail(0),
-        k_raw(n * width),
-        v(n * width),
-        q_raw(std::min(n, kDeviceChunk) * width_q) {}
-  LayerBuffers(const ModelSpec& spec, int64_t n_new, int64_t past, bool wants_queries)
-      : n(n_new),
-        n_past(past),
-        tail(past % kPrefillTile),
-        hidden(n * spec.n_embd),
-        k_raw(n * spec.most_width_kv()),
-        k_rotated((kPrefillTile + kChunk) * spec.most_width_kv()),
-        v((tail + n) * spec.most_width_kv()),
-        past_v(kPrefillTile * spec.most_width_kv()),
-        q(std::min(n, kChunk) * spec.most_width_q()),
-        q_raw(wants_queries ? q.size() : 0) {}
-  bool rows_ok() const { return k_raw.ok() && v.ok() && q_raw.ok(); }
-  bool ok() const {
-    return hidden.ok() && k_raw.ok() && k_rotated.ok() && v.ok() && past_v.ok() && q.ok() && q_raw.ok();
-  }
-  int64_t position(int64_t first) const { return n_past + first; }
-
-  int64_t n;  ///< new tokens
-  int64_t n_past;
-  int64_t tail;
-  AlignedArray<float> hidden;     ///< [n, n_embd] residual stream
-  AlignedArray<float> k_raw;      ///< [n, D] before RoPE
-  AlignedArray<float> k_rotated;  ///< [.., D] from the first token of the tile in which the chunk begins
-  AlignedArray<float> v;          ///< [tail + n, D]
-  AlignedArray<float> past_v;     ///< [kPrefillTile, D]
-  AlignedArray<float> q;          ///< [kChunk, n_head * head_dim] rotated
-  AlignedArray<float> q_raw;      ///< the same before RoPE, if somebody wants them
-  AlignedArray<float> recurrent;  ///< [n_threads] what recurrent layers work in
-  std::optional<PromptAttention> attention;  ///< of the layer's sizes
-  AttentionSizes sizes;                      ///< those
-  device::Buffer hidden_on_device;           ///< [n, n_embd] residual stream of a prompt that is read there
-  BlockMixer mixer;                          ///< its attention
-
-  int64_t layer = 0;
-  int64_t next = 0;           ///< first token of the layer that is not computed yet
-  size_t segment = 0;         ///< index into hooks.segment_ends
-  int64_t segment_begin = 0;  ///< first token of the running segment
-
-  int64_t segment_end(const PrefillHooks& hooks) const {
-    return segment < hooks.segment_ends.size() ? hooks.segment_ends[segment] : n;
-  }
-};
 
 /// Attention of one chunk. Tasks are rows, then tiles of a KV head, then heads, then blocks of rows of a
 /// head.
@@ -200,17 +141,6 @@ class Prefill::RecurrentMixer final : public Mixer {
  private:
   const PrefillHooks& hooks_;
   float* work_;
-};
-
-/// Attention of one chunk where the cache is on the executor's device.
-class Prefill::DeviceChunkMixer final : public Mixer {
- public:
-  explicit DeviceChunkMixer(BlockMixer& blocks) : blocks_(blocks) {}
-  void mix(const LayerPlan& /*layer*/, const MixRows& /*rows*/, Team& /*team*/) override {}
-  DeviceMixer* on_device() override { return &blocks_; }
-
- private:
-  BlockMixer& blocks_;
 };
 
 Prefill::Prefill(const ModelWeights& weights, const Plan& plan, std::span<const kernels::RopeTable> ropes,
@@ -323,103 +253,6 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
 
 int64_t Prefill::chunk_tokens() const { return hooks_.blocks != nullptr ? kDeviceChunk : kChunk; }
 
-Status Prefill::begin_on_device(std::span<const Token> tokens) {
-  LayerBuffers& b = *buffers_;
-  const int64_t d = weights_.spec().n_embd, n = chunk_tokens();
-  const int64_t held = hooks_.scratch != nullptr ? 0 : b.n_past;
-  if (Status s = hooks_.blocks->reserve(held, b.n_past + b.n); !s.ok()) return s;
-  device::Stream& stream = *executor_.stream();
-  if (Status s = stream.device().grow(b.hidden_on_device, b.n * d * static_cast<int64_t>(sizeof(float)),
-                                      "the prompt's activations");
-      !s.ok())
-    return s;
-  AlignedArray<float> rows(std::min(n, b.n) * d);
-  if (!rows.ok()) return no_room();
-  for (int64_t first = 0; first < b.n; first += n) {
-    const int64_t m = std::min(n, b.n - first);
-    const auto part = tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(m));
-    if (Status s = weights_.embed(part, rows.data()); !s.ok()) return s;
-    stream.upload(b.hidden_on_device.data<float>() + first * d, rows.data(),
-                  m * d * static_cast<int64_t>(sizeof(float)));
-  }
-  stream.wait();
-  return stream.take_error();
-}
-
-Status Prefill::run_chunk_on_device(Run run, int64_t first) {
-  LayerBuffers& b = *buffers_;
-  b.mixer.begin_prompt(*hooks_.blocks, b.position(first), run.n,
-                       [this](int64_t /*row*/, const LayerPlan& l) -> const kernels::RopeTable& {
-                         return ropes_[static_cast<size_t>(l.mix.attention.rope)];
-                       });
-  if (hooks_.scratch != nullptr) {
-    b.mixer.see_rows([this](const LayerPlan& l, const DeviceRows& rows, device::Stream& stream) {
-      fetch_rows(l, rows, stream);
-    });
-  }
-  DeviceChunkMixer mixer(b.mixer);
-  run.x_on_device = b.hidden_on_device.data<float>() + first * weights_.spec().n_embd;
-  run.mixer = &mixer;
-  Status status = executor_.run(run);
-  if (status.ok() && hooks_.scratch != nullptr && hooks_.queries)
-    hooks_.queries(b.layer, b.q_raw.data(), run.n);
-  return status;
-}
-
-/// What the hooks get of a chunk that is read on a device: keys and values, and the queries that they look
-/// at.
-void Prefill::fetch_rows(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
-  LayerBuffers& b = *buffers_;
-  const AttentionSpec& a = layer.mix.attention;
-  const int64_t bytes = a.width_kv() * int64_t{sizeof(float)}, bytes_q = a.width_q() * int64_t{sizeof(float)};
-  const int64_t ld = rows.ld * int64_t{sizeof(float)}, to = b.next * a.width_kv();
-  stream.download_rows(b.k_raw.data() + to, bytes, rows.k, ld, bytes, rows.n);
-  stream.download_rows(b.v.data() + to, bytes, rows.v, ld, bytes, rows.n);
-  if (!hooks_.queries) return;
-  const int64_t stride = hooks_.query_stride ? hooks_.query_stride(b.layer) : 1;
-  const int64_t position = b.position(b.next), first = ceil_div(position, stride) * stride - position;
-  if (first >= rows.n) return;
-  float* q = b.q_raw.data();
-  stream.download_rows(q + first * a.width_q(), stride * bytes_q, rows.q + first * rows.ld, stride * ld,
-                       bytes_q, ceil_div(rows.n - first, stride));
-  for (int64_t r = first; a.temperature != 0 && r < rows.n; r += stride) {
-    for (int64_t i = 0; i < a.width_q(); ++i) q[r * a.width_q() + i] *= a.query_factor(position + r);
-  }
-}
-
-/// Tokens [from, to) of the cache into the scratch blocks, whole ones but the last.
-Status Prefill::send_past(int64_t from, int64_t to) {
-  LayerBuffers& b = *buffers_;
-  const int64_t width = attention().width_kv(), hd = attention().head_dim, n = device::kBlockTokens;
-  const int64_t first = from / n, n_block = ceil_div(to, n) - first, halves = 2 * width * n;
-  constexpr int64_t kAtOnce = 64;
-  std::vector<kernels::f16_t> rows(static_cast<size_t>(std::min(kAtOnce, n_block) * halves));
-  device::Stream& stream = *executor_.stream();
-  BlockPool& pool = hooks_.blocks->pool();
-  for (int64_t begin = 0; begin < n_block; begin += kAtOnce) {
-    const int64_t some = std::min(kAtOnce, n_block - begin);
-    executor_.for_each(some, [&](int64_t i) {
-      const int64_t at = (first + begin + i) * n, m = std::min(n, to - at);
-      std::vector<float> k(static_cast<size_t>(n * width)), v(k.size());
-      hooks_.read_past(b.layer, at, m, k.data(), v.data());
-      kernels::f16_t* block = rows.data() + i * halves;
-      for (int64_t t = 0; t < m; ++t) {
-        for (int64_t h = 0; h < width / hd; ++h) {
-          kernels::f16_t* key = block + (h * n + t) * hd;
-          kernels::ops().f32_to_f16(k.data() + t * width + h * hd, key, hd);
-          kernels::ops().f32_to_f16(v.data() + t * width + h * hd, key + width * n, hd);
-        }
-      }
-    });
-    for (int64_t i = 0; i < some; ++i)
-      stream.upload(pool.layer(0) + hooks_.blocks->block(first + begin + i) * pool.block_bytes(),
-                    rows.data() + i * halves, halves * int64_t{sizeof(kernels::f16_t)});
-    stream.wait();
-    if (Status s = stream.take_error(); !s.ok()) return s;
-  }
-  return {};
-}
-
 /// Tokens [from, to) of the cache, as far as a query at `to` or later sees them, into tiles: whole ones are
 /// packed; what is left waits for the next chunk.
 void Prefill::pack_past(int64_t from, int64_t to) {
@@ -514,7 +347,8 @@ Status Prefill::open_layer() {
 Status Prefill::close_segment() {
   LayerBuffers& b = *buffers_;
   const int64_t width = attention().width_kv();
-  const bool on_host = hooks_.blocks == nullptr && !is_recurrent(), has_rows = on_host || hooks_.scratch != nullptr;
+  const bool on_host = hooks_.blocks == nullptr && !is_recurrent(),
+             has_rows = on_host || hooks_.scratch != nullptr;
   Status status = hooks_.layer_done(b.layer, has_rows ? b.k_raw.data() + b.segment_begin * width : nullptr,
                                     has_rows ? b.v.data() + (b.tail + b.segment_begin) * width : nullptr,
                                     b.next - b.segment_begin);
