@@ -67,12 +67,12 @@ bool Session::Impl::lies_on_device(const Model& model, const SessionOptions& opt
   const ModelParts& parts = parts_of(model);
   if (parts.blocks == nullptr) return false;
   if (options.kv.kind == KvKind::f16) return true;
-  const std::vector<LayerSpec>& layers = parts.spec().layers;
-  return std::all_of(layers.begin(), layers.end(), [&](const LayerSpec& l) {
-    const AttentionSpec& a = l.attention;
-    return CudaKltLayer::can_be_on_device(options.kv, {a.n_head, a.n_head_kv, a.head_dim, a.scale},
-                                          parts.spec().ropes[static_cast<size_t>(a.rope)].n_rot);
-  });
+  const ModelSpec& spec = parts.spec();
+  for (int64_t i = 0; i < spec.n_layer(); ++i) {
+    if (!CudaKltLayer::can_be_on_device(options.kv, attention_shape(spec, i), spec.rope_of(i).n_rot))
+      return false;
+  }
+  return true;
 }
 
 DevicePlace Session::Impl::place_for(const Model& model, const SessionOptions& options) {

@@ -78,7 +78,7 @@ void StepMixer::share_sequences() {
 
 void StepMixer::observe(std::function<void(int64_t layer, const DecodeStep&)> seen) {
   seen_ = std::move(seen);
-  BlockMixer::Seen seen_there;
+  SeenRow seen_there;
   if (seen_) {
     seen_there = [this](int64_t layer, const float* q, const float* k, const float* v, float* out) {
       seen_(layer, DecodeStep{q, k, v, out, nullptr, nullptr});  // models with sinks do not run there

@@ -28,6 +28,8 @@ inline constexpr int64_t kDenseBlock = kernels::kTile;
 inline constexpr int64_t kMaxHeadDim = 512;
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/// The next multiple of unit, n itself if it is one.
+inline constexpr int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
 namespace layout_detail {
 

@@ -125,25 +125,10 @@ TEST_F(OnDevice, ABatchGivesTheBitsOfSingleSteps) {
   const LoadedTiny there(wide_model(), on("cuda"));
   auto batch = DecodeBatch::create(there.model, 3, 1);
   ASSERT_TRUE(batch.ok());
-  std::vector<std::unique_ptr<Session>> alone, together;
-  std::vector<Session*> list;
-  for (const int64_t n : {3, 70, 130}) {
-    for (auto* to : {&alone, &together}) {
-      to->push_back(make_session(there.model, kOnDevice));
-      ASSERT_OK(to->back()->prefill(random_tokens(n)));
-    }
-    list.push_back(together.back().get());
-  }
-  for (const Token t : random_tokens(5)) {
-    const std::vector<Token> next(3, t);
-    std::vector<Status> each(3);
-    ASSERT_OK((*batch)->decode(list, next, each));
-    for (size_t i = 0; i < 3; ++i) {
-      ASSERT_OK(each[i]);
-      ASSERT_OK(alone[i]->decode(t));
-      EXPECT_EQ(copy(alone[i]->logits()), copy(together[i]->logits()));
-    }
-  }
+  SessionsTwice sessions({random_tokens(3), random_tokens(70), random_tokens(130)},
+                         [&] { return make_session(there.model, kOnDevice); });
+  for (const Token t : random_tokens(5))
+    ASSERT_NO_FATAL_FAILURE(sessions.step(**batch, std::vector<Token>(3, t)));
 }
 
 TEST_F(OnDevice, ItGoesBackAndSharesItsBeginning) {

@@ -151,27 +151,12 @@ TEST_F(KltOnDevice, ABatchGivesTheBitsOfSingleSteps) {
   const LoadedTiny there(small_model(), on_device());
   auto batch = DecodeBatch::create(there.model, 4, 1);
   ASSERT_TRUE(batch.ok());
-  std::vector<std::unique_ptr<Session>> alone, together;
-  std::vector<Session*> list;
-  for (const int64_t n : {700, 3, 70, 560}) {
-    for (auto* to : {&alone, &together}) {
-      to->push_back(make_session(there.model, setup()));
-      ASSERT_OK(to->back()->prefill(random_tokens(n)));
-    }
-    list.push_back(together.back().get());
-  }
-  for (const Token t : random_tokens(70)) {
-    const std::vector<Token> next(4, t);
-    std::vector<Status> each(4);
-    ASSERT_OK((*batch)->decode(list, next, each));
-    for (size_t i = 0; i < 4; ++i) {
-      ASSERT_OK(each[i]);
-      ASSERT_OK(alone[i]->decode(t));
-      EXPECT_EQ(copy(alone[i]->logits()), copy(together[i]->logits())) << i;
-    }
-  }
+  SessionsTwice sessions({random_tokens(700), random_tokens(3), random_tokens(70), random_tokens(560)},
+                         [&] { return make_session(there.model, setup()); });
+  for (const Token t : random_tokens(70))
+    ASSERT_NO_FATAL_FAILURE(sessions.step(**batch, std::vector<Token>(4, t)));
   const auto f16 = make_session(there.model, setup("f16"));
-  std::vector<Session*> mixed = {list[0], f16.get()};
+  std::vector<Session*> mixed = {sessions.all[0], f16.get()};
   std::vector<Status> each(2);
   ASSERT_OK((*batch)->decode(mixed, std::vector<Token>(2, 1), each));
   EXPECT_OK(each[0]);

@@ -168,24 +168,12 @@ TEST_P(ExpertSessions, ASavedSessionGoesOn) {
 TEST_P(ExpertSessions, FourTogetherAreEachAlone) {
   auto batch = DecodeBatch::create(tiny().model, 4, 2);
   ASSERT_TRUE(batch.ok());
-  std::vector<std::unique_ptr<Session>> alone, together;
-  std::vector<Session*> all;
-  for (uint32_t i = 0; i < 4; ++i) {
-    for (auto* to : {&alone, &together}) {
-      to->push_back(session(false));
-      ASSERT_OK(to->back()->prefill(random_tokens(700 + 50 * i, i)));
-    }
-    all.push_back(together.back().get());
-  }
+  std::vector<std::vector<Token>> prompts;
+  for (uint32_t i = 0; i < 4; ++i) prompts.push_back(random_tokens(700 + 50 * i, i));
+  SessionsTwice sessions(prompts, [this] { return session(false); });
   for (uint32_t k = 0; k < 20; ++k) {
-    const std::vector<Token> tokens = random_tokens(4, 50 + k);
-    std::vector<Status> each(4);
-    ASSERT_OK((*batch)->decode(all, tokens, each));
-    for (size_t i = 0; i < 4; ++i) {
-      ASSERT_OK(each[i]);
-      ASSERT_OK(alone[i]->decode(tokens[i]));
-      ASSERT_EQ(max_difference(alone[i]->logits(), all[i]->logits()), 0) << i << " at step " << k;
-    }
+    SCOPED_TRACE(k);
+    ASSERT_NO_FATAL_FAILURE(sessions.step(**batch, random_tokens(4, 50 + k)));
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -99,5 +100,33 @@ inline std::vector<Token> greedy(Session& session, int n) {
     const ::narrows::Status status_ = (expression); \
     ASSERT_TRUE(status_.ok()) << status_.message(); \
   } while (false)
+
+/// Sessions of some prompts, two of each: one to step alone, one in a batch.
+struct SessionsTwice {
+  std::vector<std::unique_ptr<Session>> alone, together;
+  std::vector<Session*> all;  ///< those of `together`
+
+  SessionsTwice(const std::vector<std::vector<Token>>& prompts,
+                const std::function<std::unique_ptr<Session>()>& make) {
+    for (const std::vector<Token>& prompt : prompts) {
+      for (auto* to : {&alone, &together}) {
+        to->push_back(make());
+        EXPECT_OK(to->back()->prefill(prompt));
+      }
+      all.push_back(together.back().get());
+    }
+  }
+
+  /// A token for each: a step of the batch gives the bits of the steps alone.
+  void step(DecodeBatch& batch, std::span<const Token> tokens) {
+    std::vector<Status> each(all.size());
+    ASSERT_OK(batch.decode(all, tokens, each));
+    for (size_t i = 0; i < all.size(); ++i) {
+      ASSERT_OK(each[i]);
+      ASSERT_OK(alone[i]->decode(tokens[i]));
+      ASSERT_EQ(copy(alone[i]->logits()), copy(all[i]->logits())) << i;
+    }
+  }
+};
 
 }  // namespace narrows::testing

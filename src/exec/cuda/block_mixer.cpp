@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "kernels/ops.h"
+#include "kv/layout.h"
 
 namespace narrows {
 
@@ -12,7 +12,6 @@ using device::kBlockTokens;
 namespace {
 
 constexpr int64_t kWord = sizeof(int32_t);
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace
 
@@ -37,10 +36,7 @@ void BlockMixer::begin_angles(RopeOfRow rope_of) {
 
 void BlockMixer::begin(std::span<const LayerPlan> layers, device::Stream& stream) {
   send_rows(stream);
-  for (const LayerPlan& l : layers) {
-    angles_.angles(l, stream);
-    angles_.factors(l.mix.attention, stream);
-  }
+  angles_.send(layers, stream);
 }
 
 /// Tables and positions: the same for all layers.
@@ -67,22 +63,8 @@ void BlockMixer::send_rows(device::Stream& stream) {
 }
 
 void BlockMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
-  const AttentionSpec& a = layer.mix.attention;
-  BlockPool& pool = rows_.front().blocks->pool();
-  device::StoreArgs store{};
-  store.q = rows.q;
-  store.k = rows.k;
-  store.v = rows.v;
-  store.ld = rows.ld;
-  store.n = rows.n;
-  store.n_head = static_cast<int32_t>(a.n_head);
-  store.n_head_kv = static_cast<int32_t>(a.n_head_kv);
-  store.head_dim = static_cast<int32_t>(a.head_dim);
-  store.n_rot = static_cast<int32_t>(angles_.n_rot(layer));
-  store.angles = angles_.angles(layer, stream);
-  store.factor = angles_.factors(a, stream);
-  store.q_out = rows.q16;
-  store.pool = pool.layer(layer.index);
+  device::StoreArgs store = angles_.store_args(layer, rows, stream);
+  store.pool = rows_.front().blocks->pool().layer(layer.index);
   store.table = table_.data<int32_t>();
   store.ld_table = ld_table_;
   store.position = numbers_.data<int32_t>();
@@ -92,7 +74,7 @@ void BlockMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Str
   if (!stream.ok()) return;
   stream.op(&Api::store, store);
   if (rows.from < rows.n) attend(layer, rows, store, stream);
-  if (seen_ && rows.from < rows.n) show(layer, rows, stream);
+  if (seen_ && rows.from < rows.n) show_row(layer, rows, seen_, stream);
   if (see_rows_ && stream.ok()) see_rows_(layer, rows, stream);
 }
 
@@ -127,15 +109,7 @@ void BlockMixer::attend_step(const LayerPlan& layer, const DeviceRows& rows,
   int64_t n_max = 0;
   for (const Row& row : rows_) n_max = std::max(n_max, row.position + 1);
   narrows_cuda_f16_args args{};
-  args.heads = {static_cast<int32_t>(rows.n),
-                static_cast<int32_t>(a.n_head),
-                static_cast<int32_t>(a.n_head_kv),
-                static_cast<int32_t>(a.head_dim),
-                rows.q16,
-                rows.out,
-                a.width_q(),
-                a.width_q(),
-                a.scale};
+  args.heads = heads_of(a, rows.q16, rows, 0, rows.n);
   args.blocks = blocks;
   args.n_tokens = numbers_.data<int32_t>() + 2 * rows.n;
   args.window = static_cast<int32_t>(a.window);
@@ -151,22 +125,6 @@ void BlockMixer::finish(device::Stream& stream) {
     const Row& row = rows_[static_cast<size_t>(r)];
     if (host_[static_cast<size_t>(r)] != 0) row.blocks->note_bad(row.position);
   }
-}
-
-void BlockMixer::show(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) const {
-  const AttentionSpec& a = layer.mix.attention;
-  const auto width_q = static_cast<size_t>(a.width_q()), width = static_cast<size_t>(a.width_kv());
-  std::vector<float> q(width_q), k(width), v(width), out(width_q);
-  std::vector<kernels::f16_t> half(width_q);
-  const auto fetch = [&](std::vector<float>& to, const float* from) {
-    stream.download(to.data(), from, static_cast<int64_t>(to.size() * sizeof(float)));
-  };
-  fetch(q, rows.q);
-  fetch(k, rows.k);
-  fetch(v, rows.v);
-  stream.download(half.data(), rows.out, static_cast<int64_t>(half.size()) * 2);
-  kernels::ops().f16_to_f32(half.data(), out.data(), a.width_q());
-  seen_(layer.index, q.data(), k.data(), v.data(), out.data());
 }
 
 }  // namespace narrows

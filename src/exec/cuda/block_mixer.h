@@ -29,10 +29,8 @@ class BlockMixer final : public DeviceMixer {
   void mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) override;
   void finish(device::Stream& stream) override;
 
-  /// Called on the executor's thread with the first row of each layer, before RoPE, and what was mixed; it
-  /// waits for the device. Empty: not.
-  using Seen = std::function<void(int64_t layer, const float* q, const float* k, const float* v, float* out)>;
-  void observe(Seen seen) { seen_ = std::move(seen); }
+  /// Empty: not.
+  void observe(SeenRow seen) { seen_ = std::move(seen); }
   /// Called with the rows of each layer when its work has begun, of prompts: whoever wants them waits for
   /// them. Empty: not.
   using Rows = std::function<void(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream)>;
@@ -45,12 +43,11 @@ class BlockMixer final : public DeviceMixer {
               device::Stream& stream);
   void attend_step(const LayerPlan& layer, const DeviceRows& rows, const narrows_cuda_blocks& blocks,
                    device::Stream& stream);
-  void show(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) const;
 
   std::vector<Row> rows_;
   bool is_prompt_ = false;
   RowAngles angles_;
-  Seen seen_;
+  SeenRow seen_;
   Rows see_rows_;
   int64_t ld_table_ = 0;
   std::vector<int32_t> host_;  ///< of the parts below, one after another

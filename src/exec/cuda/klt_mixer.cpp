@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/ops.h"
+#include "kv/layout.h"
 
 namespace narrows {
 
@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t kWord = sizeof(int32_t);
 constexpr int64_t kBlock = NARROWS_CUDA_BLOCK;
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /// Words of a layer among numbers_: tables [n, ld], five numbers [n], counts uint8 [n, ld].
 int64_t words_of_layer(int64_t n, int64_t ld) { return n * ld + 5 * n + n * ld / kWord; }
@@ -85,29 +83,13 @@ void KltMixer::begin(std::span<const LayerPlan> layers, device::Stream& stream) 
     stream.wait();
     stream.fail(stream.device().grow(*buffer, bytes, "the queries of a step"));
   }
-  for (const LayerPlan& l : layers) {
-    angles_.angles(l, stream);
-    angles_.factors(l.mix.attention, stream);
-  }
+  angles_.send(layers, stream);
 }
 
 void KltMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
-  const AttentionSpec& a = layer.mix.attention;
   if (!stream.ok()) return;
   const Places at = places(layer.index);
-  device::StoreArgs store{};
-  store.q = rows.q;
-  store.k = rows.k;
-  store.v = rows.v;
-  store.ld = rows.ld;
-  store.n = rows.n;
-  store.n_head = static_cast<int32_t>(a.n_head);
-  store.n_head_kv = static_cast<int32_t>(a.n_head_kv);
-  store.head_dim = static_cast<int32_t>(a.head_dim);
-  store.n_rot = static_cast<int32_t>(angles_.n_rot(layer));
-  store.angles = angles_.angles(layer, stream);
-  store.factor = angles_.factors(a, stream);
-  store.q_out = rows.q16;
+  device::StoreArgs store = angles_.store_args(layer, rows, stream);
   store.q_plain = plain_.data();
   store.pool = layer_of_(0, layer.index).on_device().card().exact()->layer(0);
   store.table = at.table;
@@ -121,7 +103,7 @@ void KltMixer::mix(const LayerPlan& layer, const DeviceRows& rows, device::Strea
   if (wants_queries_) keep_queries(layer, rows, stream);
   if (rows.from == rows.n) return;
   attend(layer, rows, stream);
-  if (seen_) show(layer, rows, stream);
+  if (seen_) show_row(layer, rows, seen_, stream);
 }
 
 void KltMixer::attend(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) {
@@ -136,24 +118,6 @@ void KltMixer::attend(const LayerPlan& layer, const DeviceRows& rows, device::St
     r = end;
   }
 }
-
-namespace {
-
-narrows_cuda_heads heads_of(const AttentionSpec& a, const void* q, const DeviceRows& rows, int64_t first,
-                            int64_t n) {
-  const int64_t at = first * a.width_q() * 2;
-  return {static_cast<int32_t>(n),
-          static_cast<int32_t>(a.n_head),
-          static_cast<int32_t>(a.n_head_kv),
-          static_cast<int32_t>(a.head_dim),
-          static_cast<const char*>(q) + at,
-          static_cast<char*>(rows.out) + at,
-          a.width_q(),
-          a.width_q(),
-          a.scale};
-}
-
-}  // namespace
 
 void KltMixer::attend_exact(const LayerPlan& layer, const DeviceRows& rows, int64_t first, int64_t n,
                             device::Stream& stream) {
@@ -253,23 +217,6 @@ void KltMixer::finish(device::Stream& stream) {
       if (own.wants_next_query()) own.give_query(host_queries_.data() + (i * n_ + r) * width_q_);
     }
   }
-}
-
-void KltMixer::show(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) const {
-  const AttentionSpec& a = layer.mix.attention;
-  const auto width_q = static_cast<size_t>(a.width_q()), width = static_cast<size_t>(a.width_kv());
-  std::vector<float> q(width_q), k(width), v(width), out(width_q);
-  std::vector<kernels::f16_t> half(width_q);
-  const auto fetch = [&](std::vector<float>& to, const float* from) {
-    stream.download(to.data(), from, std::ssize(to) * int64_t{sizeof(float)});
-  };
-  fetch(q, rows.q);
-  fetch(k, rows.k);
-  fetch(v, rows.v);
-  stream.download(half.data(), rows.out, std::ssize(half) * 2);
-  if (!stream.ok()) return;
-  kernels::ops().f16_to_f32(half.data(), out.data(), a.width_q());
-  seen_(layer.index, q.data(), k.data(), v.data(), out.data());
 }
 
 }  // namespace narrows

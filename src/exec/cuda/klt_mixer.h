@@ -30,8 +30,7 @@ class KltMixer final : public DeviceMixer {
   void finish(device::Stream& stream) override;
 
   /// As BlockMixer's; the layers of the first row then know what they have read.
-  using Seen = std::function<void(int64_t layer, const float* q, const float* k, const float* v, float* out)>;
-  void observe(Seen seen) { seen_ = std::move(seen); }
+  void observe(SeenRow seen) { seen_ = std::move(seen); }
 
  private:
   /// Of a layer, where its numbers are in numbers_.
@@ -49,12 +48,11 @@ class KltMixer final : public DeviceMixer {
   void note_selection(const narrows_cuda_klt_args& args, const device::Buffer& work, CudaKltLayer& layer,
                       device::Stream& stream) const;
   void keep_queries(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream);
-  void show(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream) const;
   const KltStepView& view(int64_t row, int64_t layer) const { return layer_of_(row, layer).view(); }
 
   int64_t n_ = 0, n_layer_ = 0, ld_ = 0;
   LayerOf layer_of_;
-  Seen seen_;
+  SeenRow seen_;
   bool wants_queries_ = false;
   RowAngles angles_;
   F16Attention exact_;

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "kernels/ops.h"
+#include "kv/layout.h"
+
 namespace narrows {
 
 using device::Api;
@@ -11,8 +14,6 @@ namespace {
 /// The attention's work is cut for as many tokens as the longest sequence has, rounded up to this: so its
 /// work space is laid out anew now and then, not at every step.
 constexpr int64_t kTokenUnit = 1024;
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace
 
@@ -61,6 +62,63 @@ const float* RowAngles::factors(const AttentionSpec& a, device::Stream& stream) 
     send_to_device(factor_, all.data(), static_cast<int64_t>(all.size() * sizeof(float)), stream);
   }
   return factor_.data<float>();
+}
+
+void RowAngles::send(std::span<const LayerPlan> layers, device::Stream& stream) {
+  for (const LayerPlan& l : layers) {
+    angles(l, stream);
+    factors(l.mix.attention, stream);
+  }
+}
+
+device::StoreArgs RowAngles::store_args(const LayerPlan& layer, const DeviceRows& rows,
+                                        device::Stream& stream) {
+  const AttentionSpec& a = layer.mix.attention;
+  device::StoreArgs store{};
+  store.q = rows.q;
+  store.k = rows.k;
+  store.v = rows.v;
+  store.ld = rows.ld;
+  store.n = rows.n;
+  store.n_head = static_cast<int32_t>(a.n_head);
+  store.n_head_kv = static_cast<int32_t>(a.n_head_kv);
+  store.head_dim = static_cast<int32_t>(a.head_dim);
+  store.n_rot = static_cast<int32_t>(n_rot(layer));
+  store.angles = angles(layer, stream);
+  store.factor = factors(a, stream);
+  store.q_out = rows.q16;
+  return store;
+}
+
+narrows_cuda_heads heads_of(const AttentionSpec& a, const void* q, const DeviceRows& rows, int64_t first,
+                            int64_t n) {
+  const int64_t at = first * a.width_q() * 2;
+  return {static_cast<int32_t>(n),
+          static_cast<int32_t>(a.n_head),
+          static_cast<int32_t>(a.n_head_kv),
+          static_cast<int32_t>(a.head_dim),
+          static_cast<const char*>(q) + at,
+          static_cast<char*>(rows.out) + at,
+          a.width_q(),
+          a.width_q(),
+          a.scale};
+}
+
+void show_row(const LayerPlan& layer, const DeviceRows& rows, const SeenRow& seen, device::Stream& stream) {
+  const AttentionSpec& a = layer.mix.attention;
+  const auto width_q = static_cast<size_t>(a.width_q()), width = static_cast<size_t>(a.width_kv());
+  std::vector<float> q(width_q), k(width), v(width), out(width_q);
+  std::vector<kernels::f16_t> half(width_q);
+  const auto fetch = [&](std::vector<float>& to, const float* from) {
+    stream.download(to.data(), from, std::ssize(to) * int64_t{sizeof(float)});
+  };
+  fetch(q, rows.q);
+  fetch(k, rows.k);
+  fetch(v, rows.v);
+  stream.download(half.data(), rows.out, std::ssize(half) * 2);
+  if (!stream.ok()) return;
+  kernels::ops().f16_to_f32(half.data(), out.data(), a.width_q());
+  seen(layer.index, q.data(), k.data(), v.data(), out.data());
 }
 
 void F16Attention::run(narrows_cuda_f16_args args, int64_t n_longest, device::Stream& stream) {

@@ -7,14 +7,17 @@
 
 namespace narrows {
 
+int64_t klt_n_index(const KvProfile& profile, int64_t width) {
+  // D / 8 coordinates find the same tokens as D / 4, but not fewer than 24 (docs/experiments.md).
+  return profile.rank > 0 ? profile.rank : std::max<int64_t>(24, width / 8);
+}
+
 namespace {
 
 constexpr int64_t kF16 = sizeof(kernels::f16_t);
 
 KltOptions options_of(const KvProfile& profile, int64_t width) {
-  // D / 8 coordinates find the same tokens as D / 4, but not fewer than 24 (docs/experiments.md).
-  const int64_t rank = profile.rank > 0 ? profile.rank : std::max<int64_t>(24, width / 8);
-  return {profile.key_rate, profile.value_rate, rank, profile.anchors};
+  return {profile.key_rate, profile.value_rate, klt_n_index(profile, width), profile.anchors};
 }
 
 /// Layers with one RoPE and head size share what it does to keys on average.

@@ -69,6 +69,9 @@ struct KltOptions {
   int64_t anchors = 0;  ///< most tokens kept exact for each page made so far; 0: none
 };
 
+/// Coordinates that a layer's index has, over all parts together.
+int64_t klt_n_index(const KvProfile& profile, int64_t width);
+
 /// Tokens whose rebuilt keys a KV head keeps: the most that a step selects, in whole pages; with `budget=all`
 /// only contexts as short as the smallest budget are kept.
 int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv);

@@ -21,8 +21,6 @@ constexpr int64_t kMostKept = 65520;
 /// Pages that are sent at once.
 constexpr int64_t kSendPages = 64;
 
-int64_t up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
 Status cannot_grow() {
   return {StatusCode::unsupported,
           "this klt cache is longer than what a GPU's kernels take; choose a smaller budget or --device cpu"};
@@ -40,11 +38,10 @@ CudaKltLayer::CudaKltLayer(std::unique_ptr<KltLayer> host, std::shared_ptr<KltOn
 
 bool CudaKltLayer::can_be_on_device(const KvProfile& profile, const AttentionShape& s, int64_t n_rot) {
   const int64_t heads = heads_of_part(s.n_head_kv, s.head_dim), n_part = s.n_head_kv / heads;
-  const int64_t index = profile.rank > 0 ? profile.rank : std::max<int64_t>(24, s.width() / 8);
   return profile.kind == KvKind::klt && (s.head_dim == 64 || s.head_dim == 128) && n_rot == s.head_dim &&
          s.group() <= 8 && s.group() * heads <= 32 && heads * s.head_dim <= kMaxTransform &&
-         ceil_div(index, n_part) <= 64 && profile.n_sink % kBlock == 0 && profile.block == kPageTokens &&
-         profile.budget != KvProfile::kBudgetAll;
+         ceil_div(klt_n_index(profile, s.width()), n_part) <= 64 && profile.n_sink % kBlock == 0 &&
+         profile.block == kPageTokens && profile.budget != KvProfile::kBudgetAll;
 }
 
 // --- what the host is asked for
@@ -334,10 +331,10 @@ Status CudaKltLayer::make_step_room() {
 /// For n tokens in pages, and some more.
 Status CudaKltLayer::make_kept(int64_t n, device::Stream& stream) {
   const int64_t n_kv = shape().n_head_kv;
-  const int64_t n_max = std::min(up(n + n / 4, kTokenUnit), kMostTokens);
+  const int64_t n_max = std::min(round_up(n + n / 4, kTokenUnit), kMostTokens);
   // The context is longer than its pages: by the sinks, and by less than a page and the recent tokens.
   const int64_t n_context = n_max + host_->n_sink() + host_->profile().n_recent + 2 * kPageTokens;
-  const int64_t budget = std::min(n_max, up(host_->profile().budget_at(n_context), kPageTokens));
+  const int64_t budget = std::min(n_max, round_up(host_->profile().budget_at(n_context), kPageTokens));
   if (n > n_max || budget > kMostKept) return cannot_grow();
   stream.wait();
   n_max_ = 0;

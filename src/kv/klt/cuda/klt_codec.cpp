@@ -16,17 +16,15 @@ constexpr int64_t kSection = 16, kRow = 8;
 /// Coordinates of keys: the kernels multiply by so many at a time.
 constexpr int64_t kKeyUnit = 16;
 
-int64_t up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
 narrows_cuda_planes planes_of(const kernels::PlaneRow& row, int64_t& at) {
   narrows_cuda_planes p{};
   p.at = static_cast<int32_t>(at);
-  p.stride = static_cast<int32_t>(up(row.bytes, kRow));
+  p.stride = static_cast<int32_t>(round_up(row.bytes, kRow));
   p.n_plane = row.n_plane;
   p.n_octet = row.n_octet;
   std::copy(row.octets.begin(), row.octets.end(), p.octets);
   std::copy(row.offset.begin(), row.offset.end(), p.offset);
-  at = up(at + kPageTokens * p.stride, kSection);
+  at = round_up(at + kPageTokens * p.stride, kSection);
   return p;
 }
 
@@ -76,12 +74,12 @@ void copy_rows(const uint8_t* from, int64_t bytes, int64_t stride, uint8_t* to) 
 int64_t klt_device_page_bytes(const KvProfile& profile, const AttentionShape& shape) {
   const int64_t heads = heads_of_part(shape.n_head_kv, shape.head_dim), width = heads * shape.head_dim;
   const auto row = [width](double rate) {
-    return up(static_cast<int64_t>(rate * static_cast<double>(width) / 8 + 1e-9), kRow);
+    return round_up(static_cast<int64_t>(rate * static_cast<double>(width) / 8 + 1e-9), kRow);
   };
   // Rows of keys are in two sections; a coordinate without bits takes an octet of one bit all the same.
   const int64_t rows =
       std::max(row(profile.key_rate) + kRow, 2 * kRow) + std::max(row(profile.value_rate), kRow);
-  return kSection + shape.n_head_kv / heads * (up(2 * width + kKeyUnit, kSection) + kPageTokens * rows);
+  return kSection + shape.n_head_kv / heads * (round_up(2 * width + kKeyUnit, kSection) + kPageTokens * rows);
 }
 
 bool KltCodec::lay_out() {
@@ -95,12 +93,12 @@ bool KltCodec::lay_out() {
                   n_value = std::max(from.layout().n_value, kOctet);
     const int64_t n_index = std::max(from.layout().n_index, kOctet);
     narrows_cuda_klt_part part{};
-    part.n_key = static_cast<int32_t>(up(n_key, kKeyUnit));
+    part.n_key = static_cast<int32_t>(round_up(n_key, kKeyUnit));
     part.n_value = static_cast<int32_t>(n_value);
     part.n_index = static_cast<int32_t>(n_index);
     part.key_scale_at = static_cast<int32_t>(at);
     part.value_scale_at = part.key_scale_at + part.n_key;
-    at = up(part.value_scale_at + n_value, kSection);
+    at = round_up(part.value_scale_at + n_value, kSection);
     part.index = planes_of(kernels::make_plane_row(key_bits, n_index / kOctet), at);
     part.rest =
         planes_of(kernels::make_plane_row(key_bits + n_index / kOctet, (n_key - n_index) / kOctet), at);
