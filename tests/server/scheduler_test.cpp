@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "kv/kv_cache.h"
+#include "server/prefix_store.h"
 #include "support/session.h"
 
 namespace narrows::server {
@@ -222,6 +223,32 @@ TEST(Scheduler, AChatOnAHybridReadsNewTokensAndFewMore) {
       std::vector<Token> other = text;
       for (const Token t : random_tokens(80, 999)) other.push_back(t);
       EXPECT_GT(run(engine, job_of(other, 10, kv)).result.n_cached, 12000 - 512) << kv;
+    }
+  }
+}
+
+// A longer conversation stands for a shorter one that it begins with, if it can go back to where that ends.
+TEST(PrefixStore, AHybridsLongerConversationLeavesTheShorterOne) {
+  const std::vector<Token> text = random_tokens(2400, 3), next = random_tokens(40, 4);
+  const auto held = [&](const LoadedTiny& loaded, int64_t n) {
+    Held made{testing::make_session(loaded.model, {.segments = true}), {text.begin(), text.begin() + n}};
+    EXPECT_OK(made.session->prefill(made.tokens));
+    return made;
+  };
+  std::vector<Token> prompt(text.begin(), text.begin() + 600);
+  prompt.insert(prompt.end(), next.begin(), next.end());
+  const KvProfile f16 = testing::kv("f16");
+  for (const bool recurrent : {false, true}) {
+    const LoadedTiny& loaded = recurrent ? hybrid() : tiny();
+    const int64_t of_shorter = held(loaded, 600).usable(prompt, f16);
+    EXPECT_GT(of_shorter, 0);
+    for (const bool longer_first : {false, true}) {
+      PrefixStore store(int64_t{1} << 30);
+      for (const int64_t n : {600, 2400}) store.put(held(loaded, longer_first ? 3000 - n : n));
+      EXPECT_EQ(store.size(), recurrent ? 2 : 1) << longer_first;
+      int64_t n = 0;
+      store.best(prompt, f16, n);
+      EXPECT_EQ(n, of_shorter) << recurrent << longer_first;
     }
   }
 }
