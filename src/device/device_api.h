@@ -12,7 +12,7 @@
 namespace narrows::device {
 
 /// Of this header: a program and a library that were built of different ones do not go together.
-inline constexpr int kApiVersion = 2;
+inline constexpr int kApiVersion = 3;
 inline constexpr const char* kApiSymbol = "narrows_cuda_device_api";
 
 /// Tokens of a block of a cache on the device: f16 keys, rotated, [n_head_kv][64][head_dim], then values.
@@ -34,13 +34,11 @@ struct Weights {
 
 enum Gate : int32_t { kNoGate = 0, kSilu = 1, kGelu = 2 };
 
-/// Where input i of a row of `width` is among its codes: groups of 32 inputs stand eight at a time, and of
-/// these the words (four inputs) that go with words w and 4 + w of a tile's group stand together, for w = 0
-/// .. 3.
-constexpr int64_t code_at(int64_t i, int64_t width) {
-  const int64_t unit = i / 256, groups = width / 32 - 8 * unit < 8 ? width / 32 - 8 * unit : 8;
-  const int64_t g = i / 32 % 8, k = i % 32;
-  return unit * 256 + (k % 16 / 4 * groups + g) * 8 + k / 16 * 4 + k % 4;
+/// Where input i of a row is among its codes: of 32 inputs, the words (four inputs) that go with words w and
+/// 4 + w of a tile's group stand together, for w = 0 .. 3.
+constexpr int64_t code_at(int64_t i) {
+  const int64_t k = i % 32;
+  return i - k + k % 16 / 4 * 8 + k / 16 * 4 + k % 4;
 }
 
 /// Rows of inputs in the forms that products take: of x [n, ldx] normed (norm null: as they are), or of
@@ -62,22 +60,26 @@ struct PrepareArgs {
   float* scale;
 };
 
+/// Matrices that a product takes at once: queries, keys and values, say.
+inline constexpr int kMostMatrices = 4;
+
 /// y [n, ldy] (+)= w x + bias, a row's numbers whatever the other rows are. Tiles take code and scale, rows
-/// take f32.
+/// take f32. The matrices have one n_in; their outputs stand side by side in a row of y.
 struct MultiplyArgs {
-  Weights w;
+  Weights w[kMostMatrices];
+  const float* bias[kMostMatrices];
+  int64_t n_matrix;
   const int8_t* code;
   const float* scale;
   const float* f32;
   int64_t n;
-  const float* bias;
   float* y;
   int64_t ldy;
   int32_t accumulate;
 };
 
-/// The same for many rows, of bf16 x [n, n_in] and a matrix [n_out, n_in] that unpack() made bf16; n_in is a
-/// multiple of 32.
+/// One matrix and many rows, of bf16 x [n, n_in] and a matrix [n_out, n_in] that unpack() made bf16; n_in is
+/// a multiple of 32.
 struct GemmArgs {
   const void* x;
   const void* w;

@@ -59,7 +59,9 @@ void StepGraphs::add(const PrepareArgs& a) {
 
 void StepGraphs::add(const MultiplyArgs& a) {
   keep(kMultiply, a);
-  put(a.w.data, a.w.form, a.w.n_in, a.w.n_out, a.code, a.scale, a.f32, a.n, a.bias, a.y, a.ldy, a.accumulate);
+  for (int64_t i = 0; i < a.n_matrix; ++i)
+    put(a.w[i].data, a.w[i].form, a.w[i].n_in, a.w[i].n_out, a.bias[i]);
+  put(a.n_matrix, a.code, a.scale, a.f32, a.n, a.y, a.ldy, a.accumulate);
 }
 
 void StepGraphs::add(const AddArgs& a) {

@@ -176,7 +176,14 @@ TEST(CudaArguments, Klt) {
   ASSERT_EQ(good.plan(plan), NARROWS_CUDA_OK);
   EXPECT_EQ(plan.group, 2);
   EXPECT_EQ(plan.heads_of_part, 2);
-  EXPECT_EQ(plan.n_chunk, 4);
+  EXPECT_EQ(plan.score_pages, 4);  // three sequences of two parts leave a device idle: fewer pages a block
+  EXPECT_EQ(plan.n_chunk, 16);
+  {
+    Klt many(64);
+    ASSERT_EQ(many.plan(plan), NARROWS_CUDA_OK);
+    EXPECT_EQ(plan.score_pages, kScorePages);
+    EXPECT_EQ(plan.n_chunk, 4);
+  }
   EXPECT_LE(432 / plan.n_split + 1, 240);  // a share has no more tokens than its block has threads for
   {
     Klt k;

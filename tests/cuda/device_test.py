@@ -211,6 +211,28 @@ def klt_few(library):
 
 
 @check
+def klt_ties(library):
+    """All keys and their rotations equal: the oldest tokens are taken, be they few or more than are compared directly."""
+    for length, budget in ((640, 100), (8192, 433)):
+        for mass in (1.0, 0.9):
+            cache = KltCache(Shape(1, 4, 2, 128), [length], [budget], [[16]], anchors=0, mass=mass)
+            page = cache.pool[0].clone()
+            for part in cache.host_parts:
+                for planes in (part.index, part.rest):
+                    row = page[planes.at:planes.at + planes.stride].clone()
+                    page[planes.at:planes.at + 64 * planes.stride] = row.repeat(64)
+            cache.pool[:] = page
+            cache.turns[:] = cache.turns[0].clone()
+            op = cache.operator(library)
+            for _ in range(2):
+                op()
+                selected, _ = cache.read_selection(op, 'klt', 2)
+                for own in selected:
+                    assert own.tolist() == list(range(budget)), (length, mass, own.tolist()[:8], own.numel())
+    return 'the oldest'
+
+
+@check
 def kept_keys_change_nothing(library):
     """The same query on a fresh cache and on one with a history gives the same bits."""
     torch.manual_seed(5)

@@ -154,7 +154,7 @@ int prepare(int /*device*/, const PrepareArgs* a, void* /*stream*/) {
       }
       const float scale = top / 127, inverse = scale >= 0x1p-126F ? 1 / scale : 0.0F;
       for (int64_t i = 0; i < 32; ++i)
-        a->code[r * a->width + code_at(32 * g + i, a->width)] =
+        a->code[r * a->width + code_at(32 * g + i)] =
             finite ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : int8_t{0};
       a->scale[(r * a->width) / 32 + g] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
     }
@@ -169,18 +169,21 @@ void put_product(double sum, const float* bias, int64_t o, int accumulate, float
 
 int multiply(int /*device*/, const MultiplyArgs* a, void* /*stream*/) {
   if (const int code = called(); code != 0) return code;
-  for (int64_t o = 0; o < a->w.n_out; ++o) {
-    const std::vector<float> w = row_of(a->w, o);
-    for (int64_t r = 0; r < a->n; ++r) {
-      double sum = 0;
-      for (int64_t i = 0; i < a->w.n_in; ++i) {
-        const int64_t at = r * a->w.n_in + i;
-        const double x = a->w.form < kRowsF32
-                             ? double{a->scale[at / 32]} * a->code[r * a->w.n_in + code_at(i, a->w.n_in)]
-                             : double{a->f32[at]};
-        sum += x * w[static_cast<size_t>(i)];
+  float* y = a->y;
+  for (int64_t k = 0; k < a->n_matrix; y += a->w[k++].n_out) {
+    const Weights& m = a->w[k];
+    for (int64_t o = 0; o < m.n_out; ++o) {
+      const std::vector<float> w = row_of(m, o);
+      for (int64_t r = 0; r < a->n; ++r) {
+        double sum = 0;
+        for (int64_t i = 0; i < m.n_in; ++i) {
+          const int64_t at = r * m.n_in + i;
+          const double x = m.form < kRowsF32 ? double{a->scale[at / 32]} * a->code[r * m.n_in + code_at(i)]
+                                             : double{a->f32[at]};
+          sum += x * w[static_cast<size_t>(i)];
+        }
+        put_product(sum, a->bias[k], o, a->accumulate, y[r * a->ldy + o]);
       }
-      put_product(sum, a->bias, o, a->accumulate, a->y[r * a->ldy + o]);
     }
   }
   return 0;

@@ -55,6 +55,13 @@ int launched() {
   return NARROWS_CUDA_LAUNCH_FAILED;
 }
 
+bool begins_early() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
 }  // namespace narrows::cuda
 
 using namespace narrows::cuda;

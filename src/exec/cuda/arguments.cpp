@@ -227,7 +227,14 @@ int plan_klt(const narrows_cuda_klt_args& args, int n_sm, KltPlan& plan) {
   if (plan.group > kTileHeads || plan.group * plan.heads_of_part > 32) return NARROWS_CUDA_UNSUPPORTED;
   plan.columns = 1;
   while (plan.columns < plan.group) plan.columns *= 2;
-  plan.n_chunk = (args.pages.n_max + NARROWS_CUDA_PAGE * kScorePages - 1) / (NARROWS_CUDA_PAGE * kScorePages);
+  plan.n_sm = n_sm;
+  // Fewer pages a block where that keeps more of the device busy.
+  const int64_t n_page = (int64_t{args.pages.n_max} + NARROWS_CUDA_PAGE - 1) / NARROWS_CUDA_PAGE;
+  plan.score_pages = kScorePages;
+  while (plan.score_pages > kScorePages / 4 &&
+         int64_t{h.n_seq} * args.n_part * n_page < int64_t{n_sm} * plan.score_pages)
+    plan.score_pages /= 2;
+  plan.n_chunk = static_cast<int>((n_page + plan.score_pages - 1) / plan.score_pages);
   const int64_t budget = args.pages.max_budget, n_list = int64_t{h.n_seq} * h.n_head_kv;
   // A share is no more than a block's threads, and its rows and weights fit shared memory of every target.
   const int64_t room = std::min<int64_t>(kKltShare, 40000 / (plan.most_planes + 6 + 4 * plan.group));
@@ -246,6 +253,11 @@ int plan_klt(const narrows_cuda_klt_args& args, int n_sm, KltPlan& plan) {
   plan.exact = layout.add(int64_t{h.n_seq} * h.n_head, (h.head_dim + 4) * 4);
   plan.states = layout.add(int64_t{h.n_seq} * h.n_head * plan.n_split, 8);
   plan.latents = layout.add(int64_t{h.n_seq} * h.n_head * plan.n_split * plan.ld_latent, 4);
+  plan.hist = layout.add(n_list * kKltHistogram, 4);
+  plan.decision = layout.add(n_list, 16);
+  plan.taken = layout.add(n_list * (ld / 32), 4);
+  plan.few = layout.add(n_list * kSelectFew, 8);
+  plan.rows = layout.add(n_list * budget, 2);
   plan.bytes = layout.bytes();
   return NARROWS_CUDA_OK;
 }

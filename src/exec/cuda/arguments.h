@@ -11,13 +11,19 @@ namespace narrows::cuda {
 
 /// Query heads that a block attends with; larger groups take several.
 inline constexpr int kTileHeads = 8;
-/// Pages that a block scores.
+/// Pages that a block scores at most: the rows of a tensor core's product.
 inline constexpr int kScorePages = 16;
 /// Tokens that a block of SALS scores: a tile a warp.
 inline constexpr int kSalsScoreTokens = 64;
 /// Threads that make an SM busy in the attention kernels: blocks of 128 threads, four an SM.
 inline constexpr int kBlocksOfSm = 4;
 inline constexpr int kKltBlocksOfSm = 2;
+/// Bins of the histogram of a selection's keys, and tokens that one bin leaves undecided to be compared
+/// directly.
+inline constexpr int kSelectBins = 4096;
+inline constexpr int kSelectFew = 1024;
+/// Words: the bins, then the mass in every 16 of them.
+inline constexpr int kKltHistogram = kSelectBins + kSelectBins / 16;
 /// What plans are made for when nobody asked a device: an H100.
 inline constexpr int kSmOfH100 = 132;
 
@@ -46,12 +52,17 @@ struct KltPlan {
   int group = 0;
   int columns = 0;        ///< query heads of a KV head, rounded up to a power of two
   int heads_of_part = 0;  ///< KV heads
-  int n_chunk = 0;        ///< of pages, in scoring
+  int n_sm = 0;           ///< of the device
+  int score_pages = 0;    ///< that a block scores, at most kScorePages
+  int n_chunk = 0;        ///< of as many pages, in scoring
   int n_split = 0;        ///< of what is selected, in attending
   int ld_latent = 0;      ///< floats of a head's sum of value latents
   int most_planes = 0;    ///< bytes of the longest row of value planes
   SelectionPlan at;
   size_t counter = 0, scores = 0, totals = 0, exact = 0, latents = 0, states = 0, bytes = 0;
+  /// Of selecting, a list each: kKltHistogram counts, a Decision, a bit a token, kSelectFew tokens with their
+  /// keys, rows for a whole budget.
+  size_t hist = 0, decision = 0, taken = 0, few = 0, rows = 0;
 };
 
 /// Each returns a narrows_cuda_status; the plan is whole if it is NARROWS_CUDA_OK.

@@ -1,6 +1,7 @@
 #include "exec/cuda/cuda_executor.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/clock.h"
 
@@ -167,31 +168,49 @@ CudaExecutor::Input CudaExecutor::prepare(device::PrepareArgs a, bool bf16) {
   return {a.n, a.width};
 }
 
-void CudaExecutor::multiply(const CudaLinear& l, const Input& in, int index, float* y, int64_t ldy,
-                            bool accumulate) {
+void CudaExecutor::multiply(std::span<const CudaLinear> matrices, const Input& in, int index, float* y,
+                            int64_t ldy, bool accumulate) {
   if (index >= 0) {
-    const device::GemmArgs a = {bf16_.data(),
-                                loaded_matrices_[static_cast<size_t>(index)],
-                                in.n,
-                                l.w.n_in,
-                                l.w.n_out,
-                                l.bias,
-                                y,
-                                ldy,
-                                accumulate ? 1 : 0};
-    return stream_->op(&Api::gemm, a);
+    for (const CudaLinear& l : matrices) {
+      const device::GemmArgs a = {bf16_.data(),
+                                  loaded_matrices_[static_cast<size_t>(index++)],
+                                  in.n,
+                                  l.w.n_in,
+                                  l.w.n_out,
+                                  l.bias,
+                                  y,
+                                  ldy,
+                                  accumulate ? 1 : 0};
+      stream_->op(&Api::gemm, a);
+      y += l.w.n_out;
+    }
+    return;
   }
-  const device::MultiplyArgs a = {
-      l.w, code_.data<int8_t>(), scale_.data<float>(), f32_.data<float>(), in.n, l.bias, y,
-      ldy, accumulate ? 1 : 0};
-  stream_->op(&Api::multiply, a);
+  while (!matrices.empty()) {
+    const auto some = matrices.first(std::min<size_t>(matrices.size(), device::kMostMatrices));
+    device::MultiplyArgs a{};
+    for (const CudaLinear& l : some) {
+      a.w[a.n_matrix] = l.w;
+      a.bias[a.n_matrix++] = l.bias;
+    }
+    a.code = code_.data<int8_t>();
+    a.scale = scale_.data<float>();
+    a.f32 = f32_.data<float>();
+    a.n = in.n;
+    a.y = y;
+    a.ldy = ldy;
+    a.accumulate = accumulate ? 1 : 0;
+    stream_->op(&Api::multiply, a);
+    for (const CudaLinear& l : some) y += l.w.n_out;
+    matrices = matrices.subspan(some.size());
+  }
 }
 
 /// x += factor norm(w input + b).
 void CudaExecutor::add_product(const LayerPlan& plan, const CudaLinear& l, const float* norm, float eps,
                                const Input& in, int index, float* x) {
-  if (norm == nullptr && plan.residual_scale == 1) return multiply(l, in, index, x, width_.embd, true);
-  multiply(l, in, index, added_.data<float>(), width_.embd, false);
+  if (norm == nullptr && plan.residual_scale == 1) return multiply({&l, 1}, in, index, x, width_.embd, true);
+  multiply({&l, 1}, in, index, added_.data<float>(), width_.embd, false);
   const device::AddArgs a = {x, added_.data<float>(), norm, eps, plan.residual_scale, in.n, width_.embd};
   stream_->op(&Api::add, a);
 }
@@ -205,8 +224,9 @@ void CudaExecutor::run_layer(const Run& run, const LayerPlan& plan, int64_t from
   const int64_t d = width_.embd, width_q = plan.mix.attention.width_q();
   float* const all = residual(run);
   const bool loaded = run.loaded;
+  // Where the matrices are among those that are loaded.
   int index = loaded ? 0 : -1;
-  const auto next = [&] { return loaded ? index++ : -1; };
+  const auto next = [&](size_t n) { return loaded ? std::exchange(index, index + static_cast<int>(n)) : -1; };
 
   device::PrepareArgs norm{};
   norm.x = all;
@@ -215,11 +235,7 @@ void CudaExecutor::run_layer(const Run& run, const LayerPlan& plan, int64_t from
   norm.eps = plan.project.norm.eps;
   norm.n = run.n;
   const Input normed = prepare(norm, loaded);
-  int64_t at = 0;
-  for (const CudaLinear& l : c.project) {
-    multiply(l, normed, next(), qkv_.data<float>() + at, plan.project.n_out, false);
-    at += l.w.n_out;
-  }
+  multiply(c.project, normed, next(c.project.size()), qkv_.data<float>(), plan.project.n_out, false);
   finish(RunStage::qkv);
   const bool on_device = run.mixer->on_device() != nullptr;
   if (on_device) {
@@ -236,7 +252,7 @@ void CudaExecutor::run_layer(const Run& run, const LayerPlan& plan, int64_t from
   mixed.x_is_f16 = on_device ? 1 : 0;
   mixed.ldx = mixed.width = width_q;
   mixed.n = n;
-  add_product(plan, c.out, c.out_norm, plan.out_norm.eps, prepare(mixed, loaded), next(), x);
+  add_product(plan, c.out, c.out_norm, plan.out_norm.eps, prepare(mixed, loaded), next(1), x);
   finish(RunStage::out);
 
   norm.x = x;
@@ -245,11 +261,7 @@ void CudaExecutor::run_layer(const Run& run, const LayerPlan& plan, int64_t from
   norm.n = n;
   const Input ffn = prepare(norm, loaded);
   const int64_t n_ff = plan.n_ff, ld = plan.ffn.n_out;
-  at = 0;
-  for (const CudaLinear& l : c.ffn) {
-    multiply(l, ffn, next(), gate_up_.data<float>() + at, ld, false);
-    at += l.w.n_out;
-  }
+  multiply(c.ffn, ffn, next(c.ffn.size()), gate_up_.data<float>(), ld, false);
   device::PrepareArgs act{};
   act.x = gate_up_.data();
   act.ldx = act.ld_up = ld;
@@ -259,7 +271,7 @@ void CudaExecutor::run_layer(const Run& run, const LayerPlan& plan, int64_t from
   act.width = n_ff;
   const Input activated = prepare(act, loaded);
   finish(RunStage::ffn);
-  add_product(plan, c.down, c.down_norm, plan.down_norm.eps, activated, next(), x);
+  add_product(plan, c.down, c.down_norm, plan.down_norm.eps, activated, next(1), x);
   finish(RunStage::down);
 }
 
@@ -329,7 +341,7 @@ void CudaExecutor::run_logits(const Run& run) {
   norm.norm = weights_.output_norm();
   norm.eps = run.output->norm.eps;
   norm.n = n;
-  multiply(weights_.logits(), prepare(norm, false), -1, logits_.data<float>(), spec_.n_vocab, false);
+  multiply({&weights_.logits(), 1}, prepare(norm, false), -1, logits_.data<float>(), spec_.n_vocab, false);
   stream_->launch();
   stream_->download(run.logits, logits_.data(), n * spec_.n_vocab * kFloat);
 }

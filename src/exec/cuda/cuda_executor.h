@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "base/aligned.h"
@@ -59,8 +60,10 @@ class CudaExecutor final : public Executor {
   void mix_on_host(const Run& run, const LayerPlan& plan, int64_t from);
   void run_logits(const Run& run);
   Input prepare(device::PrepareArgs args, bool bf16);
-  /// y (+)= w input + bias; index: of the matrix among the loaded layer's, -1: it is not loaded.
-  void multiply(const CudaLinear& l, const Input& in, int index, float* y, int64_t ldy, bool accumulate);
+  /// y (+)= w input + bias, outputs of the matrices side by side; index: of the first among the loaded
+  /// layer's, -1: they are not loaded.
+  void multiply(std::span<const CudaLinear> matrices, const Input& in, int index, float* y, int64_t ldy,
+                bool accumulate);
   void add_product(const LayerPlan& plan, const CudaLinear& l, const float* norm, float eps, const Input& in,
                    int index, float* x);
   void finish(RunStage stage);

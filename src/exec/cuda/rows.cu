@@ -1,5 +1,6 @@
 // What lies between products, a block a row: norms, activations, rounding to bytes or bf16, residuals; and
 // keys and values on their way into a cache.
+#include "exec/cuda/launch.h"
 #include "exec/cuda/layer_ops.h"
 #include "exec/cuda/mma.cuh"
 
@@ -8,8 +9,8 @@ namespace narrows::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-/// Threads of a row that is normed, where rows are so few that each has an SM.
-constexpr int kWide = 1024;
+/// Threads of a block where rows are few and are normed.
+constexpr int kWide = 512;
 constexpr int64_t kFewRows = 64;
 
 /// Sum over the block; `shared` [THREADS / 32].
@@ -32,11 +33,15 @@ __device__ float gated(int gate, float g, float up) {
   return g / (1 + __expf(-t)) * up;
 }
 
-/// Blocks x are rows; where nothing is normed, blocks y share the columns of a row.
+/// Blocks x are rows, blocks y share the columns of a row; each adds up all of a row that is normed, which is
+/// quicker than waiting for each other.
 template <int THREADS>
 __global__ __launch_bounds__(THREADS) void prepare_rows(const __grid_constant__ device::PrepareArgs a) {
   __shared__ float shared[THREADS / 32];
-  const int64_t r = blockIdx.x;
+  const int64_t r = blockIdx.x, first = blockIdx.y * int64_t{THREADS} + threadIdx.x;
+  let_next_begin();
+  const float first_norm = a.norm != nullptr && first < a.width ? a.norm[first] : 1.0F;
+  after_previous();
   const auto at = [&](int64_t i) {
     if (a.x_is_f16 != 0) return __half2float(static_cast<const __half*>(a.x)[r * a.ldx + i]);
     const float x = static_cast<const float*>(a.x)[r * a.ldx + i];
@@ -45,17 +50,26 @@ __global__ __launch_bounds__(THREADS) void prepare_rows(const __grid_constant__ 
   float norm = 1;
   if (a.norm != nullptr) {
     float square = 0;
-    for (int64_t i = threadIdx.x; i < a.width; i += THREADS) {
-      const float x = at(i);
-      square += x * x;
+    // Widths are multiples of 32.
+    if (a.x_is_f16 == 0 && a.gate == device::kNoGate && a.ldx % 4 == 0) {
+      const auto* row = reinterpret_cast<const float4*>(static_cast<const float*>(a.x) + r * a.ldx);
+#pragma unroll 4
+      for (int64_t i = threadIdx.x; i < a.width / 4; i += THREADS) {
+        const float4 x = row[i];
+        square += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+      }
+    } else {
+      for (int64_t i = threadIdx.x; i < a.width; i += THREADS) {
+        const float x = at(i);
+        square += x * x;
+      }
     }
     norm = rsqrtf(block_sum<THREADS>(square, shared) / static_cast<float>(a.width) + a.eps);
   }
-  // Groups of 32 are warps' turns: widths are multiples of that.
-  for (int64_t i = blockIdx.y * int64_t{THREADS} + threadIdx.x; i < a.width;
-       i += gridDim.y * int64_t{THREADS}) {
+  // Groups of 32 are warps' turns.
+  for (int64_t i = first; i < a.width; i += gridDim.y * int64_t{THREADS}) {
     float x = at(i);
-    if (a.norm != nullptr) x = x * norm * a.norm[i];
+    if (a.norm != nullptr) x = x * norm * (i == first ? first_norm : a.norm[i]);
     const int64_t to = r * a.width + i;
     if (a.f32 != nullptr) a.f32[to] = x;
     if (a.bf16 != nullptr) static_cast<__nv_bfloat16*>(a.bf16)[to] = __float2bfloat16_rn(x);
@@ -66,7 +80,7 @@ __global__ __launch_bounds__(THREADS) void prepare_rows(const __grid_constant__ 
     const bool finite = __all_sync(~0U, isfinite(x)) != 0;
     const float scale = __fdiv_rn(top, 127.0F);
     const float inverse = scale >= 0x1p-126F ? __fdiv_rn(1.0F, scale) : 0.0F;
-    a.code[r * a.width + device::code_at(i, a.width)] =
+    a.code[r * a.width + device::code_at(i)] =
         finite ? static_cast<int8_t>(__float2int_rn(x * inverse)) : int8_t{0};
     if (threadIdx.x % 32 == 0) a.scale[to / 32] = finite ? scale : __int_as_float(0x7FC00000);
   }
@@ -74,6 +88,8 @@ __global__ __launch_bounds__(THREADS) void prepare_rows(const __grid_constant__ 
 
 __global__ __launch_bounds__(kThreads) void add_rows(const __grid_constant__ device::AddArgs a) {
   __shared__ float shared[kThreads / 32];
+  let_next_begin();
+  after_previous();
   const float* y = a.y + blockIdx.x * a.width;
   float* x = a.x + blockIdx.x * a.width;
   float factor = a.factor;
@@ -88,6 +104,8 @@ __global__ __launch_bounds__(kThreads) void add_rows(const __grid_constant__ dev
 
 __global__ __launch_bounds__(kThreads) void norm_runs(const __grid_constant__ device::HeadNormArgs a) {
   __shared__ float shared[kThreads / 32];
+  let_next_begin();
+  after_previous();
   float* x = a.x + blockIdx.x * a.ld + blockIdx.y * a.width;
   float square = 0;
   for (int64_t i = threadIdx.x; i < a.width; i += kThreads) square += x[i] * x[i];
@@ -107,6 +125,8 @@ __device__ float rotated(const float* x, int i, int n_rot, const float* angles) 
 /// A thread a coordinate: of the query heads, then of the KV heads' keys and values.
 __global__ __launch_bounds__(kThreads) void store_rows(const __grid_constant__ device::StoreArgs a) {
   const int64_t r = blockIdx.x;
+  let_next_begin();
+  after_previous();
   const int hd = a.head_dim, width_q = a.n_head * hd, width_kv = a.n_head_kv * hd;
   const float* angles = a.angles + r * a.n_rot;
   int i = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
@@ -139,28 +159,29 @@ const void* probe_kernel() { return reinterpret_cast<const void*>(prepare_rows<k
 
 void launch_prepare(const device::PrepareArgs& a, cudaStream_t stream) {
   const auto rows = static_cast<unsigned>(a.n);
+  const auto across = [&](int threads) { return static_cast<unsigned>((a.width + threads - 1) / threads); };
   if (a.norm == nullptr) {
-    const dim3 grid(rows, static_cast<unsigned>((a.width + kThreads - 1) / kThreads));
-    prepare_rows<kThreads><<<grid, kThreads, 0, stream>>>(a);
+    launch_early(prepare_rows<kThreads>, dim3(rows, across(kThreads)), kThreads, 0, stream, a);
   } else if (a.n <= kFewRows) {
-    prepare_rows<kWide><<<rows, kWide, 0, stream>>>(a);
+    launch_early(prepare_rows<kWide>, dim3(rows, across(kWide)), kWide, 0, stream, a);
   } else {
-    prepare_rows<kThreads><<<rows, kThreads, 0, stream>>>(a);
+    launch_early(prepare_rows<kThreads>, dim3(rows), kThreads, 0, stream, a);
   }
 }
 
 void launch_add(const device::AddArgs& a, cudaStream_t stream) {
-  add_rows<<<static_cast<unsigned>(a.n), kThreads, 0, stream>>>(a);
+  launch_early(add_rows, dim3(static_cast<unsigned>(a.n)), kThreads, 0, stream, a);
 }
 
 void launch_head_norm(const device::HeadNormArgs& a, cudaStream_t stream) {
-  norm_runs<<<dim3(static_cast<unsigned>(a.n), static_cast<unsigned>(a.runs)), kThreads, 0, stream>>>(a);
+  launch_early(norm_runs, dim3(static_cast<unsigned>(a.n), static_cast<unsigned>(a.runs)), kThreads, 0,
+               stream, a);
 }
 
 void launch_store(const device::StoreArgs& a, cudaStream_t stream) {
   const int64_t width = static_cast<int64_t>(a.n_head + a.n_head_kv) * a.head_dim;
   const dim3 grid(static_cast<unsigned>(a.n), static_cast<unsigned>((width + kThreads - 1) / kThreads));
-  store_rows<<<grid, kThreads, 0, stream>>>(a);
+  launch_early(store_rows, grid, kThreads, 0, stream, a);
 }
 
 }  // namespace narrows::cuda

@@ -6,17 +6,20 @@
 
 #include <cstdint>
 
+#include "exec/cuda/arguments.h"
+
 namespace narrows::cuda {
 
 inline constexpr int kSelectThreads = 512;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
-inline constexpr int kBins = 4096;
+inline constexpr int kBins = kSelectBins;
 
 /// So many tokens that one bin leaves undecided are compared with each other directly.
-inline constexpr uint32_t kFew = 2 * kSelectThreads;
+inline constexpr uint32_t kFew = kSelectFew;
+static_assert(kFew == 2 * kSelectThreads);
 
 struct SelectShared {
-  uint32_t hist[kBins];
+  alignas(16) uint32_t hist[kBins];
   uint32_t mass[256];
   uint32_t warp[kSelectWarps + 1];
   uint32_t warp2[kSelectWarps + 1];
@@ -75,6 +78,32 @@ struct Threshold {
   uint32_t key, n_equal;
 };
 
+/// The want-th largest of the keys in bin `first`, which are many: three passes over all keys.
+template <class Bin>
+__device__ inline Threshold by_digits(SelectShared& s, const uint32_t* key, int n, uint32_t want,
+                                      uint32_t first, const Bin& bin) {
+  uint32_t prefix = 0, mask = 0;
+  constexpr int kShift[3] = {21, 10, 0};
+#pragma unroll
+  for (int pass = 0; pass < 3; ++pass) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2048; i += kSelectThreads) s.hist[i] = 0;
+    __syncthreads();
+    const uint32_t digit = pass == 2 ? 1023U : 2047U;
+    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
+      const uint32_t k = key[i];
+      if (k != 0 && (k & mask) == prefix && bin(k) == first)
+        atomicAdd(&s.hist[k >> kShift[pass] & digit], 1U);
+    }
+    __syncthreads();
+    find_bin<2048>(s, want);
+    want -= s.above;
+    prefix |= s.found << kShift[pass];
+    mask |= digit << kShift[pass];
+  }
+  return {prefix, want};
+}
+
 /// The count-th largest of key [n] (count of them or more are not 0), whose histogram over bin() is in
 /// s.hist.
 template <class Bin>
@@ -82,7 +111,7 @@ __device__ inline Threshold find_threshold(SelectShared& s, const uint32_t* key,
                                            const Bin& bin) {
   find_bin<kBins>(s, count);
   const uint32_t first = s.found;
-  uint32_t want = count - s.above, prefix = 0, mask = 0;
+  const uint32_t want = count - s.above;
   const uint32_t n_few = s.hist[first];
   if (n_few <= kFew) {
     if (threadIdx.x == 0) s.total = 0;
@@ -108,25 +137,7 @@ __device__ inline Threshold find_threshold(SelectShared& s, const uint32_t* key,
     __syncthreads();
     return {s.found, s.above};
   }
-  constexpr int kShift[3] = {21, 10, 0};
-#pragma unroll
-  for (int pass = 0; pass < 3; ++pass) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 2048; i += kSelectThreads) s.hist[i] = 0;
-    __syncthreads();
-    const uint32_t digit = pass == 2 ? 1023U : 2047U;
-    for (int i = threadIdx.x; i < n; i += kSelectThreads) {
-      const uint32_t k = key[i];
-      if (k != 0 && (k & mask) == prefix && bin(k) == first)
-        atomicAdd(&s.hist[k >> kShift[pass] & digit], 1U);
-    }
-    __syncthreads();
-    find_bin<2048>(s, want);
-    want -= s.above;
-    prefix |= s.found << kShift[pass];
-    mask |= digit << kShift[pass];
-  }
-  return {prefix, want};
+  return by_digits(s, key, n, want, first, bin);
 }
 
 /// Writes the indices of what `t` takes, ascending; returns how many (at most `room` are written). A warp has

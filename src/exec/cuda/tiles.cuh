@@ -91,37 +91,44 @@ __device__ inline float2 load_halves(const uint8_t* at) {
 /// Two neighbouring bytes.
 __device__ inline uint32_t load_pair(const uint8_t* at) { return *reinterpret_cast<const uint16_t*>(at); }
 
-/// Those of eight groups: what they have in common is read once. Calls of of() are unrolled, so that g is a
-/// constant.
+/// Those of a unit of eight groups, of which lane (i, p) has groups i and 4 + i: what groups have in common
+/// is read once by the four lanes of a pair of rows.
 template <Packing p>
 struct UnitScales {
   static constexpr int kHalves = 2 * static_cast<int>(kernels::kPackRows);
   float2 d, m;
-  uint32_t six[12];  ///< two bytes each, of vectors 0 .. 11
+  uint32_t number[2][2];  ///< two bytes each: scales and minimums of the lane's two groups
 
-  __device__ void load(const uint8_t* record, int pair) {
+  /// All lanes of a warp together.
+  __device__ void load(const uint8_t* record, int i, int pair) {
     if constexpr (!kernels::is_super(p)) return;
     d = load_halves(record + 4 * pair);
     if constexpr (kernels::has_minimum(p)) {
       m = load_halves(record + kHalves + 4 * pair);
+      // Lane i unpacks numbers i, 4 + i, 8 + i and 12 + i of sixteen; group g's are 2 g and 2 g + 1.
+      const uint8_t* six = record + 2 * kHalves + 16 * i + 2 * pair;
+      const uint32_t x = load_pair(six), y = load_pair(six + 64), z = load_pair(six + 128);
+      const uint32_t first = (x & 0x3F3FU) | (y & 0x3F3FU) << 16;
+      const uint32_t fourth = (x >> 6 & 0x0303U) | (y >> 4 & 0x0C0CU) | (z >> 2 & 0x3030U);
+      const uint32_t second = (z & 0x3F3FU) | fourth << 16;
 #pragma unroll
-      for (int v = 0; v < 12; ++v) six[v] = load_pair(record + 2 * kHalves + 16 * v + 2 * pair);
+      for (int k = 0; k < 2; ++k) {
+        const int from = (2 * i + k) % 4 * 8 + pair;
+        const uint32_t a = __shfl_sync(~0U, first, from), b = __shfl_sync(~0U, second, from);
+        number[0][k] = i < 2 ? a & 0xFFFFU : a >> 16;
+        number[1][k] = i < 2 ? b & 0xFFFFU : b >> 16;
+      }
     }
   }
-  /// Two bytes of vector v.
-  __device__ uint32_t number(int v) const {
-    if (v < 12) return six[v] & 0x3F3FU;
-    const int i = v - 12;
-    return (six[i] >> 6 & 0x0303U) | (six[4 + i] >> 4 & 0x0C0CU) | (six[8 + i] >> 2 & 0x3030U);
-  }
-  __device__ PairScale of(const uint8_t* record, int g, int pair) const {
+  /// Of group g = 4 `half` + i of the unit; without super-blocks record is that group's.
+  __device__ PairScale of(const uint8_t* record, int half, int g, int pair) const {
     if constexpr (p == Packing::q6_k) {
       const uint32_t s0 = load_pair(record + kHalves + 32 * g + 2 * pair);
       const uint32_t s1 = load_pair(record + kHalves + 32 * g + 16 + 2 * pair);
       const auto low = [](uint32_t x) { return static_cast<float>(static_cast<int8_t>(x)); };
       return {{d.x * low(s0), d.y * low(s0 >> 8)}, {d.x * low(s1), d.y * low(s1 >> 8)}};
     } else if constexpr (kernels::is_super(p)) {
-      const uint32_t s = number(2 * g), t = number(2 * g + 1);
+      const uint32_t s = number[half][0], t = number[half][1];
       const auto at = [](uint32_t x) { return static_cast<float>(x & 255U); };
       return {{d.x * at(s), d.y * at(s >> 8)}, {-m.x * at(t), -m.y * at(t >> 8)}};
     } else {

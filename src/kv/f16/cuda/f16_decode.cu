@@ -26,6 +26,8 @@ __global__ __launch_bounds__(32 * kWarps,
   const int warp = threadIdx.x / 32;
   const int head = kv * p.group + chunk * kHeadsOfTile;
   const int n_head = min(kHeadsOfTile, p.group - chunk * kHeadsOfTile);
+  let_next_begin();
+  after_previous();
   const int n = p.a.n_tokens[seq];
   const int first = p.a.window > 0 ? max(0, n - p.a.window) : 0;
   const int first_tile = first / 16, n_tile = (n + 15) / 16 - first_tile;
@@ -113,13 +115,13 @@ int launch_f16(const narrows_cuda_f16_args& args, const F16Plan& plan, void* wor
                   static_cast<unsigned>(args.heads.n_seq));
   switch (args.heads.head_dim) {
     case 64:
-      f16_decode<64><<<grid, 32 * kWarps, 0, stream>>>(p);
+      launch_early(f16_decode<64>, grid, 32 * kWarps, 0, stream, p);
       break;
     case 128:
-      f16_decode<128><<<grid, 32 * kWarps, 0, stream>>>(p);
+      launch_early(f16_decode<128>, grid, 32 * kWarps, 0, stream, p);
       break;
     default:
-      f16_decode<256><<<grid, 32 * kWarps, 0, stream>>>(p);
+      launch_early(f16_decode<256>, grid, 32 * kWarps, 0, stream, p);
       break;
   }
   return launched();

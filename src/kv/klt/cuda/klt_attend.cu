@@ -1,5 +1,5 @@
 // Stage 4 of a klt step on the device: all selected keys, which are kept by now, are scored, and weighted
-// sums of VALUE LATENTS added up from their bit planes; the last block of a KV head merges all shares with
+// sums of VALUE LATENTS added up from their bit planes; then a block a query head merges all shares with
 // the exact tokens' and applies the inverse transform of the values once.
 //
 // A warp takes tokens in turn, a lane an octet of their value latents: planes arrive in shared memory while
@@ -28,16 +28,14 @@ struct AttendShared {
   int common;
   int bytes;
 
-  __host__ __device__ AttendShared(int max_budget, int n_split, int group, int head_dim, int most_planes) {
+  __host__ __device__ AttendShared(int max_budget, int n_split, int group, int most_planes) {
     room = ((max_budget + n_split - 1) / n_split + 15) / 16 * 16;
     selected = 0;
     slot = selected + room * 4;
     score = slot + room * 2;
     rows = (score + group * room * 4 + 15) / 16 * 16;
     common = rows + (room * most_planes + 15) / 16 * 16;
-    const int sums = kWarps * group * kWidest * 4;
-    const int merge = group * kWidest * 4 + kThreads * 8 * 4 + group * head_dim * 4;
-    bytes = common + (sums > merge ? sums : merge);
+    bytes = common + kWarps * group * kWidest * 4;  // sums; the query before them
   }
 };
 
@@ -109,24 +107,42 @@ __device__ void sum_values(const KltParams& p, const narrows_cuda_klt_part& part
 
 /// kGroup: query heads of a KV head at most.
 template <int HD, int kGroup>
-__global__ __launch_bounds__(kThreads,
-                             kGroup <= 4 ? 2 : 1) void klt_attend(const __grid_constant__ KltParams p) {
+__global__ __launch_bounds__(kThreads, kGroup <= 2 ? 3
+                                       : kGroup <= 4
+                                           ? 2
+                                           : 1) void klt_attend(const __grid_constant__ KltParams p) {
   extern __shared__ __align__(16) char shared[];
   __shared__ float top_of[kWarps][kTileHeads];
   __shared__ float sum_of[kWarps][kTileHeads];
-  __shared__ bool is_last;
   const int split = blockIdx.x, kv = blockIdx.y, seq = blockIdx.z, group = p.plan.group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int64_t list = static_cast<int64_t>(seq) * p.a.heads.n_head_kv + kv;
   const int first_head = kv * group, hop = p.plan.heads_of_part;
   __shared__ narrows_cuda_klt_part part;
   fetch_part(part, p.a.parts[kv / hop]);
-  const int channel = kv % hop * HD;
-  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, group, HD, p.plan.most_planes);
+  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, group, p.plan.most_planes);
   auto* selected = reinterpret_cast<int32_t*>(shared + at.selected);
   auto* slot = reinterpret_cast<uint16_t*>(shared + at.slot);
   auto* score = reinterpret_cast<float*>(shared + at.score);
 
+  let_next_begin();
+  // The query, rotated, where sums will be.
+  auto* q = reinterpret_cast<__half*>(shared + at.common);
+  const float* rope = p.a.pages.rope + static_cast<int64_t>(p.a.pages.position[seq]) * HD;
+  for (int i = threadIdx.x; i < group * HD / 2; i += kThreads) {
+    const int h = i / (HD / 2), pair = i % (HD / 2);
+    const __half* from =
+        static_cast<const __half*>(p.a.heads.q) + seq * p.a.heads.q_stride + (first_head + h) * HD;
+    const float2 y = turned(from, rope, pair, HD / 2, 1.0F);
+    q[h * HD + pair] = __float2half_rn(y.x);
+    q[h * HD + pair + HD / 2] = __float2half_rn(y.y);
+  }
+  __syncthreads();
+  QueryFragments<HD> fragments;
+  fragments.load(q, group);
+  __syncthreads();
+
+  after_previous();
   const int64_t n_all = p.at<const uint32_t>(p.plan.at.n_selected)[list];
   const int begin = static_cast<int>(n_all * split / p.plan.n_split);
   const int n = static_cast<int>(n_all * (split + 1) / p.plan.n_split) - begin;
@@ -150,22 +166,6 @@ __global__ __launch_bounds__(kThreads,
     }
     commit_copies();
   }
-  // The query, rotated, where sums will be.
-  auto* q = reinterpret_cast<__half*>(shared + at.common);
-  const float* rope = p.a.pages.rope + static_cast<int64_t>(p.a.pages.position[seq]) * HD;
-  for (int i = threadIdx.x; i < group * HD / 2; i += kThreads) {
-    const int h = i / (HD / 2), pair = i % (HD / 2);
-    const __half* from =
-        static_cast<const __half*>(p.a.heads.q) + seq * p.a.heads.q_stride + (first_head + h) * HD;
-    const float2 y = turned(from, rope, pair, HD / 2, 1.0F);
-    q[h * HD + pair] = __float2half_rn(y.x);
-    q[h * HD + pair + HD / 2] = __float2half_rn(y.y);
-  }
-  __syncthreads();
-  QueryFragments<HD> fragments;
-  fragments.load(q, group);
-  __syncthreads();
-
   const __half* keys = static_cast<const __half*>(p.a.kept.keys) + list * p.a.kept.capacity * HD;
   // Scores.
   float m[2] = {-INFINITY, -INFINITY};
@@ -246,89 +246,115 @@ __global__ __launch_bounds__(kThreads,
     __stcg(&states[threadIdx.x * p.plan.n_split + split],
            n > 0 ? make_float2(top, sum) : make_float2(-INFINITY, 0));
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t* counter = p.at<uint32_t>(p.plan.counter) + list;
-    is_last = atomicAdd(counter, 1U) == static_cast<uint32_t>(p.plan.n_split) - 1;
-    if (is_last) *counter = 0;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
+}
 
-  // The shares of this KV head, merged with the exact tokens.
-  auto* latent = reinterpret_cast<float*>(shared + at.common);  // [group][kWidest]
-  auto* shares = latent + group * kWidest;                      // [kThreads][8]
-  auto* result = shares + kThreads * 8;                         // [group][HD]
-  const auto* exact =
-      p.at<const StateRow<HD>>(p.plan.exact) + static_cast<int64_t>(seq) * p.a.heads.n_head + first_head;
-  latents =
-      p.at<float>(p.plan.latents) + (static_cast<int64_t>(seq) * p.a.heads.n_head + first_head) * ld_head;
-  for (int h = 0; h < group; ++h) {
-    float top = exact[h].m;
-    for (int s = 0; s < p.plan.n_split; ++s) top = fmaxf(top, __ldcg(&states[h * p.plan.n_split + s]).x);
-    for (int i = threadIdx.x; i < part.n_value; i += kThreads) {
-      float sum = 0;
-      for (int s = 0; s < p.plan.n_split && top > -INFINITY; ++s)
-        sum += power2(__ldcg(&states[h * p.plan.n_split + s]).x - top) *
-               __ldcg(&latents[h * ld_head + s * p.plan.ld_latent + i]);
-      latent[h * kWidest + i] = sum;
-    }
-  }
-  __syncthreads();
-  constexpr int kAcross = HD / 8;            // threads of a row of the transform
-  constexpr int kRows = kThreads / kAcross;  // rows at a time
-  const int width = hop * HD, across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+/// The shares of a query head, merged with the exact tokens; value latents through the inverse transform
+/// once.
+template <int HD, int kMergeThreads>
+__global__ __launch_bounds__(kMergeThreads, 1) void klt_merge(const __grid_constant__ KltParams p) {
+  constexpr int kAcross = HD / 8;                   // threads of a row of the transform
+  constexpr int kRows = kMergeThreads / kAcross;    // rows at a time
+  constexpr int kEach = kWidest / kRows;            // rows of a thread at most
+  constexpr int kHalves = kMergeThreads / kWidest;  // of the shares
+  static_assert(kMergeThreads % kWidest == 0);
+  __shared__ float weight[kMergeThreads], latent[kHalves][kWidest], shares[kRows][HD],
+      of_warp[kMergeThreads / 32];
+  const int head = blockIdx.x, seq = blockIdx.y, kv = head / p.plan.group, hop = p.plan.heads_of_part;
+  const int lane = threadIdx.x % 32;
+  const narrows_cuda_klt_part& part = p.a.parts[kv / hop];
+  const int n_value = part.n_value, channel = kv % hop * HD, width = hop * HD;
+  const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+  // The transform does not wait for anything.
+  uint4 rows[kEach];
   const __half* decode = static_cast<const __half*>(part.value_decode) + channel + across * 8;
-  for (int h = 0; h < group; ++h) {
-    float acc[8] = {};
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int i = down + k * kRows;
+    rows[k] = i < n_value ? __ldg(reinterpret_cast<const uint4*>(decode + static_cast<int64_t>(i) * width))
+                          : make_uint4(0, 0, 0, 0);
+  }
+  let_next_begin();
+  after_previous();
+  const int64_t row = static_cast<int64_t>(seq) * p.a.heads.n_head + head;
+  const auto& exact = p.at<const StateRow<HD>>(p.plan.exact)[row];
+  const float2* states = p.at<const float2>(p.plan.states) + row * p.plan.n_split;
+  const int warp = threadIdx.x / 32, n_split = p.plan.n_split;
+  const auto over_block = [&](float x, auto join) {
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) x = join(x, __shfl_xor_sync(~0U, x, i));
+    __syncthreads();
+    if (lane == 0) of_warp[warp] = x;
+    __syncthreads();
+    x = of_warp[0];
+#pragma unroll
+    for (int w = 1; w < kMergeThreads / 32; ++w) x = join(x, of_warp[w]);
+    return x;
+  };
+  const int coord = static_cast<int>(threadIdx.x) % kWidest, half = static_cast<int>(threadIdx.x) / kWidest;
+  float top = exact.m;
+  for (int i = threadIdx.x; i < n_split; i += kMergeThreads) top = fmaxf(top, states[i].x);
+  top = over_block(top, [](float x, float y) { return fmaxf(x, y); });
+  const float* from = p.at<const float>(p.plan.latents) + row * n_split * p.plan.ld_latent + coord;
+  float sum = 0, in_pages = 0;
+  for (int first = 0; first < n_split; first += kMergeThreads) {
+    const int i = first + static_cast<int>(threadIdx.x), end = min(kMergeThreads, n_split - first);
+    const float2 own = i < n_split && top > -INFINITY ? states[i] : make_float2(-INFINITY, 0);
+    const float w = own.x > -INFINITY ? power2(own.x - top) : 0.0F;
+    weight[threadIdx.x] = w;
+    in_pages += over_block(w * own.y, [](float x, float y) { return x + y; });
+    if (coord < n_value) {
 #pragma unroll 8
-    for (int i = down; i < part.n_value; i += kRows) {
-      const uint4 x = __ldg(reinterpret_cast<const uint4*>(decode + static_cast<int64_t>(i) * width));
-      const float w = latent[h * kWidest + i];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t word = word_of(x, j);
-        const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&word));
-        acc[2 * j] += w * y.x;
-        acc[2 * j + 1] += w * y.y;
-      }
+      for (int s = half; s < end; s += kHalves)
+        sum += weight[s] * from[static_cast<int64_t>(first + s) * p.plan.ld_latent];
     }
     __syncthreads();
+  }
+  const float keep = top > -INFINITY ? power2(exact.m - top) : 0.0F;
+  latent[half][coord] = sum;
+  __syncthreads();
+  float acc[8] = {};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) shares[(down * kAcross + across) * 8 + j] = acc[j];
-    __syncthreads();
-    float top = exact[h].m;
-    for (int s = 0; s < p.plan.n_split; ++s) top = fmaxf(top, __ldcg(&states[h * p.plan.n_split + s]).x);
-    float in_pages = 0;
-    for (int s = 0; s < p.plan.n_split && top > -INFINITY; ++s) {
-      const float2 x = __ldcg(&states[h * p.plan.n_split + s]);
-      in_pages += power2(x.x - top) * x.y;
-    }
-    const float keep = top > -INFINITY ? power2(exact[h].m - top) : 0.0F;
-    const float total = in_pages + keep * exact[h].l;
-    for (int d = threadIdx.x; d < HD; d += kThreads) {
-      float y = keep * exact[h].o[d] + in_pages * part.value_mean[channel + d];
-      for (int r = 0; r < kRows; ++r) y += shares[r * HD + d];
-      result[h * HD + d] = total > 0 ? y / total : 0.0F;
+  for (int k = 0; k < kEach; ++k) {
+    float w = 0;
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) w += latent[i][down + k * kRows];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t word = word_of(rows[k], j);
+      const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&word));
+      acc[2 * j] += w * y.x;
+      acc[2 * j + 1] += w * y.y;
     }
   }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) shares[down][across * 8 + j] = acc[j];
   __syncthreads();
-  auto* out = static_cast<__half*>(p.a.heads.out) + seq * p.a.heads.out_stride + first_head * HD;
-  for (int i = threadIdx.x; i < group * HD; i += kThreads) out[i] = __float2half_rn(result[i]);
+  const float total = in_pages + keep * exact.l;
+  auto* out = static_cast<__half*>(p.a.heads.out) + seq * p.a.heads.out_stride + head * HD;
+  for (int d = threadIdx.x; d < HD; d += kMergeThreads) {
+    float y = keep * exact.o[d] + in_pages * part.value_mean[channel + d];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) y += shares[r][d];
+    out[d] = __float2half_rn(total > 0 ? y / total : 0.0F);
+  }
 }
 
 template <int HD>
 int launch(const KltParams& p, cudaStream_t stream) {
-  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, p.plan.group, HD, p.plan.most_planes);
+  const AttendShared at(p.a.pages.max_budget, p.plan.n_split, p.plan.group, p.plan.most_planes);
   const dim3 grid(static_cast<unsigned>(p.plan.n_split), static_cast<unsigned>(p.a.heads.n_head_kv),
                   static_cast<unsigned>(p.a.heads.n_seq));
   const auto go = [&](auto kernel) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes) != cudaSuccess)
       return launched();
-    kernel<<<grid, kThreads, static_cast<size_t>(at.bytes), stream>>>(p);
-    return launched();
+    if (const int status = launch_early(kernel, grid, kThreads, at.bytes, stream, p);
+        status != NARROWS_CUDA_OK)
+      return status;
+    // Many shares are added up by two threads a coordinate.
+    const dim3 heads(static_cast<unsigned>(p.a.heads.n_head), grid.z);
+    if (p.plan.n_split > 16)
+      return launch_early(klt_merge<HD, 2 * kWidest>, heads, 2 * kWidest, 0, stream, p);
+    return launch_early(klt_merge<HD, kWidest>, heads, kWidest, 0, stream, p);
   };
   switch (p.plan.columns) {
     case 1:

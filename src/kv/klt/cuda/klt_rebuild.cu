@@ -10,8 +10,6 @@ namespace narrows::cuda {
 
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 64;
 
 /// Where a lane finds its octet of the key latents.
@@ -50,14 +48,18 @@ struct KeyOctet {
   }
 };
 
-template <int HD>
-__global__ __launch_bounds__(kThreads, 2) void klt_rebuild(const __grid_constant__ KltParams p) {
+/// Twice the warps where blocks are few: each tile is sooner done.
+template <int HD, int kWarps>
+__global__ __launch_bounds__(32 * kWarps, 16 / kWarps) void klt_rebuild(const __grid_constant__ KltParams p,
+                                                                        const int few) {
+  constexpr int kThreads = 32 * kWarps;
   extern __shared__ __align__(16) char shared[];
   __shared__ narrows_cuda_klt_part part;
+  __shared__ int32_t token_of[kTile];  // of a tile's rows
+  __shared__ uint16_t slot_of[kTile];
   const int kv = blockIdx.y, seq = blockIdx.z, hop = p.plan.heads_of_part;
   const int64_t list = static_cast<int64_t>(seq) * p.a.heads.n_head_kv + kv;
-  const int n = static_cast<int>(p.at<const uint32_t>(p.plan.at.n_missing)[list]);
-  if (static_cast<int>(blockIdx.x) * kTile >= n) return;
+  let_next_begin();
   fetch_part(part, p.a.parts[kv / hop]);
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -65,12 +67,20 @@ __global__ __launch_bounds__(kThreads, 2) void klt_rebuild(const __grid_constant
   constexpr int kLd = HD + 8;  // words of a row of pairs: lanes of one load meet all banks
   auto* decode = reinterpret_cast<uint32_t*>(shared);
   auto* z = reinterpret_cast<__nv_bfloat16*>(decode + part.n_key / 2 * kLd);
-  for (int i = threadIdx.x; i < part.n_key / 2 * (HD / 4); i += kThreads) {
-    const int row = i / (HD / 4), chunk = i % (HD / 4);
-    copy_async(decode + row * kLd + chunk * 4,
-               part.key_decode + static_cast<int64_t>(row) * width + channel + chunk * 4);
-  }
-  commit_copies();
+  const auto fetch_transform = [&] {
+    for (int i = threadIdx.x; i < part.n_key / 2 * (HD / 4); i += kThreads) {
+      const int row = i / (HD / 4), chunk = i % (HD / 4);
+      copy_async(decode + row * kLd + chunk * 4,
+                 part.key_decode + static_cast<int64_t>(row) * width + channel + chunk * 4);
+    }
+    commit_copies();
+  };
+  // Few blocks fetch it while they wait; of many, most have nothing to rebuild.
+  if (few != 0) fetch_transform();
+  after_previous();
+  const int n = static_cast<int>(p.at<const uint32_t>(p.plan.at.n_missing)[list]);
+  if (static_cast<int>(blockIdx.x) * kTile >= n) return;
+  if (few == 0) fetch_transform();
   const int32_t* missing = p.at<const int32_t>(p.plan.at.missing) + list * p.a.pages.max_budget;
   const int32_t* selected = p.at<const int32_t>(p.plan.at.selected) + list * p.a.pages.max_budget;
   const uint16_t* slot = p.at<const uint16_t>(p.plan.at.slot) + list * p.a.pages.max_budget;
@@ -79,18 +89,22 @@ __global__ __launch_bounds__(kThreads, 2) void klt_rebuild(const __grid_constant
   for (int first = static_cast<int>(blockIdx.x) * kTile; first < n;
        first += static_cast<int>(gridDim.x) * kTile) {
     const int n_row = min(kTile, n - first);
-    if (lane * 8 < part.n_key) {
-      // This warp's tokens, one after the other: their rows are known at once.
-      const int mine = first + warp * (kTile / kWarps) + lane % (kTile / kWarps);
-      const int token_of_lane = selected[missing[min(mine, n - 1)]];
-      const uint32_t active = __activemask();
+    // This warp's tokens, one after the other: their rows are known at once.
+    constexpr int kOwn = kTile / kWarps;
+    {
+      const int at = missing[min(first + warp * kOwn + lane % kOwn, n - 1)];
+      const int token_of_lane = selected[at];
+      if (lane < kOwn) {
+        token_of[warp * kOwn + lane] = token_of_lane;
+        slot_of[warp * kOwn + lane] = slot[at];
+      }
 #pragma unroll 4
-      for (int i = 0; i < kTile / kWarps;
+      for (int i = 0; i < kOwn;
            ++i) {  // behind the last: the last again, so that no branch keeps loads apart
-        const int row = warp * (kTile / kWarps) + i;
-        const int token = __shfl_sync(active, token_of_lane, i);
-        *reinterpret_cast<uint4*>(z + row * ld + lane * 8) =
-            own.read(klt_page(p, seq, token / NARROWS_CUDA_PAGE), token % NARROWS_CUDA_PAGE);
+        const int token = __shfl_sync(~0U, token_of_lane, i);
+        if (lane * 8 < part.n_key)
+          *reinterpret_cast<uint4*>(z + (warp * kOwn + i) * ld + lane * 8) =
+              own.read(klt_page(p, seq, token / NARROWS_CUDA_PAGE), token % NARROWS_CUDA_PAGE);
       }
     }
     wait_copies<0>();
@@ -111,6 +125,7 @@ __global__ __launch_bounds__(kThreads, 2) void klt_rebuild(const __grid_constant
       }
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
+        if ((tile0 + m) * 16 >= n_row) break;
         uint32_t a[4];
         load_matrix4(a, z + ((tile0 + m) * 16 + lane % 16) * ld + ks * 16 + lane / 16 * 8);
 #pragma unroll
@@ -120,21 +135,28 @@ __global__ __launch_bounds__(kThreads, 2) void klt_rebuild(const __grid_constant
     const int pair = pair0 + 2 * c;
     const float2 low = *reinterpret_cast<const float2*>(part.key_mean + channel + pair);
     const float2 high = *reinterpret_cast<const float2*>(part.key_mean + channel + pair + HD / 2);
+    // All rotations are asked for before the first is used.
+    float4 turn[kRows][2];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        turn[m][r] = __ldg(reinterpret_cast<const float4*>(
+            p.a.pages.rope +
+            static_cast<int64_t>(p.a.pages.n_sink + token_of[(tile0 + m) * 16 + g + 8 * r]) * HD + 2 * pair));
+    }
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int i = (tile0 + m) * 16 + g + 8 * r;
         if (i >= n_row) continue;
-        const int at = missing[first + i];
-        const float4 turn = *reinterpret_cast<const float4*>(
-            p.a.pages.rope + static_cast<int64_t>(p.a.pages.n_sink + selected[at]) * HD + 2 * pair);
+        const float4 by = turn[m][r];
         const float x0 = d[m][0][2 * r] + low.x, x1 = d[m][0][2 * r + 1] + low.y;
         const float y0 = d[m][1][2 * r] + high.x, y1 = d[m][1][2 * r + 1] + high.y;
-        __half* row = keys + static_cast<int64_t>(slot[at]) * HD + pair;
-        *reinterpret_cast<uint32_t*>(row) = pack_half(x0 * turn.x - y0 * turn.y, x1 * turn.z - y1 * turn.w);
-        *reinterpret_cast<uint32_t*>(row + HD / 2) =
-            pack_half(x0 * turn.y + y0 * turn.x, x1 * turn.w + y1 * turn.z);
+        __half* row = keys + static_cast<int64_t>(slot_of[i]) * HD + pair;
+        *reinterpret_cast<uint32_t*>(row) = pack_half(x0 * by.x - y0 * by.y, x1 * by.z - y1 * by.w);
+        *reinterpret_cast<uint32_t*>(row + HD / 2) = pack_half(x0 * by.y + y0 * by.x, x1 * by.w + y1 * by.z);
       }
     }
     __syncthreads();
@@ -147,15 +169,20 @@ int launch(const KltParams& p, cudaStream_t stream) {
   for (int i = 0; i < p.a.n_part; ++i)
     n_key = p.a.host_parts[i].n_key > n_key ? p.a.host_parts[i].n_key : n_key;
   const int bytes = n_key / 2 * (HD + 8) * 4 + kTile * (n_key + 8) * 2;
-  if (cudaFuncSetAttribute(klt_rebuild<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
-      cudaSuccess)
-    return launched();
-  // About a quarter of the tokens are rebuilt; blocks take more than one tile where it is all of them.
-  const int across = (p.a.pages.max_budget + 4 * kTile - 1) / (4 * kTile);
+  // A block a tile, as far as that is few blocks; else about as many as a quarter of the tokens needs, in
+  // turn.
+  const int n_list = p.a.heads.n_head_kv * p.a.heads.n_seq,
+            n_tile = (p.a.pages.max_budget + kTile - 1) / kTile;
+  const int across = n_list * n_tile <= 8 * p.plan.n_sm ? n_tile : n_tile < 8 ? 1 : n_tile / 4;
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(p.a.heads.n_head_kv),
                   static_cast<unsigned>(p.a.heads.n_seq));
-  klt_rebuild<HD><<<grid, kThreads, static_cast<size_t>(bytes), stream>>>(p);
-  return launched();
+  const bool few = n_list * across <= p.plan.n_sm;
+  const auto go = [&](auto kernel, int threads) {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+      return launched();
+    return launch_early(kernel, grid, threads, bytes, stream, p, few ? 1 : 0);
+  };
+  return few ? go(klt_rebuild<HD, 16>, 512) : go(klt_rebuild<HD, 8>, 256);
 }
 
 }  // namespace

@@ -49,6 +49,10 @@ __device__ void attend_exact(const KltParams& p, int seq, int kv, char* shared) 
   const auto& heads = p.a.heads;
   const auto& exact = p.a.pages.exact;
   const int warp = threadIdx.x / 32, group = p.plan.group;
+  // For the histogram of the next stage.
+  uint32_t* hist =
+      p.at<uint32_t>(p.plan.hist) + (static_cast<int64_t>(seq) * heads.n_head_kv + kv) * kKltHistogram;
+  for (int i = threadIdx.x; i < kKltHistogram; i += kThreads) hist[i] = 0;
   auto* q = reinterpret_cast<__half*>(shared);
   auto* rows = reinterpret_cast<StateRow<HD>*>(shared + kTileHeads * HD * 2);  // [kWarps][8]
   const float* rope = p.a.pages.rope + static_cast<int64_t>(p.a.pages.position[seq]) * HD;
@@ -229,15 +233,20 @@ __device__ void round_weights(const narrows_cuda_klt_part& part, int n_page, con
 
 /// kBatch: eights of query heads of a part.
 template <int HD, int kBatch>
-__global__ __launch_bounds__(kThreads, 2) void klt_score(const __grid_constant__ KltParams p) {
+__global__ __launch_bounds__(kThreads,
+                             kBatch <= 2 ? 2 : 1) void klt_score(const __grid_constant__ KltParams p) {
   extern __shared__ __align__(16) char shared[];
   const int seq = blockIdx.z, hop = p.plan.heads_of_part;
+  // In this order: what is complete before a step's attention is so for the kernels that follow, even before they wait.
+  after_previous();
+  let_next_begin();
   if (static_cast<int>(blockIdx.x) < hop) {
     attend_exact<HD>(p, seq, static_cast<int>(blockIdx.y) * hop + static_cast<int>(blockIdx.x), shared);
     return;
   }
   const int chunk = static_cast<int>(blockIdx.x) - hop;
-  const int n_page = min(kScorePages, p.a.pages.n_tokens[seq] / NARROWS_CUDA_PAGE - chunk * kScorePages);
+  const int n_page =
+      min(p.plan.score_pages, p.a.pages.n_tokens[seq] / NARROWS_CUDA_PAGE - chunk * p.plan.score_pages);
   const int first_head = static_cast<int>(blockIdx.y) * hop * p.plan.group;
   const int n_query = hop * p.plan.group;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
@@ -251,7 +260,7 @@ __global__ __launch_bounds__(kThreads, 2) void klt_score(const __grid_constant__
   __shared__ narrows_cuda_klt_part part;
   fetch_part(part, p.a.parts[blockIdx.y]);
   __syncthreads();
-  const int first_page = chunk * kScorePages, stride = part.index.stride;
+  const int first_page = chunk * p.plan.score_pages, stride = part.index.stride;
   const ScoreShared at(HD, n_query, hop * HD, part.n_index, stride);
 
   {
@@ -319,15 +328,18 @@ __global__ __launch_bounds__(kThreads, 2) void klt_score(const __grid_constant__
   float* scores =
       p.at<float>(p.plan.scores) + (static_cast<int64_t>(seq) * p.a.heads.n_head + first_head) * ld;
   wait_copies<0>();
-  __syncwarp();  // a warp's pages are those that its lanes fetched
-  for (int page = warp; page < n_page; page += kWarps) {
+  __syncthreads();
+  // A warp has a page, or some tiles of one where there are fewer pages than warps.
+  const int tiles = p.plan.score_pages >= kWarps ? 4 : p.plan.score_pages * 4 / kWarps;
+  for (int item = warp; item * tiles < n_page * 4; item += kWarps) {
+    const int page = item * tiles / 4, first_tile = item * tiles % 4;
     const uint64_t anchors = *reinterpret_cast<const uint64_t*>(klt_page(p, seq, first_page + page));
     const auto* rows = reinterpret_cast<const uint8_t*>(shared + at.rows) + page * NARROWS_CUDA_PAGE * stride;
     const auto* weight =
         reinterpret_cast<const char*>(shared + at.weight) + page * at.columns * 2 * at.padded;
     const auto* constant = reinterpret_cast<const float*>(shared + at.constant) + page * at.columns * 3;
-#pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
+#pragma unroll 1
+    for (int tile = first_tile; tile < first_tile + tiles; ++tile) {
       int32_t high[kBatch][4] = {}, low[kBatch][4] = {};
       for (int k = 0; k < n_product; ++k) {
         const int octet = k * 4 + c;
@@ -400,8 +412,7 @@ int launch(const KltParams& p, int batch, int bytes, cudaStream_t stream) {
   const auto go = [&](auto kernel) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
       return launched();
-    kernel<<<grid, kThreads, static_cast<size_t>(bytes), stream>>>(p);
-    return launched();
+    return launch_early(kernel, grid, kThreads, bytes, stream, p);
   };
   if (batch == 1) return go(klt_score<HD, 1>);
   if (batch == 2) return go(klt_score<HD, 2>);
