@@ -11,6 +11,7 @@
 #include "exec/cuda/cuda_weights.h"
 #include "kv/f16/cuda/block_pool.h"
 #include "kv/klt/cuda/klt_card.h"
+#include "kv/profiles.h"
 #include "model/plan.h"
 #include "model/weights.h"
 #include "narrows/engine.h"
@@ -30,12 +31,12 @@ struct ModelParts {
     executors.use(on_device.get());
     if (can_keep_blocks()) {
       const AttentionSpec& a = spec().attention();
-      blocks = std::make_shared<BlockPool>(on_device->device(), spec().n_layer(), a.n_head_kv, a.head_dim);
-      klt = std::make_shared<KltCard>(on_device->device(), a.n_head_kv, a.head_dim);
+      stores = {std::make_shared<BlockPool>(on_device->device(), spec().n_layer(), a.n_head_kv, a.head_dim),
+                std::make_shared<KltCard>(on_device->device(), a.n_head_kv, a.head_dim)};
     }
     return {};
   }
-  /// Of a prompt whose cache is not `blocks`: a layer at a time.
+  /// Of a prompt whose cache is not one of f16 there: a layer at a time.
   std::shared_ptr<BlockSequence> layer_blocks() const {
     const AttentionSpec& a = spec().layers.front().attention;
     return std::make_shared<BlockSequence>(
@@ -54,8 +55,7 @@ struct ModelParts {
   const std::unique_ptr<ModelWeights> weights;
   const Plan plan;
   std::unique_ptr<CudaWeights> on_device;  ///< null: the CPU computes
-  std::shared_ptr<BlockPool> blocks;       ///< of f16 caches there; null: caches are the host's
-  std::shared_ptr<KltCard> klt;            ///< of klt caches there, with `blocks`
+  DeviceStores stores;                     ///< of caches there; none: caches are the host's
   mutable ExecutorPool executors;          ///< has a lock of its own
 
   const ModelSpec& spec() const { return weights->spec(); }

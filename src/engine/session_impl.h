@@ -40,9 +40,7 @@ class Session::Impl {
   static Status check_context(const Model& model, const SessionOptions& options);
   /// unsupported: what is asked of prompts is the CPU's.
   static Status check_device(const Model& model, const SessionOptions& options);
-  /// True if such a session's cache lies on the GPU that the model is on.
-  static bool lies_on_device(const Model& model, const SessionOptions& options);
-  /// What it lies in; nothing: in the host's memory.
+  /// What such a session's cache lies in on the GPU that the model is on; nothing: in the host's memory.
   static DevicePlace place_for(const Model& model, const SessionOptions& options);
   /// True if such prompts are read on the GPU that the model is on.
   static bool reads_on_device(const Model& model, const PromptOptions& prompt);

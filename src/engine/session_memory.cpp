@@ -6,7 +6,6 @@
 #include "base/guarded.h"
 #include "base/memory_ledger.h"
 #include "engine/session_impl.h"
-#include "kv/klt/cuda/cuda_klt_layer.h"
 
 namespace narrows {
 
@@ -29,7 +28,7 @@ std::vector<KvLayerSpec> kv_layers(const ModelSpec& spec, std::span<const kernel
   for (int64_t i = 0; i < spec.n_layer(); ++i) {
     const auto rope = static_cast<size_t>(spec.layer(i).attention.rope);
     layers.push_back({attention_shape(spec, i), ropes.empty() ? nullptr : &ropes[rope],
-                      spec.layer(i).attention.window, spec.layer(i).delta_net});
+                      spec.layer(i).attention.window, spec.layer(i).delta_net, spec.rope_of(i).n_rot});
   }
   return layers;
 }
@@ -63,34 +62,18 @@ MemoryStats memory_stats() {
 
 void set_memory_limit(int64_t bytes) { MemoryLedger::process().set_limit(bytes); }
 
-bool Session::Impl::lies_on_device(const Model& model, const SessionOptions& options) {
-  const ModelParts& parts = parts_of(model);
-  if (parts.blocks == nullptr) return false;
-  if (options.kv.kind == KvKind::f16) return true;
-  const ModelSpec& spec = parts.spec();
-  for (int64_t i = 0; i < spec.n_layer(); ++i) {
-    if (!CudaKltLayer::can_be_on_device(options.kv, attention_shape(spec, i), spec.rope_of(i).n_rot))
-      return false;
-  }
-  return true;
-}
-
 DevicePlace Session::Impl::place_for(const Model& model, const SessionOptions& options) {
-  if (!lies_on_device(model, options)) return {};
   const ModelParts& parts = parts_of(model);
-  if (options.kv.kind == KvKind::f16) return {std::make_shared<BlockSequence>(parts.blocks), nullptr};
-  return {nullptr, std::make_shared<KltOnDevice>(parts.klt)};
+  return device_place(parts.stores, options.kv, kv_layers(parts.spec()));
 }
 
 bool Session::Impl::reads_on_device(const Model& model, const PromptOptions& prompt) {
-  return parts_of(model).blocks != nullptr && prompt.attention == PrefillAttention::automatic &&
+  return parts_of(model).stores.f16 != nullptr && prompt.attention == PrefillAttention::automatic &&
          prompt.mass == 1;
 }
 
 Status Session::Impl::check_device(const Model& model, const SessionOptions& options) {
-  if (options.kv.kind != KvKind::f16 || !lies_on_device(model, options) ||
-      reads_on_device(model, options.prompt))
-    return {};
+  if (place_for(model, options).f16 == nullptr || reads_on_device(model, options.prompt)) return {};
   return {
       StatusCode::unsupported,
       "on a GPU a prompt with --kv f16 attends to all, in f16 with float32 sums: --attention and --prefill "
@@ -166,7 +149,7 @@ Status Session::Impl::claim_step() {
 
 Status Session::Impl::check_context(const Model& model, const SessionOptions& options) {
   const int64_t need = cache_bytes_estimate(model, options.kv, options.n_ctx, options.segments);
-  const bool on_device = lies_on_device(model, options);
+  const bool on_device = static_cast<bool>(place_for(model, options));
   const int64_t have =
       on_device ? parts_of(model).on_device->device()->free_bytes() : MemoryLedger::process().free_bytes();
   if (need <= have) return {};

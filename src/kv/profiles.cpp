@@ -16,6 +16,13 @@ const KvFamily& family_of(const KvProfile& profile, const KvLayerSpec& layer, in
   return family_of(profile.layer_is_dense(i, n_layer) ? KvKind::f16 : profile.kind);
 }
 
+DevicePlace device_place(const DeviceStores& stores, const KvProfile& profile,
+                         std::span<const KvLayerSpec> layers) {
+  const KvFamily& family = family_of(profile.kind);
+  if (stores.f16 == nullptr || family.place == nullptr) return {};
+  return family.place(stores, profile, layers);
+}
+
 int64_t exact_bytes(int64_t n, const AttentionShape& shape, int64_t block) {
   return ceil_div(n, block) * block * shape.width() * 2 * int64_t{sizeof(kernels::f16_t)};
 }

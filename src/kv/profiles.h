@@ -14,13 +14,23 @@
 
 namespace narrows {
 
+class BlockPool;      // kv/f16/cuda/block_pool.h
 class BlockSequence;  // kv/f16/cuda/block_pool.h
+class KltCard;        // kv/klt/cuda/klt_card.h
 class KltOnDevice;    // kv/klt/cuda/klt_card.h
+
+/// What the caches of a model share on the GPU that the model is on; null: caches are the host's.
+struct DeviceStores {
+  std::shared_ptr<BlockPool> f16;
+  std::shared_ptr<KltCard> klt;
+};
 
 /// Where the tokens of a cache go on a GPU, as its profile is; neither: to the host's memory.
 struct DevicePlace {
   std::shared_ptr<BlockSequence> f16;
   std::shared_ptr<KltOnDevice> klt;
+
+  explicit operator bool() const { return f16 != nullptr || klt != nullptr; }
 };
 
 /// What a cache must know of a layer of the model.
@@ -29,6 +39,7 @@ struct KvLayerSpec {
   const kernels::RopeTable* rope = nullptr;  ///< outlives the cache; null where only bytes are asked for
   int64_t window = 0;                        ///< a query sees this many tokens, itself included; 0: all
   kernels::DeltaNetShape delta_net = {};     ///< a recurrent layer, without all of that
+  int64_t n_rot = 0;                         ///< coordinates of a head that RoPE turns
 };
 
 /// A layer that is to be made.
@@ -67,12 +78,20 @@ struct KvFamily {
   /// What a step over such a layer works in beside StepScratch; null: nothing worth counting.
   int64_t (*step_bytes)(const KvProfile& profile, const KvLayerSpec& layer, const KvCounts& counts,
                         int n_threads) = nullptr;
+  /// Where a cache of such layers goes among the stores of a GPU: nowhere if they are the host's. Null: all
+  /// are.
+  DevicePlace (*place)(const DeviceStores& stores, const KvProfile& profile,
+                       std::span<const KvLayerSpec> layers) = nullptr;
 };
 
 /// The family that keeps layer i of a model's n_layer: that of the profile, an exact one where the profile
 /// leaves a layer dense, the ring of a window, or a recurrent layer's state.
 const KvFamily& family_of(const KvProfile& profile, const KvLayerSpec& layer, int64_t i, int64_t n_layer);
 const KvFamily& family_of(KvKind kind);
+/// Where a cache of that profile goes on a GPU; nowhere if it has no stores or the family's layers are the
+/// host's.
+DevicePlace device_place(const DeviceStores& stores, const KvProfile& profile,
+                         std::span<const KvLayerSpec> layers);
 
 extern const KvFamily f16_family;
 extern const KvFamily kivi_family;

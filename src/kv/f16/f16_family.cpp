@@ -17,6 +17,9 @@ const KvFamily f16_family = {
     },
     .bytes = [](const KvProfile&, const KvLayerSpec& layer,
                 const KvCounts& counts) { return exact_bytes(counts.n, layer.shape, kDenseBlock); },
+    .place = [](const DeviceStores& stores, const KvProfile&, std::span<const KvLayerSpec>) -> DevicePlace {
+      return {std::make_shared<BlockSequence>(stores.f16), nullptr};
+    },
 };
 
 }  // namespace narrows

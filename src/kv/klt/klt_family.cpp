@@ -102,6 +102,14 @@ int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_k
   return ceil_div(std::min(n_in_pages, most), kPageTokens) * kPageTokens;
 }
 
+DevicePlace place(const DeviceStores& stores, const KvProfile& profile, std::span<const KvLayerSpec> layers) {
+  const auto is_fit = [&](const KvLayerSpec& l) {
+    return CudaKltLayer::can_be_on_device(profile, l.shape, l.n_rot);
+  };
+  if (!std::all_of(layers.begin(), layers.end(), is_fit)) return {};
+  return {nullptr, std::make_shared<KltOnDevice>(stores.klt)};
+}
+
 const KvFamily klt_family = {
     .kind = KvKind::klt,
     .unit = kPageTokens,
@@ -109,6 +117,7 @@ const KvFamily klt_family = {
     .make = make,
     .bytes = bytes,
     .step_bytes = step_bytes,
+    .place = place,
 };
 
 }  // namespace narrows
