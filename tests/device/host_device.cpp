@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "device/host_encode.h"
 #include "device/host_klt.h"
 #include "device/library.h"
 #include "kernels/bf16.h"
@@ -336,6 +337,21 @@ int klt_decode(int /*device*/, const narrows_cuda_klt_args* a, void* workspace, 
 int copy(int device, void* to, const void* from, int64_t bytes, void* stream) {
   return move(device, to, from, bytes, stream);
 }
+int copy_rows(int device, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+              int64_t n, void* stream) {
+  return download_rows(device, to, to_ld, from, from_ld, bytes, n, stream);
+}
+
+template <class Args, auto function>
+int op(int /*device*/, const Args* a, void* /*stream*/) {
+  if (const int code = called(); code != 0) return code;
+  if constexpr (std::is_void_v<decltype(function(*a))>) {
+    function(*a);
+    return 0;
+  } else {
+    return function(*a);
+  }
+}
 
 /// Calls with their arguments.
 struct Graph {
@@ -432,11 +448,41 @@ HostDevice& host_device() {
 }
 
 const Api& host_api() {
-  static const Api api = {kApiVersion,   error,      count,         info,       allocate,      release,
-                          make_stream,   end_stream, move,          move,       download_rows, move,
-                          fill,          wait,       prepare,       multiply,   unpack,        gemm,
-                          add,           head_norm,  store,         prompt,     f16_workspace, f16_decode,
-                          klt_workspace, klt_decode, klt_selection, make_graph, launch_graph,  end_graph};
+  static const Api api = {kApiVersion,
+                          error,
+                          count,
+                          info,
+                          allocate,
+                          release,
+                          make_stream,
+                          end_stream,
+                          move,
+                          move,
+                          download_rows,
+                          move,
+                          fill,
+                          wait,
+                          prepare,
+                          multiply,
+                          unpack,
+                          gemm,
+                          add,
+                          head_norm,
+                          store,
+                          prompt,
+                          f16_workspace,
+                          f16_decode,
+                          klt_workspace,
+                          klt_decode,
+                          klt_selection,
+                          make_graph,
+                          launch_graph,
+                          end_graph,
+                          copy_rows,
+                          op<MomentsArgs, host_moments>,
+                          op<SampleArgs, host_sample>,
+                          op<KltSharesArgs, host_klt_shares>,
+                          op<KltEncodeArgs, host_klt_encode>};
   return api;
 }
 
