@@ -11,6 +11,7 @@
 #include "exec/cuda/cuda_weights.h"
 #include "kv/f16/cuda/block_pool.h"
 #include "kv/klt/cuda/klt_card.h"
+#include "kv/klt/value_weights.h"
 #include "model/plan.h"
 #include "model/weights.h"
 #include "narrows/engine.h"
@@ -56,7 +57,8 @@ struct ModelParts {
   std::unique_ptr<CudaWeights> on_device;  ///< null: the CPU computes
   std::shared_ptr<BlockPool> blocks;       ///< of f16 caches there; null: caches are the host's
   std::shared_ptr<KltCard> klt;            ///< of klt caches there, with `blocks`
-  mutable ExecutorPool executors;          ///< has a lock of its own
+  mutable ValueWeights value_weights;  ///< of klt caches that make their transforms; has a lock of its own
+  mutable ExecutorPool executors;      ///< has a lock of its own
 
   const ModelSpec& spec() const { return weights->spec(); }
 };

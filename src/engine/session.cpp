@@ -9,6 +9,7 @@
 #include "base/memory_ledger.h"
 #include "engine/session_impl.h"
 #include "engine/value_weight.h"
+#include "kv/klt/cuda/klt_prompt.h"
 #include "prompt/attention.h"
 
 namespace narrows {
@@ -63,8 +64,12 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   if (!x.ok()) return {StatusCode::out_of_memory, "no memory for the activations of a step"};
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
       kv_layers(spec, ropes), options.kv, std::move(basis),
-      [this](int64_t layer, std::vector<double>& w) {
-        return value_weight(*parts_of(*model).weights, layer, w, &workers);
+      [this](int64_t layer, std::vector<double>& w) -> Status {
+        const ModelParts& parts = parts_of(*model);
+        if (parts.value_weights.get(layer, w)) return {};
+        const Status s = value_weight(*parts.weights, layer, w, &workers);
+        if (s.ok()) parts.value_weights.put(layer, w);
+        return s;
       },
       options.segments, place_for(*model, options));
   if (!made.ok()) return made.status();
@@ -174,6 +179,29 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   return status;
 }
 
+/// Of a prompt that the device reads: its cache encodes there too, if it can; null: it cannot. Shorter
+/// prompts are not worth the threads.
+std::shared_ptr<KltPrompt> Session::Impl::encodes_there(int64_t n_new) {
+  constexpr int64_t kLeast = 128;
+  const ModelSpec& spec = parts_of(*model).spec();
+  const auto layer_of = [this](int64_t i) -> CudaKltLayer& {
+    return static_cast<CudaKltLayer&>(cache->layer(i));
+  };
+  if (cache->place().klt == nullptr || options.segments || n_new < kLeast) return nullptr;
+  for (int64_t i = 0; i < spec.n_layer(); ++i) {
+    if (spec.layer(i).attention.temperature != 0 || !layer_of(i).host().can_append_from()) return nullptr;
+  }
+  const ModelParts& parts = parts_of(*model);
+  const auto weigh = [this, &parts](int64_t layer) {
+    std::vector<double> weight;
+    const Status s = value_weight(*parts.weights, layer, weight, &workers);
+    if (s.ok()) parts.value_weights.put(layer, weight);
+    return s;
+  };
+  auto made = KltPrompt::create(parts.klt, n_threads, layer_of, parts.value_weights, weigh);
+  return made.ok() ? std::move(*made) : nullptr;
+}
+
 /// What connects the layers of a prompt with the caches; the sessions outlive it.
 PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_new, bool goes_on) {
   const std::vector<Session*> sessions(list.begin(), list.end());
@@ -216,6 +244,7 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
       });
       return alike ? stride : int64_t{1};
     };
+    if (sessions.size() == 1) hooks.klt = encodes_there(n_new);
   }
   if (!in_segments(n_past)) return hooks;
   const int64_t last = goes_on ? n_past + n_new - kSegmentTokens : segment_end(options.kv, n_past + n_new);
@@ -298,7 +327,8 @@ Status Session::prefill_step() {
   if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
   Status status = guarded("a part of the prompt", [&] {
     Status s = m.prefill->step();
-    m.claim_cache(m.n_claimed);  // pages that are there now count themselves
+    // Pages that are there now count themselves.
+    if (!m.prefill->leaves_work()) m.claim_cache(m.n_claimed);
     return s;
   });
   if (status.ok() && !m.prefill->done()) return {};
@@ -485,12 +515,18 @@ Status Session::decode(Token token) {
 
 std::span<const float> Session::logits() const { return impl_->own_logits; }
 
-int64_t Session::n_past() const { return impl_->cache->n_tokens(); }
+int64_t Session::n_past() const {
+  if (impl_->prefill != nullptr) impl_->prefill->wait();
+  return impl_->cache->n_tokens();
+}
 int64_t Session::n_ctx() const { return impl_->n_ctx; }
 int Session::n_threads() const { return impl_->n_threads; }
 const Model& Session::model() const { return *impl_->model; }
 const KvProfile& Session::profile() const { return impl_->options.kv; }
-CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
+CacheStats Session::cache_stats() const {
+  if (impl_->prefill != nullptr) impl_->prefill->wait();
+  return impl_->cache->stats();
+}
 
 void Session::reset() {
   impl_->stop_reading();

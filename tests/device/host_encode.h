@@ -6,9 +6,9 @@
 
 namespace narrows::testing {
 
-void host_moments(const device::MomentsArgs& a);
-void host_sample(const device::SampleArgs& a);
-/// 0, or -1 for what the header forbids.
+/// All: 0, or -1 for what the header forbids.
+int host_moments(const device::MomentsArgs& a);
+int host_sample(const device::SampleArgs& a);
 int host_klt_shares(const device::KltSharesArgs& a);
 int host_klt_encode(const device::KltEncodeArgs& a);
 

@@ -55,6 +55,12 @@ void CentredMoments::add(const float* x, int64_t ld, int64_t n) {
   }
 }
 
+void CentredMoments::set_sums(const float* centre, int64_t n, const double* sum, const double* moments) {
+  centre_.assign(centre, centre + width_);
+  moments_ = KeyMoments(width_);
+  moments_.add_sums(n, sum, moments);
+}
+
 std::vector<double> CentredMoments::mean() const {
   std::vector<double> mean = moments_.sum();
   for (size_t c = 0; c < mean.size(); ++c) {
