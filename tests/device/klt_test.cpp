@@ -91,6 +91,27 @@ TEST_F(KltOnDevice, EveryProfileGivesWhatTheCpuGives) {
   }
 }
 
+/// Layers of a prompt are encoded by threads of their own, one after the other or beside each other; so is a
+/// prompt on top of it, whose first tokens wait in the window.
+TEST_F(KltOnDevice, LayersBesideEachOtherGiveTheBitsOfOneAfterAnother) {
+  TinyModel m = small_model();
+  m.n_layer = 7;
+  const LoadedTiny there(m, on_device());
+  Rows rows[2];
+  for (const int n_threads : {1, 5}) {
+    SessionSetup with = setup();
+    with.n_threads = n_threads;
+    const auto s = make_session(there.model, with);
+    Rows& of = rows[n_threads == 1 ? 0 : 1];
+    of = prompt_and_steps(*s, 700, 20);
+    EXPECT_OK(s->prefill(random_tokens(333, 4)));
+    of.push_back(copy(s->logits()));
+    for (auto& row : decode_all(*s, random_tokens(3, 5))) of.push_back(std::move(row));
+    EXPECT_GT(s->cache_stats().bytes_pages, 0);
+  }
+  EXPECT_EQ(rows[0], rows[1]);
+}
+
 TEST_F(KltOnDevice, StepsAloneGrowThroughEveryStage) {
   const LoadedTiny here(small_model()), there(small_model(), on_device());
   const auto a = make_session(there.model, setup()), b = make_session(here.model, setup());

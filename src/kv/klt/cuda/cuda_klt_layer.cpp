@@ -61,22 +61,27 @@ Status CudaKltLayer::append(const float* k, const float* v, int64_t n) {
   return after(host_->append(k, v, n));
 }
 
-Status CudaKltLayer::append_from(KltRows& rows, Workers& workers) {
+Status CudaKltLayer::append_from(KltRows& rows, Workers& lent) {
   rows.codec = codec_;
   rows.page_pool = page_pool_;
-  rows.use_workers(&workers);
-  host_->use_workers(&workers);
+  rows.use_workers(&lent);
+  // Those of the session may be at work for another layer.
+  Workers* const own = workers();
+  use_workers(&lent);
+  host_->use_workers(&lent);
   const Status status = host_->append_from(rows, rows.n_new());
-  host_->use_workers(this->workers());
   host_has_all();
   trim();
-  if (!status.ok()) return status;
-  codec_ = rows.codec;
-  // Pages that the device has not been sent are behind none that it has: send() sees to them.
-  if (std::ssize(pages_) + std::ssize(rows.pages) == host_->n_page())
-    pages_.insert(pages_.end(), rows.pages.begin(), rows.pages.end());
-  static_cast<void>(send(rows.stream()));  // begin_step() tries again
-  return {};
+  if (status.ok()) {
+    codec_ = rows.codec;
+    // Pages of before that the device has not been sent: send() sees to all of them.
+    if (std::ssize(pages_) + std::ssize(rows.pages) == host_->n_page())
+      pages_.insert(pages_.end(), rows.pages.begin(), rows.pages.end());
+    static_cast<void>(send(rows.stream()));  // begin_step() tries again
+  }
+  use_workers(own);
+  host_->use_workers(own);
+  return status;
 }
 
 Status CudaKltLayer::seal(int64_t* changed_from) {

@@ -43,7 +43,7 @@ class CudaKltLayer final : public KvLayer {
   Status append(const float* k, const float* v, int64_t n) override;
   /// append() of a prompt's rows that the device has; with host().can_append_from(). May be called for
   /// several layers of a cache at once.
-  Status append_from(KltRows& rows, Workers& workers);
+  Status append_from(KltRows& rows, Workers& lent);
   Status make_room(bool may_convert) override;
   void store_step(const float* /*k*/, const float* /*v*/) override {}
   void count_step() override;
