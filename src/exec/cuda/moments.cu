@@ -13,6 +13,12 @@ using device::MomentsArgs;
 
 constexpr int kThreads = 256;
 constexpr int kTile = 128, kDepth = 16, kOwn = 8;
+/// Blocks of an SM that moment_slices() leaves registers for: two would spill, but for Hopper.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kBlocksOfMoments = 2;
+#else
+constexpr int kBlocksOfMoments = 1;
+#endif
 
 template <bool BF16>
 __device__ float element(const MomentsArgs& a, int64_t at) {
@@ -61,7 +67,8 @@ __device__ void load_rows(const MomentsArgs& a, int matrix, int column, int64_t 
 
 /// Blocks x are tiles on and above the diagonal (of one or two rows of tiles), y slices, z matrices.
 template <bool BF16>
-__global__ __launch_bounds__(kThreads, 2) void moment_slices(const __grid_constant__ MomentsArgs a) {
+__global__ __launch_bounds__(kThreads,
+                             kBlocksOfMoments) void moment_slices(const __grid_constant__ MomentsArgs a) {
   __shared__ float left[kDepth][kTile], right[kDepth][kTile];
   const int tile_i = blockIdx.x == 2 ? 1 : 0, tile_j = blockIdx.x == 0 ? 0 : 1;
   const int matrix = blockIdx.z;

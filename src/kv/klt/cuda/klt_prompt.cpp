@@ -1,5 +1,6 @@
 #include "kv/klt/cuda/klt_prompt.h"
 
+#include <algorithm>
 #include <new>
 #include <string>
 
@@ -7,8 +8,8 @@ namespace narrows {
 
 namespace {
 
-/// Device memory that layers may wait in for their threads: as many as there are threads if they are small,
-/// at least two, so that one is encoded while the next comes.
+/// Device memory that layers may take at a time: as many as there are threads if they are small, at least
+/// two, so that one is encoded while the next comes.
 constexpr int64_t kWaitingBytes = int64_t{2} << 30;
 
 }  // namespace
@@ -29,7 +30,7 @@ std::unique_ptr<KltRows> KltPrompt::take_idle(int64_t bytes) {
   std::unique_lock<std::mutex> lock(mutex_);
   const int64_t most =
       std::min<int64_t>(threads_->n_threads() + 1, kWaitingBytes / std::max<int64_t>(1, bytes));
-  given_back_.wait(lock, [&] { return n_busy_ < std::max<int64_t>(most, 1); });
+  given_back_.wait(lock, [&] { return n_busy_ < std::max<int64_t>(most, 2); });
   if (idle_.empty()) return std::make_unique<KltRows>(card_, weights_);
   std::unique_ptr<KltRows> rows = std::move(idle_.back());
   idle_.pop_back();
