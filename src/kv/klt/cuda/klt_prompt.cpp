@@ -24,7 +24,10 @@ Result<std::shared_ptr<KltPrompt>> KltPrompt::create(std::shared_ptr<KltCard> ca
   return made;
 }
 
-KltPrompt::~KltPrompt() { threads_.reset(); }
+KltPrompt::~KltPrompt() {
+  // Before anything goes: jobs that wait use all of it, the threads too.
+  if (threads_ != nullptr) threads_->wait();
+}
 
 std::unique_ptr<KltRows> KltPrompt::take_idle(int64_t bytes) {
   std::unique_lock<std::mutex> lock(mutex_);
