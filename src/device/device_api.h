@@ -12,7 +12,7 @@
 namespace narrows::device {
 
 /// Of this header: a program and a library that were built of different ones do not go together.
-inline constexpr int kApiVersion = 3;
+inline constexpr int kApiVersion = 4;
 inline constexpr const char* kApiSymbol = "narrows_cuda_device_api";
 
 /// Tokens of a block of a cache on the device: f16 keys, rotated, [n_head_kv][64][head_dim], then values.
@@ -141,6 +141,77 @@ struct PromptArgs {
   float scale;
 };
 
+/// Sums and second moments of rows: matrix m has, of row r of x, the n_sub vectors of `width` numbers that
+/// begin at r * ld + m * stride + s * width. x is float32 or bf16. centre [n_matrix, width] is taken away
+/// from each vector; makes_centre: it is first made the mean of the rows (n_sub 1). sum [n_matrix, width] and
+/// moments [n_matrix, width, width], both sides of the diagonal: set, or added to if accumulate is not 0.
+/// Products are summed in float32 over kMomentVectors vectors, those sums in double. workspace:
+/// moments_bytes(). width: at most 256.
+inline constexpr int64_t kMomentVectors = 256;
+struct MomentsArgs {
+  const void* x;
+  int32_t x_is_bf16, accumulate;
+  int64_t ld, n, stride;
+  int32_t n_matrix, n_sub, width, makes_centre;
+  float* centre;
+  double* sum;
+  double* moments;
+  float* workspace;
+};
+/// Pieces of the rows whose float32 sums are apart.
+constexpr int64_t moment_slices(int64_t n, int64_t n_sub) {
+  const int64_t rows = kMomentVectors / n_sub < 1 ? 1 : kMomentVectors / n_sub;
+  return (n + rows - 1) / rows;
+}
+constexpr int64_t moments_bytes(int64_t n, int64_t n_sub, int64_t n_matrix, int64_t width) {
+  return moment_slices(n, n_sub) * n_matrix * width * (width + 1) * 4;
+}
+
+/// Every step-th row of x [.., ld], from row `first` on, n of them: to f16 [n, width].
+struct SampleArgs {
+  const float* x;
+  int64_t ld, first, step, n, width;
+  void* to;
+};
+
+/// How much attention the tokens of a klt page get from the sampled queries after it (kv/klt/klt_anchor.h).
+/// Page p has the tokens at positions position + 64 p ..; keys before RoPE, that of position `position`
+/// first, n_token of them in all; sinks [n_sink, ld] float32, rotated. samples f16 [.., n_head, head_dim]:
+/// queries before RoPE at positions position + 16 i. Query i of page p, at 64 (p + 1) + 16 i, i < 4, judges
+/// if fewer than n_after tokens come between the page and it and it is there; it sees the sinks, the page,
+/// and what follows up to itself. rope: as narrows_cuda_pages. share [n_page, n_head_kv, 64]: sums of
+/// probabilities over queries and heads of the group. n_sink is at most 128, group at most 8; head_dim 64 or
+/// 128.
+struct KltSharesArgs {
+  const float *keys, *sinks;
+  int64_t ld, n_token, position;
+  const void* samples;
+  const float* rope;
+  int32_t n_head, n_head_kv, head_dim, n_sink, n_after, n_page;
+  float scale;
+  float* share;
+};
+
+/// Writes klt pages: of rows k, v [64 n_page, ld] before RoPE into the pages table[p] of the pool, all bytes,
+/// as narrows_cuda_klt_part describes them, heads of a part in `width` channels (at most 256). project
+/// [n_part][2][width][width]: of keys and values, z = (x - mean) project, a column a coordinate. bits uint8
+/// [n_part][2][32]: of each octet of coordinates, 0 where there is none. anchors [n_page]: tokens stored as
+/// their mean. bad [n_page] becomes 1 for a page with a number that cannot be stored, see quant_latents() of
+/// kernels/ops.h.
+struct KltEncodeArgs {
+  const float *k, *v;
+  int64_t ld;
+  const uint64_t* anchors;
+  const narrows_cuda_klt_part* parts;
+  const float* project;
+  const uint8_t* bits;
+  int32_t n_part, width, n_page, reserved;
+  void* pool;
+  const int32_t* table;
+  int64_t page_bytes;
+  int32_t* bad;
+};
+
 struct CopyArgs {
   void* to;
   const void* from;
@@ -200,6 +271,14 @@ struct Api {
   int (*make_graph)(int device, const Call* calls, int64_t n, void** graph);
   int (*launch_graph)(int device, void* graph, void* stream);
   void (*end_graph)(int device, void* graph);
+
+  /// n runs of `bytes` on the device, to_ld and from_ld bytes apart.
+  int (*copy_rows)(int device, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+                   int64_t n, void* stream);
+  int (*moments)(int device, const MomentsArgs*, void* stream);
+  int (*sample)(int device, const SampleArgs*, void* stream);
+  int (*klt_shares)(int device, const KltSharesArgs*, void* stream);
+  int (*klt_encode)(int device, const KltEncodeArgs*, void* stream);
 };
 
 /// What the library exports as kApiSymbol.

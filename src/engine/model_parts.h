@@ -11,6 +11,7 @@
 #include "exec/cuda/cuda_weights.h"
 #include "kv/f16/cuda/block_pool.h"
 #include "kv/klt/cuda/klt_card.h"
+#include "kv/klt/value_weights.h"
 #include "kv/profiles.h"
 #include "model/plan.h"
 #include "model/weights.h"
@@ -56,6 +57,7 @@ struct ModelParts {
   const Plan plan;
   std::unique_ptr<CudaWeights> on_device;  ///< null: the CPU computes
   DeviceStores stores;                     ///< of caches there; none: caches are the host's
+  mutable ValueWeights value_weights;      ///< of klt caches that make their transforms; has a lock of its own
   mutable ExecutorPool executors;          ///< has a lock of its own
 
   const ModelSpec& spec() const { return weights->spec(); }

@@ -63,8 +63,12 @@ Status Session::Impl::init(std::shared_ptr<const BasisFile> basis) {
   if (!x.ok()) return {StatusCode::out_of_memory, "no memory for the activations of a step"};
   Result<std::unique_ptr<KvCache>> made = KvCache::create(
       kv_layers(spec, ropes), options.kv, std::move(basis),
-      [this](int64_t layer, std::vector<double>& w) {
-        return value_weight(*parts_of(*model).weights, layer, w, &workers);
+      [this](int64_t layer, std::vector<double>& w) -> Status {
+        const ModelParts& parts = parts_of(*model);
+        if (parts.value_weights.get(layer, w)) return {};
+        const Status s = value_weight(*parts.weights, layer, w, &workers);
+        if (s.ok()) parts.value_weights.put(layer, w);
+        return s;
       },
       options.segments, place_for(*model, options));
   if (!made.ok()) return made.status();
@@ -174,66 +178,6 @@ Status Session::prefill_together(std::span<Session* const> sessions, std::span<c
   return status;
 }
 
-/// What connects the layers of a prompt with the caches; the sessions outlive it.
-PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_new, bool goes_on) {
-  const std::vector<Session*> sessions(list.begin(), list.end());
-  PrefillHooks hooks;
-  hooks.layer_done = [sessions](int64_t layer, const float* k, const float* v, int64_t n) -> Status {
-    for (Session* s : sessions) {
-      if (Status st = s->impl_->cache->layer(layer).append(k, v, n); !st.ok()) return st;
-    }
-    return {};
-  };
-  hooks.begin_rows = [sessions](int64_t layer, int64_t n) -> Status {
-    for (Session* s : sessions) {
-      if (Status st = s->impl_->cache->layer(layer).begin_rows(n); !st.ok()) return st;
-    }
-    return {};
-  };
-  hooks.run_rows = [sessions](int64_t layer, int phase, const RecurrentRows& rows, int ith, int n_thread) {
-    for (Session* s : sessions) s->impl_->cache->layer(layer).run_rows(phase, rows, ith, n_thread);
-  };
-  const auto wants_queries = [](const Session* s) { return s->impl_->cache->wants_queries(); };
-  if (std::any_of(sessions.begin(), sessions.end(), wants_queries)) {
-    hooks.queries = [sessions](int64_t layer, const float* q, int64_t n) {
-      for (Session* s : sessions) s->impl_->cache->layer(layer).observe_queries(q, n);
-    };
-  }
-  hooks.read_past = [this](int64_t layer, int64_t first, int64_t n, float* k, float* v) {
-    cache->layer(layer).read(first, n, k, v);
-  };
-  const int64_t n_past = cache->n_tokens();
-  if (sessions.size() == 1 && cache->place().f16 != nullptr) {
-    hooks.blocks = cache->place().f16.get();
-  } else if (reads_on_device(*model, options.prompt)) {
-    hooks.scratch = parts_of(*model).layer_blocks();
-    hooks.blocks = hooks.scratch.get();
-    hooks.query_stride = [sessions](int64_t layer) {
-      const int64_t stride = sessions.front()->impl_->cache->layer(layer).query_stride();
-      const bool alike = std::all_of(sessions.begin(), sessions.end(), [&](const Session* s) {
-        const KvLayer& l = s->impl_->cache->layer(layer);
-        return !l.wants_queries() || l.query_stride() == stride;
-      });
-      return alike ? stride : int64_t{1};
-    };
-  }
-  if (!in_segments(n_past)) return hooks;
-  const int64_t last = goes_on ? n_past + n_new - kSegmentTokens : segment_end(options.kv, n_past + n_new);
-  hooks.goes_on = goes_on;
-  for (int64_t end = options.kv.n_sink + kSegmentTokens; end <= last; end += kSegmentTokens) {
-    if (end > n_past) hooks.segment_ends.push_back(end - n_past);
-  }
-  hooks.seal = [this, sessions](int64_t layer, int64_t* changed_from) -> Status {
-    for (Session* s : sessions) {
-      int64_t from = 0;
-      if (Status st = s->impl_->cache->layer(layer).seal(&from); !st.ok()) return st;
-      if (s->impl_.get() == this) *changed_from = from;
-    }
-    return {};
-  };
-  return hooks;
-}
-
 void Session::Impl::note_prompt(int64_t n_past, double read_share) {
   prompt_read = read_share;
   if (in_segments(n_past)) sealed = segment_end(options.kv, cache->n_tokens());
@@ -298,7 +242,8 @@ Status Session::prefill_step() {
   if (m.prefill == nullptr) return {StatusCode::internal, "the session is not reading a prompt"};
   Status status = guarded("a part of the prompt", [&] {
     Status s = m.prefill->step();
-    m.claim_cache(m.n_claimed);  // pages that are there now count themselves
+    // Pages that are there now count themselves.
+    if (!m.prefill->leaves_work()) m.claim_cache(m.n_claimed);
     return s;
   });
   if (status.ok() && !m.prefill->done()) return {};
@@ -485,12 +430,18 @@ Status Session::decode(Token token) {
 
 std::span<const float> Session::logits() const { return impl_->own_logits; }
 
-int64_t Session::n_past() const { return impl_->cache->n_tokens(); }
+int64_t Session::n_past() const {
+  if (impl_->prefill != nullptr) impl_->prefill->wait();
+  return impl_->cache->n_tokens();
+}
 int64_t Session::n_ctx() const { return impl_->n_ctx; }
 int Session::n_threads() const { return impl_->n_threads; }
 const Model& Session::model() const { return *impl_->model; }
 const KvProfile& Session::profile() const { return impl_->options.kv; }
-CacheStats Session::cache_stats() const { return impl_->cache->stats(); }
+CacheStats Session::cache_stats() const {
+  if (impl_->prefill != nullptr) impl_->prefill->wait();
+  return impl_->cache->stats();
+}
 
 void Session::reset() {
   impl_->stop_reading();

@@ -51,6 +51,7 @@ class Session::Impl {
   /// What connects the layers of a prompt of n_new tokens with the caches, this one's first.
   /// goes_on: more tokens of the prompt follow, in another run.
   PrefillHooks hooks_for(std::span<Session* const> sessions, int64_t n_new, bool goes_on = false);
+  std::shared_ptr<KltPrompt> encodes_there(int64_t n_new);
   /// True if a prompt on top of n_past tokens is read in segments: not what follows tokens of steps.
   bool in_segments(int64_t n_past) const { return options.segments && n_past == sealed; }
   /// A prompt on top of n_past tokens has been read.

@@ -112,6 +112,10 @@ class Executor : public Workers {
   virtual void measure(bool on) = 0;
   virtual const Times& times() const = 0;
 
+  /// Of the layer that is loaded, the matrix after the mix stage, bf16 [n_embd, width_q] on the device; null:
+  /// it is not there.
+  virtual const void* loaded_output() const { return nullptr; }
+
   /// The order of a device's work; null: the executor is the CPU's.
   virtual device::Stream* stream() { return nullptr; }
 };

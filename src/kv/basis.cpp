@@ -99,6 +99,12 @@ void KeyMoments::add(const KeyMoments& other) {
   n_ += other.n_;
 }
 
+void KeyMoments::add_sums(int64_t n, const double* sum, const double* moments) {
+  for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += sum[i];
+  for (size_t i = 0; i < moments_.size(); ++i) moments_[i] += moments[i];
+  n_ += n;
+}
+
 void KeyMoments::save(SnapshotWriter& out) const {
   out.number(n_);
   out.array(sum_);

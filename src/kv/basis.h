@@ -31,6 +31,8 @@ class KeyMoments {
   void load(SnapshotReader& in);
   /// The sums of another one of this width.
   void add(const KeyMoments& other);
+  /// Sums of n rows that were made elsewhere: sum [D], moments [D, D], both sides of the diagonal.
+  void add_sums(int64_t n, const double* sum, const double* moments);
   int64_t n_tokens() const { return n_; }
   /// non_finite if a moment is not finite; invalid_argument if no token was added.
   Result<LayerBasis> leading(int64_t rank) const;

@@ -16,6 +16,7 @@
 #include "exec/cpu/cpu_executor.h"
 #include "exec/cuda/block_mixer.h"
 #include "kernels/ops.h"
+#include "kv/klt/cuda/klt_prompt.h"
 #include "kv/layout.h"
 #include "prompt/attention.h"
 #include "prompt/prefill_buffers.h"
@@ -286,7 +287,7 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   if (recurrent_floats(plan_) > 0 && (!hooks_.begin_rows || !hooks_.run_rows))
     return {StatusCode::internal, "a prompt of recurrent layers without their states"};
   if (hooks_.blocks != nullptr) {
-    const bool scratch = hooks_.scratch != nullptr;
+    const bool scratch = hooks_.scratch != nullptr && hooks_.klt == nullptr;
     buffers_ = std::make_unique<LayerBuffers>(n, n_past, scratch ? weights_.spec().most_width_kv() : 0,
                                               scratch && hooks_.queries ? weights_.spec().most_width_q() : 0);
     status = buffers_->rows_ok() ? begin_on_device(tokens) : no_room();
@@ -341,11 +342,21 @@ Status Prefill::open_layer() {
     if (Status s = executor_.load_layer(layer); !s.ok()) return s;
   }
   if (on_host && !is_recurrent()) pack_past(0, buffers_->n_past);
+  if (hooks_.klt != nullptr) {
+    const Status s =
+        hooks_.klt->begin_layer(layer.index, buffers_->n, loaded ? executor_.loaded_output() : nullptr,
+                                weights_.spec().n_embd, *executor_.stream());
+    if (!s.ok()) return s;
+  }
   return hooks_.scratch != nullptr ? send_past(0, buffers_->n_past) : Status();
 }
 
 Status Prefill::close_segment() {
   LayerBuffers& b = *buffers_;
+  if (hooks_.klt != nullptr) {
+    const Status s = hooks_.klt->end_layer();
+    return s.ok() ? close_layer() : s;
+  }
   const int64_t width = attention().width_kv();
   const bool on_host = hooks_.blocks == nullptr && !is_recurrent(),
              has_rows = on_host || hooks_.scratch != nullptr;
@@ -365,10 +376,17 @@ Status Prefill::close_segment() {
   if (!status.ok()) return {status.code(), fmt::format("layer {}: {}", b.layer, status.message())};
   b.segment_begin = b.next;
   ++b.segment;
-  if (b.next < b.n) return {};
+  return b.next < b.n ? Status() : close_layer();
+}
+
+Status Prefill::close_layer() {
+  LayerBuffers& b = *buffers_;
   b.next = b.segment_begin = 0;
   b.segment = 0;
   if (++b.layer == static_cast<int64_t>(plan_.layers.size())) {
+    if (hooks_.klt != nullptr) {
+      if (Status s = hooks_.klt->finish(); !s.ok()) return s;
+    }
     count_tiles();
     buffers_.reset();
     if (!hooks_.goes_on) executor_.shrink();
@@ -396,6 +414,7 @@ Status Prefill::run(std::span<const Token> tokens, int64_t n_past, PrefillHooks 
       status = Status(StatusCode::cancelled, "the prompt was cancelled");
     if (status.ok()) status = step();
   }
+  wait();
   buffers_.reset();
   executor_.shrink();
   if (status.ok() && progress) progress(1.0);

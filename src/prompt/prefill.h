@@ -19,6 +19,7 @@
 namespace narrows {
 
 class BlockSequence;  // kv/f16/cuda/block_pool.h
+class KltPrompt;      // kv/klt/cuda/klt_prompt.h
 struct DeviceRows;    // exec/cuda/device_mixer.h
 
 /// D = n_head_kv * head_dim of the layer.
@@ -50,6 +51,9 @@ struct PrefillHooks {
   /// Not null: blocks is this, of one layer after the other. The cache keeps tokens elsewhere, and the hooks
   /// get keys, values and queries as of a prompt that is read on the host.
   std::shared_ptr<BlockSequence> scratch = {};
+  /// Not null, with scratch: the cache is there too, encodes there, and gets its rows so; of queries and
+  /// layer_done nothing is called. There are no segments.
+  std::shared_ptr<KltPrompt> klt = {};
   /// Of `queries`, with scratch: only those at positions that this divides are looked at. Empty: all.
   std::function<int64_t(int64_t layer)> query_stride = {};
 };
@@ -73,6 +77,10 @@ class Prefill {
   Status begin(std::span<const Token> tokens, int64_t n_past, PrefillHooks hooks, float* logits);
   /// A chunk of one layer: some tens of milliseconds.
   Status step();
+  /// True if something of what it has begun may touch a cache between steps.
+  bool leaves_work() const { return hooks_.klt != nullptr && buffers_ != nullptr; }
+  /// Returns when nothing does any more.
+  void wait() const;
   bool done() const { return buffers_ == nullptr; }
   /// The share done in [0, 1].
   double progress() const;
@@ -97,6 +105,7 @@ class Prefill {
   bool loads(int64_t layer) const;
   void pack_past(int64_t from, int64_t to);
   Status send_past(int64_t from, int64_t to);
+  Status check_rows() const;
   void fetch_rows(const LayerPlan& layer, const DeviceRows& rows, device::Stream& stream);
   int64_t chunk_tokens() const;
   Status begin_on_device(std::span<const Token> tokens);
@@ -106,6 +115,7 @@ class Prefill {
   Status make_attention();
   void count_tiles();
   Status close_segment();
+  Status close_layer();
   Status no_room() const;
 
   const ModelWeights& weights_;

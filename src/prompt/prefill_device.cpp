@@ -1,8 +1,11 @@
 // Prompts that are read on a device: activations stay there, and keys and values come back where the cache is
 // the host's to encode.
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "kernels/ops.h"
+#include "kv/klt/cuda/klt_prompt.h"
 #include "kv/layout.h"
 #include "prompt/prefill.h"
 #include "prompt/prefill_buffers.h"
@@ -49,7 +52,11 @@ Status Prefill::run_chunk_on_device(Run run, int64_t first) {
                        [this](int64_t /*row*/, const LayerPlan& l) -> const kernels::RopeTable& {
                          return ropes_[static_cast<size_t>(l.mix.attention.rope)];
                        });
-  if (hooks_.scratch != nullptr) {
+  if (hooks_.klt != nullptr) {
+    b.mixer.see_rows([this](const LayerPlan&, const DeviceRows& rows, device::Stream& stream) {
+      hooks_.klt->rows().take(rows.q, rows.k, rows.v, rows.ld, rows.n, stream);
+    });
+  } else if (hooks_.scratch != nullptr) {
     b.mixer.see_rows([this](const LayerPlan& l, const DeviceRows& rows, device::Stream& stream) {
       fetch_rows(l, rows, stream);
     });
@@ -58,9 +65,22 @@ Status Prefill::run_chunk_on_device(Run run, int64_t first) {
   run.x_on_device = b.hidden_on_device.data<float>() + first * weights_.spec().n_embd;
   run.mixer = &mixer;
   Status status = executor_.run(run);
+  if (hooks_.klt != nullptr) return status.ok() ? check_rows() : status;
   if (status.ok() && hooks_.scratch != nullptr && hooks_.queries)
     hooks_.queries(b.layer, b.q_raw.data(), run.n);
   return status;
+}
+
+/// Of a cache that sees no rows on the host.
+Status Prefill::check_rows() const {
+  const int64_t bad = hooks_.scratch->bad_token();
+  if (bad < 0) return {};
+  const Status status = non_finite_token(bad);
+  return {status.code(), fmt::format("layer {}: {}", buffers_->layer, status.message())};
+}
+
+void Prefill::wait() const {
+  if (hooks_.klt != nullptr) hooks_.klt->wait();
 }
 
 /// What the hooks get of a chunk that is read on a device: keys and values, and the queries that they look

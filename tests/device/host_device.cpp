@@ -1,6 +1,9 @@
 #include "device/host_device.h"
 
+#include <malloc.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "device/host_encode.h"
 #include "device/host_klt.h"
 #include "device/library.h"
 #include "kernels/bf16.h"
@@ -25,10 +29,13 @@ float half(const void* p, int64_t i) { return kernels::half_to_float(static_cast
 void put_half(void* p, int64_t i, float x) { static_cast<f16_t*>(p)[i] = kernels::float_to_half(x); }
 float bf16(const void* p, int64_t i) { return kernels::bf16_to_float(static_cast<const uint16_t*>(p)[i]); }
 
+/// Several threads may use the device at once. The number before.
+int64_t tally(int64_t& number, int64_t n) { return std::atomic_ref<int64_t>(number).fetch_add(n); }
+
 /// Counts a call; the code of a card that does not answer.
 int called() {
   HostDevice& d = host_device();
-  const int64_t n = d.n_call++;
+  const int64_t n = tally(d.n_call, 1);
   return d.breaking_call >= 0 && n >= d.breaking_call ? 719 : 0;
 }
 
@@ -71,7 +78,7 @@ int info(int /*device*/, Info* to) {
   std::strcpy(to->name, "no card");
   to->major = d.major;
   to->total_bytes = d.total_bytes;
-  to->free_bytes = d.total_bytes - d.allocated;
+  to->free_bytes = d.total_bytes - tally(host_device().allocated, 0);
   return d.major < 8 ? 209 : 0;
 }
 
@@ -79,12 +86,12 @@ int info(int /*device*/, Info* to) {
 int allocate(int /*device*/, int64_t bytes, void** p) {
   HostDevice& d = host_device();
   *p = nullptr;
-  if (d.n_allocation++ == d.failing || bytes > d.total_bytes - d.allocated) return 0;
+  if (tally(d.n_allocation, 1) == d.failing || bytes > d.total_bytes - tally(d.allocated, 0)) return 0;
   const int64_t room = (bytes + 512 + 255) / 256 * 256;
   auto* block = static_cast<char*>(std::aligned_alloc(256, static_cast<size_t>(room)));
   std::memset(block, 0xFF, static_cast<size_t>(room));
   std::memcpy(block, &bytes, sizeof(bytes));
-  d.allocated += bytes;
+  tally(d.allocated, bytes);
   *p = block + 256;
   return 0;
 }
@@ -92,7 +99,7 @@ void release(int /*device*/, void* p) {
   char* block = static_cast<char*>(p) - 256;
   int64_t bytes = 0;
   std::memcpy(&bytes, block, sizeof(bytes));
-  host_device().allocated -= bytes;
+  tally(host_device().allocated, -bytes);
   std::free(block);
 }
 
@@ -339,6 +346,16 @@ int klt_decode(int /*device*/, const narrows_cuda_klt_args* a, void* workspace, 
 int copy(int device, void* to, const void* from, int64_t bytes, void* stream) {
   return move(device, to, from, bytes, stream);
 }
+int copy_rows(int device, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+              int64_t n, void* stream) {
+  return download_rows(device, to, to_ld, from, from_ld, bytes, n, stream);
+}
+
+template <class Args, auto function>
+int op(int /*device*/, const Args* a, void* /*stream*/) {
+  const int code = called();
+  return code != 0 ? code : function(*a);
+}
 
 /// Calls with their arguments.
 struct Graph {
@@ -375,7 +392,7 @@ int make_graph(int /*device*/, const Call* calls, int64_t n, void** graph) {
     made->calls.push_back(std::move(kept));
   }
   *graph = made.release();
-  ++host_device().n_graph;
+  tally(host_device().n_graph, 1);
   return 0;
 }
 
@@ -435,16 +452,47 @@ HostDevice& host_device() {
 }
 
 const Api& host_api() {
-  static const Api api = {kApiVersion,   error,      count,         info,       allocate,      release,
-                          make_stream,   end_stream, move,          move,       download_rows, move,
-                          fill,          wait,       prepare,       multiply,   unpack,        gemm,
-                          add,           head_norm,  store,         prompt,     f16_workspace, f16_decode,
-                          klt_workspace, klt_decode, klt_selection, make_graph, launch_graph,  end_graph};
+  static const Api api = {kApiVersion,
+                          error,
+                          count,
+                          info,
+                          allocate,
+                          release,
+                          make_stream,
+                          end_stream,
+                          move,
+                          move,
+                          download_rows,
+                          move,
+                          fill,
+                          wait,
+                          prepare,
+                          multiply,
+                          unpack,
+                          gemm,
+                          add,
+                          head_norm,
+                          store,
+                          prompt,
+                          f16_workspace,
+                          f16_decode,
+                          klt_workspace,
+                          klt_decode,
+                          klt_selection,
+                          make_graph,
+                          launch_graph,
+                          end_graph,
+                          copy_rows,
+                          op<MomentsArgs, host_moments>,
+                          op<SampleArgs, host_sample>,
+                          op<KltSharesArgs, host_klt_shares>,
+                          op<KltEncodeArgs, host_klt_encode>};
   return api;
 }
 
 WithHostDevice::WithHostDevice() {
   host_device() = HostDevice{};
+  mallopt(M_ARENA_MAX, 1);  // as on a card, all memory is near: pools of blocks number it from one place
   use_library(&host_api());
 }
 

@@ -9,6 +9,7 @@
 #include "calibrate/key_statistics.h"
 #include "device/host_device.h"
 #include "engine/session_impl.h"
+#include "engine/value_weight.h"
 #include "kv/basis_file.h"
 #include "narrows/session_file.h"
 #include "support/session.h"
@@ -88,6 +89,89 @@ TEST_F(KltOnDevice, EveryProfileGivesWhatTheCpuGives) {
     const auto exact = make_session(here.model, setup("f16"));
     const double to_cpu = mean_kl(y, x), of_klt = mean_kl(prompt_and_steps(*exact, 600, 140), y);
     EXPECT_LT(to_cpu, 0.05 * of_klt) << kv;
+  }
+}
+
+/// Layers of a prompt are encoded by threads of their own, one after the other or beside each other; so is a
+/// prompt on top of it, whose first tokens wait in the window.
+TEST_F(KltOnDevice, LayersBesideEachOtherGiveTheBitsOfOneAfterAnother) {
+  TinyModel m = small_model();
+  m.n_layer = 7;
+  const LoadedTiny there(m, on_device());
+  Rows rows[2];
+  for (const int n_threads : {1, 5}) {
+    SessionSetup with = setup();
+    with.n_threads = n_threads;
+    const auto s = make_session(there.model, with);
+    Rows& of = rows[n_threads == 1 ? 0 : 1];
+    of = prompt_and_steps(*s, 700, 20);
+    EXPECT_OK(s->prefill(random_tokens(333, 4)));
+    of.push_back(copy(s->logits()));
+    for (auto& row : decode_all(*s, random_tokens(3, 5))) of.push_back(std::move(row));
+    EXPECT_GT(s->cache_stats().bytes_pages, 0);
+  }
+  EXPECT_EQ(rows[0], rows[1]);
+}
+
+/// The second one's first tokens lie in the window, and are sent back.
+TEST_F(KltOnDevice, APromptOnTopOfAnotherGivesWhatTheCpuGives) {
+  const LoadedTiny here(small_model()), there(small_model(), on_device());
+  const auto a = make_session(there.model, setup()), b = make_session(here.model, setup());
+  Rows x, y;
+  for (const auto& [s, rows] : {std::pair{a.get(), &x}, std::pair{b.get(), &y}}) {
+    *rows = prompt_and_steps(*s, 600, 37);
+    for (const int64_t n : {300, 131}) {
+      EXPECT_OK(s->prefill(random_tokens(n, static_cast<uint32_t>(n))));
+      for (auto& row : decode_all(*s, random_tokens(5, 8))) rows->push_back(std::move(row));
+    }
+  }
+  EXPECT_EQ(a->n_past(), b->n_past());
+  EXPECT_LT(mean_kl(y, x), 2e-3);
+}
+
+/// Whoever asks between the pieces of a prompt waits for what they have left; who gives up leaves nothing
+/// behind.
+TEST_F(KltOnDevice, APromptMayBeLookedAtAndGivenUp) {
+  TinyModel m = small_model();
+  m.n_layer = 7;
+  const LoadedTiny there(m, on_device());
+  SessionSetup with = setup();
+  with.n_threads = 3;
+  const auto s = make_session(there.model, with), other = make_session(there.model, with);
+  const std::vector<Token> tokens = random_tokens(700);
+  for (int n_step = 1; n_step < 7; n_step += 2) {
+    int n = 0;
+    EXPECT_EQ(s->prefill(tokens, [&](double) { return n++ < n_step; }).code(), StatusCode::cancelled);
+    s->reset();
+    EXPECT_EQ(s->n_past(), 0);
+  }
+  ASSERT_OK(s->begin_prefill(tokens));
+  while (s->prefill_done() < 1) {
+    ASSERT_OK(s->prefill_step());
+    EXPECT_GE(s->cache_stats().bytes, 0);
+    EXPECT_GE(s->n_past(), 0);
+  }
+  ASSERT_OK(other->prefill(tokens));
+  EXPECT_EQ(copy(s->logits()), copy(other->logits()));
+  EXPECT_EQ(decode_all(*s, random_tokens(3)), decode_all(*other, random_tokens(3)));
+}
+
+/// The output's matrix as the device has it for a prompt, rounded to bf16.
+TEST_F(KltOnDevice, WhatErrorsOfValuesCostIsFoundThereOnce) {
+  const LoadedTiny there(wide_model(), on_device());
+  SessionSetup with = setup();
+  with.prompt.products = PrefillProducts::bf16;
+  TinyModel m = wide_model();
+  const int64_t n = tokens_for_klt(m.n_head_kv * m.head_dim);
+  const ModelParts& parts = parts_of(*there.model);
+  ASSERT_OK(make_session(there.model, with)->prefill(random_tokens(n)));
+  for (int64_t layer = 0; layer < parts.spec().n_layer(); ++layer) {
+    std::vector<double> found, wanted;
+    ASSERT_TRUE(parts.value_weights.get(layer, found));
+    ASSERT_OK(value_weight(*parts.weights, layer, wanted));
+    ASSERT_EQ(found.size(), wanted.size());
+    const double largest = *std::max_element(wanted.begin(), wanted.end());
+    for (size_t i = 0; i < found.size(); ++i) ASSERT_NEAR(found[i], wanted[i], 4e-3 * largest) << i;
   }
 }
 
@@ -245,6 +329,10 @@ TEST_F(KltOnDevice, AKeyThatHalfPrecisionCannotHoldIsNamed) {
   const Status prompt = s->prefill(random_tokens(10));
   EXPECT_EQ(prompt.code(), StatusCode::non_finite) << prompt.message();
   EXPECT_NE(prompt.message().find("layer 1"), std::string::npos) << prompt.message();
+  s->reset();
+  const Status longer = s->prefill(random_tokens(200));  // whose rows stay on the device
+  EXPECT_EQ(longer.code(), StatusCode::non_finite) << longer.message();
+  EXPECT_NE(longer.message().find("layer 1: token"), std::string::npos) << longer.message();
   s->reset();
   ASSERT_OK(s->decode(1));
   EXPECT_EQ(s->decode(2).code(), StatusCode::non_finite);

@@ -131,6 +131,10 @@ Status CudaExecutor::load_layer(const LayerPlan& layer) {
   return {};
 }
 
+const void* CudaExecutor::loaded_output() const {
+  return loaded_ != nullptr ? loaded_matrices_[weights_.layer(loaded_->index).project.size()] : nullptr;
+}
+
 Status CudaExecutor::run(const Run& run) {
   if (run.n > rows_ || (run.output != nullptr && run.n - run.from > kFewRows))
     return {StatusCode::internal, "more rows than room was made for"};

@@ -38,6 +38,7 @@ class CudaExecutor final : public Executor {
   Status run(const Run& run) override;
   void measure(bool on) override;
   const Times& times() const override { return times_; }
+  const void* loaded_output() const override;
   device::Stream* stream() override { return stream_.get(); }
 
  private:

@@ -110,6 +110,13 @@ int download_rows(int device, void* to, int64_t to_ld, const void* from, int64_t
                                          cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
   return e != 0 ? e : wait(device, stream);
 }
+int copy_rows(int device, void* to, int64_t to_ld, const void* from, int64_t from_ld, int64_t bytes,
+              int64_t n, void* stream) {
+  if (const int e = failed(cudaSetDevice(device)); e != 0) return e;
+  return failed(cudaMemcpy2DAsync(to, static_cast<size_t>(to_ld), from, static_cast<size_t>(from_ld),
+                                  static_cast<size_t>(bytes), static_cast<size_t>(n),
+                                  cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)));
+}
 int copy(int device, void* to, const void* from, int64_t bytes, void* stream) {
   return transfer(device, to, from, bytes, cudaMemcpyDeviceToDevice, stream);
 }
@@ -262,6 +269,11 @@ extern "C" __attribute__((visibility("default"))) const narrows::device::Api* na
                           klt_selection,
                           make_graph,
                           launch_graph,
-                          end_graph};
+                          end_graph,
+                          copy_rows,
+                          may<MomentsArgs, launch_moments>,
+                          op<SampleArgs, launch_sample>,
+                          may<KltSharesArgs, launch_klt_shares>,
+                          may<KltEncodeArgs, launch_klt_encode>};
   return &api;
 }

@@ -21,4 +21,10 @@ void launch_store(const device::StoreArgs& a, cudaStream_t stream);
 /// False: a head_dim that has no kernel.
 bool launch_prompt(const device::PromptArgs& a, cudaStream_t stream);
 
+// Of caches that encode on the device; false: sizes that have no kernel.
+bool launch_moments(const device::MomentsArgs& a, cudaStream_t stream);
+void launch_sample(const device::SampleArgs& a, cudaStream_t stream);
+bool launch_klt_shares(const device::KltSharesArgs& a, cudaStream_t stream);
+bool launch_klt_encode(const device::KltEncodeArgs& a, cudaStream_t stream);
+
 }  // namespace narrows::cuda

@@ -69,6 +69,17 @@ const f16_t* QuerySamples::at(int64_t pos) const {
   return row < rows_.size() ? rows_.data() + row : nullptr;
 }
 
+uint64_t pick_anchors(float* share, float least, int64_t most) {
+  uint64_t anchors = 0;
+  while (std::popcount(anchors) < most) {
+    const float* best = std::max_element(share, share + kPageTokens);
+    if (!(*best >= least)) break;
+    anchors |= uint64_t{1} << (best - share);
+    share[best - share] = 0;
+  }
+  return anchors;
+}
+
 uint64_t find_anchors(const AttentionShape& shape, const kernels::RopeTable& rope,
                       const QuerySamples& queries, const AnchorSearch& search, int64_t most) {
   const int64_t d = shape.head_dim, group = shape.group(), width = shape.width(), half = rope.n_rot() / 2;
@@ -115,15 +126,7 @@ uint64_t find_anchors(const AttentionShape& shape, const kernels::RopeTable& rop
     }
   }
 
-  uint64_t anchors = 0;
-  const float least = kAnchorShare * static_cast<float>(n_query * shape.n_head);
-  for (; std::popcount(anchors) < most;) {
-    const float* best = std::max_element(share, share + kPageTokens);
-    if (!(*best >= least)) break;
-    anchors |= uint64_t{1} << (best - share);
-    share[best - share] = 0;
-  }
-  return anchors;
+  return pick_anchors(share, kAnchorShare * static_cast<float>(n_query * shape.n_head), most);
 }
 
 }  // namespace narrows

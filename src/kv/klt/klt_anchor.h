@@ -37,6 +37,13 @@ class QuerySamples {
   void drop_from(int64_t pos);
   /// The query at pos, [n_head, head_dim]; null if it was not sampled.
   const kernels::f16_t* at(int64_t pos) const;
+  /// Rows from position `first` on in place of those held; the next query is that of `next`.
+  void replace(int64_t first, int64_t next, std::vector<kernels::f16_t> rows) {
+    first_ = first;
+    next_ = next;
+    rows_ = std::move(rows);
+  }
+  int64_t first() const { return first_; }
   void save(SnapshotWriter& out) const;
   /// Leaves the reader failed if the bytes are none; may throw std::bad_alloc.
   void load(SnapshotReader& in, int64_t n_ctx);
@@ -58,6 +65,10 @@ struct AnchorSearch {
   int64_t n_after = 0;          ///< at least 1 for anything to be found
   int64_t pos = 0;              ///< of the page's first token
 };
+
+/// Of shares [kPageTokens] of the attention, those that are `least` or more, the strongest first, `most` of
+/// them; they become 0.
+uint64_t pick_anchors(float* share, float least, int64_t most);
 
 /// Bit t: token t of the page is an anchor; at most `most` of them, the strongest. Probabilities are those of
 /// a softmax over the keys given.

@@ -7,6 +7,7 @@
 
 #include "kernels/half.h"
 #include "kernels/latent_page.h"
+#include "kernels/ops.h"
 
 namespace narrows {
 
@@ -28,6 +29,31 @@ constexpr double kDistortion[] = {1,        0.3634,  0.1188,   0.03744,  0.01154
                                   0.003495, 0.00104, 0.000304, 0.0000869};
 
 constexpr int kDistances = 256;
+
+/// c [m, n] = a [m, k] b [k, n], row-major. Products of what the decompositions give are made in float too.
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+              float* c, int64_t ldc) {
+  kernels::ops().gemm(m, n, k, a, lda, b, ldb, c, ldc, false);
+}
+
+/// Powers of a matrix whose eigenvectors are the columns of u, e its eigenvalues.
+struct Roots {
+  Singles half, inverse, whole;  ///< to 1/2, -1/2, 1
+
+  Roots(const Matrix& u, const Eigen::VectorXd& e) {
+    const int64_t n = u.rows();
+    const Singles turned = u.transpose().cast<float>();
+    const auto power = [&](const Eigen::VectorXd& of) {
+      const Singles scaled = (u * of.asDiagonal()).cast<float>();
+      Singles made(n, n);
+      multiply(n, n, n, scaled.data(), n, turned.data(), n, made.data(), n);
+      return made;
+    };
+    half = power(e.cwiseSqrt());
+    inverse = power(e.cwiseSqrt().cwiseInverse());
+    whole = power(e);
+  }
+};
 
 }  // namespace
 
@@ -53,6 +79,12 @@ void CentredMoments::add(const float* x, int64_t ld, int64_t n) {
     }
     moments_.add(shifted.data(), m);
   }
+}
+
+void CentredMoments::set_sums(const float* centre, int64_t n, const double* sum, const double* moments) {
+  centre_.assign(centre, centre + width_);
+  moments_ = KeyMoments(width_);
+  moments_.add_sums(n, sum, moments);
 }
 
 std::vector<double> CentredMoments::mean() const {
@@ -101,29 +133,21 @@ Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector
     largest = std::max(largest, solvers.back().eigenvalues().maxCoeff());
   }
   if (!(largest > 0)) largest = 1;
-  Matrix half = Matrix::Zero(width, width);
-  Matrix inverse = Matrix::Zero(width, width);
-  Matrix floored = Matrix::Zero(width, width);
-  for (int64_t b = 0; b < n_block; ++b) {
-    const Matrix& u = solvers[static_cast<size_t>(b)].eigenvectors();
-    const Eigen::VectorXd e = solvers[static_cast<size_t>(b)].eigenvalues().cwiseMax(largest * kLeastWeight);
-    const Eigen::VectorXd root = e.cwiseSqrt();
-    half.block(b * block, b * block, block, block) = u * root.asDiagonal() * u.transpose();
-    inverse.block(b * block, b * block, block, block) = u * root.cwiseInverse().asDiagonal() * u.transpose();
-    floored.block(b * block, b * block, block, block) = u * e.asDiagonal() * u.transpose();
-  }
-  Matrix weighted = Matrix::Zero(width, width);
+  std::vector<Roots> roots;
+  for (const auto& solver : solvers)
+    roots.emplace_back(solver.eigenvectors(), solver.eigenvalues().cwiseMax(largest * kLeastWeight));
+  Singles weighted(width, width);
   {
-    const Eigen::Map<const Matrix> c(covariance.data(), width, width);
-    for (int64_t i = 0; i < n_block; ++i) {
-      for (int64_t j = 0; j < n_block; ++j) {
-        weighted.block(i * block, j * block, block, block) = half.block(i * block, i * block, block, block) *
-                                                             c.block(i * block, j * block, block, block) *
-                                                             half.block(j * block, j * block, block, block);
-      }
-    }
+    const Singles c = Eigen::Map<const Matrix>(covariance.data(), width, width).cast<float>();
+    Singles left(width, width);
+    for (int64_t i = 0; i < n_block; ++i)
+      multiply(block, width, block, roots[static_cast<size_t>(i)].half.data(), block,
+               c.data() + i * block * width, width, left.data() + i * block * width, width);
+    for (int64_t j = 0; j < n_block; ++j)
+      multiply(width, block, block, left.data() + j * block, width, roots[static_cast<size_t>(j)].half.data(),
+               block, weighted.data() + j * block, width);
   }
-  const Eigen::SelfAdjointEigenSolver<Singles> solver(weighted.cast<float>());
+  const Eigen::SelfAdjointEigenSolver<Singles> solver(weighted);
   if (solver.info() != Eigen::Success)
     return Status{StatusCode::non_finite, "the eigenvectors of a covariance did not converge"};
 
@@ -137,22 +161,23 @@ Result<KltBasis> make_klt_basis(const CentredMoments& moments, const std::vector
   basis.decode.resize(static_cast<size_t>(width * width));
   basis.variance.resize(static_cast<size_t>(width));
   for (int64_t b = 0; b < n_block; ++b) {
+    const float* floored = roots[static_cast<size_t>(b)].whole.data();
     for (int64_t i = 0; i < block * block; ++i) {
       basis.weight[static_cast<size_t>(b * block * block + i)] =
-          static_cast<float>(floored(b * block + i / block, b * block + i % block) / (sd * sd));
+          static_cast<float>(double{floored[i]} / (sd * sd));
     }
   }
+  Singles vectors(width, width);  // a row a coordinate
   for (int64_t c = 0; c < width; ++c) {
     const int64_t from = width - 1 - c;  // Eigen sorts ascending
     basis.variance[static_cast<size_t>(c)] =
         static_cast<float>(std::max(0.0, double{solver.eigenvalues()[from]}) / (sd * sd));
-    for (int64_t b = 0; b < n_block; ++b) {
-      const Eigen::VectorXd row = inverse.block(b * block, b * block, block, block) *
-                                  solver.eigenvectors().col(from).segment(b * block, block).cast<double>();
-      for (int64_t i = 0; i < block; ++i)
-        basis.decode[static_cast<size_t>(c * width + b * block + i)] = static_cast<float>(sd * row[i]);
-    }
+    vectors.row(c) = solver.eigenvectors().col(from).transpose();
   }
+  for (int64_t b = 0; b < n_block; ++b)
+    multiply(width, block, block, vectors.data() + b * block, width,
+             roots[static_cast<size_t>(b)].inverse.data(), block, basis.decode.data() + b * block, width);
+  for (float& x : basis.decode) x = static_cast<float>(sd * double{x});
   return basis;
 }
 

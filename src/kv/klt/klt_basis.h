@@ -22,6 +22,9 @@ class CentredMoments {
   explicit CentredMoments(int64_t width) : moments_(width), width_(width) {}
   /// n rows of `width` finite numbers, ld between rows.
   void add(const float* x, int64_t ld, int64_t n);
+  /// n rows whose sums were made elsewhere, sum [width] and moments [width, width] about `centre` [width]; of
+  /// none other.
+  void set_sums(const float* centre, int64_t n, const double* sum, const double* moments);
   int64_t n_tokens() const { return moments_.n_tokens(); }
   int64_t width() const { return width_; }
   std::vector<double> mean() const;        ///< [width]

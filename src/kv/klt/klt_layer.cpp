@@ -58,6 +58,22 @@ void KltStatistics::add_queries(const KltStatistics& other) {
   n_queries_ += other.n_queries_;
 }
 
+void KltStatistics::add_query_sums(int64_t n, const double* sum, const double* moments) {
+  const int64_t d = shape_.head_dim;
+  for (size_t h = 0; h < query_.size(); ++h, sum += d, moments += d * d)
+    query_[h].add_sums(n * shape_.group(), sum, moments);
+  n_queries_ += n;
+}
+
+void KltStatistics::set_sums(bool of_values, int64_t n, const float* centre, const double* sum,
+                             const double* moments) {
+  const int64_t width = heads_ * shape_.head_dim;
+  std::vector<CentredMoments>& to = of_values ? value_ : key_;
+  to.clear();
+  for (int64_t p = 0; p < shape_.n_head_kv / heads_; ++p)
+    to.emplace_back(width).set_sums(centre + p * width, n, sum + p * width, moments + p * width * width);
+}
+
 void KltStatistics::save_queries(SnapshotWriter& out) const {
   out.number(n_queries_);
   for (const KeyMoments& m : query_) m.save(out);
@@ -201,11 +217,16 @@ Status KltLayer::make_codec(const Incoming& incoming) {
     statistics.add(k.data(), v.data(), n);
   }
   const int64_t skip = std::max<int64_t>(0, kKltBegin - n_held);
-  if (end > n_held + skip)
+  if (source_ != nullptr) {
+    if (Status s = source_->set_rows(skip, end - n_held - skip, statistics); !s.ok()) return s;
+  } else if (end > n_held + skip)
     statistics.add(incoming.k + skip * width, incoming.v + skip * width, end - n_held - skip, workers());
 
   std::vector<double> value_weight;
-  if (Status s = value_weight_(layer_, value_weight); !s.ok()) return s;
+  if (Status s =
+          source_ != nullptr ? source_->value_weight(value_weight) : value_weight_(layer_, value_weight);
+      !s.ok())
+    return s;
   const Result<KltLayerBasis> basis = statistics.basis(*distances_, value_weight, workers());
   if (!basis.ok()) return basis.status();
   return set_transforms(*basis);
@@ -305,19 +326,10 @@ class KltLayer::AnchorScan {
         incoming_(incoming),
         width_(layer.shape().width()),
         n_sink_(layer.n_sink()),
-        // In steps the newest tokens are not there yet when a page is made: all ways of growing see the same.
-        n_after_(std::clamp<int64_t>(layer.plan().n_recent - 1, 0, kPageTokens - 1)),
-        sinks_(static_cast<size_t>(n_sink_ * width_)),
+        n_after_(layer.n_judging()),
+        sinks_(layer.rotated_sinks(incoming)),
         keys_(static_cast<size_t>(2 * kPageTokens * width_)),
-        values_(static_cast<size_t>(kPageTokens * width_)) {
-    std::vector<float> v(sinks_.size());
-    const int64_t held = std::min(n_sink_, layer.n_tokens());
-    layer.sinks().read(0, std::min(held, layer.sinks().size()), sinks_.data(), v.data());
-    if (held < n_sink_) {
-      rotate_keys(layer.shape(), layer.rope(), held, n_sink_ - held, false, incoming.k,
-                  sinks_.data() + held * width_);
-    }
-  }
+        values_(static_cast<size_t>(kPageTokens * width_)) {}
 
   /// Anchors of the page that begins at `token`; pages come in order, without gaps.
   AnchorBits next(int64_t token, int64_t most) {
@@ -354,7 +366,20 @@ class KltLayer::AnchorScan {
   int64_t ahead_ = 0;          ///< rows of keys_ that are filled
 };
 
+std::vector<float> KltLayer::rotated_sinks(const Incoming& incoming) const {
+  const int64_t width = shape().width(), held = std::min(n_sink(), n_tokens());
+  std::vector<float> rotated(static_cast<size_t>(n_sink() * width));
+  std::vector<float> v(rotated.size());
+  sinks().read(0, std::min(held, sinks().size()), rotated.data(), v.data());
+  if (held < n_sink()) {
+    const Rows come = rows_of(incoming, 0, n_sink() - held);
+    rotate_keys(shape(), rope(), held, n_sink() - held, false, come.k, rotated.data() + held * width);
+  }
+  return rotated;
+}
+
 Status KltLayer::encode(int64_t first, int64_t last, const Incoming& incoming) {
+  if (source_ != nullptr) return encode_there(first, last, incoming);
   std::optional<AnchorScan> scan;
   if (options_.anchors > 0 && samples_.bytes() > 0) scan.emplace(*this, incoming);
   int64_t n_anchor = n_kept();

@@ -37,6 +37,12 @@ class KltStatistics {
   /// Of the queries alone: keys and values are seen only when the transforms are made.
   void save_queries(SnapshotWriter& out) const;
   void load_queries(SnapshotReader& in);
+  /// Sums of n queries of all heads that were made elsewhere: sum [n_head_kv, head_dim], moments [n_head_kv,
+  /// head_dim, head_dim], over a KV head's group.
+  void add_query_sums(int64_t n, const double* sum, const double* moments);
+  /// Of keys (or values) in place of add(), of all parts: centre, sum [parts, width], moments [parts, width,
+  /// width].
+  void set_sums(bool of_values, int64_t n, const float* centre, const double* sum, const double* moments);
   Result<KltLayerBasis> basis(const DistanceAverage& distances, const std::vector<double>& value_weight,
                               Workers* workers = nullptr) const;
 
@@ -76,6 +82,27 @@ int64_t klt_n_index(const KvProfile& profile, int64_t width);
 /// only contexts as short as the smallest budget are kept.
 int64_t klt_hot_tokens(const KvProfile& profile, int64_t n_in_pages, int64_t n_kv);
 
+/// Tokens of a prompt on a device that does of them there what a layer would do on the host. Errors: the
+/// device's.
+class KltRowSource : public RowSource {
+ public:
+  /// What queries have shown of weights, of the first kKltEnd tokens at least if there are as many.
+  virtual Status add_queries(KltStatistics& to) = 0;
+  /// Keys and values of new tokens [first, first + n).
+  virtual Status set_rows(int64_t first, int64_t n, KltStatistics& to) = 0;
+  virtual Status value_weight(std::vector<double>& weight) = 0;
+  /// Of n_page pages, the first of which begins at position pos: attention [n_page, kPageTokens] summed over
+  /// heads and the sampled queries among the n_after tokens after each page. sinks [n_sink, D], rotated.
+  virtual Status find_shares(int64_t pos, int64_t n_page, int64_t n_after, const std::vector<float>& sinks,
+                             std::vector<float>& share) = 0;
+  /// Writes pages from `first` on, by the layer's transforms, to where `page` says. The first that cannot be
+  /// stored, or -1.
+  virtual Result<int64_t> encode(int64_t first, const std::vector<AnchorBits>& anchors,
+                                 const std::function<std::byte*(int64_t page)>& page) = 0;
+  /// Every kQueryStride-th query from position pos on, a new one or one that was held.
+  virtual Status samples(int64_t pos, std::vector<kernels::f16_t>& rows) = 0;
+};
+
 class KltLayer final : public WindowedLayer {
  public:
   /// basis may be null; if given, it fits the shape. distances outlive the layer.
@@ -94,6 +121,12 @@ class KltLayer final : public WindowedLayer {
   int64_t query_stride() const override;
   /// True if observe_queries() looks at the query of the next step.
   bool wants_next_query() const { return !has_codec() || (options_.anchors > 0 && samples_.wants_next()); }
+
+  /// append() of n tokens of a source, with their queries, which nobody else observes; if it can be.
+  bool can_append_from() const;
+  Status append_from(KltRowSource& source, int64_t n);
+  /// Of observe_queries(): every kQueryStride-th.
+  const QuerySamples& samples() const { return samples_; }
 
   /// Phases: store the new token, attend to exact blocks, score; pool, candidates; select, two tasks a KV
   /// head; rebuild what the hot keys lack, attend, a slice of the pages a task; merge. Without a choice to
@@ -154,6 +187,13 @@ class KltLayer final : public WindowedLayer {
   int64_t n_queries_seen() const;
   /// Pages [first, last), whose anchors are set; the first that cannot be stored, or -1.
   int64_t encode_pages(int64_t first, int64_t last, const Incoming& incoming);
+  /// encode() of pages [first, last) on the source's device.
+  Status encode_there(int64_t first, int64_t last, const Incoming& incoming);
+  /// [n_sink, D], rotated.
+  std::vector<float> rotated_sinks(const Incoming& incoming) const;
+  /// Tokens after a page whose queries judge it: in steps the newest are not there yet when a page is made,
+  /// and all ways of growing see the same.
+  int64_t n_judging() const { return std::clamp<int64_t>(plan().n_recent - 1, 0, kPageTokens - 1); }
   void read_pages(int64_t first, int64_t n, float* k, float* v) const;
 
   /// Looks for anchors page by page; keys are rotated once each.
@@ -182,6 +222,7 @@ class KltLayer final : public WindowedLayer {
   bool from_file_ = false;                ///< then the transforms outlive clear()
   std::vector<QueryStatistics> queries_;  ///< in order; empty: none seen, or no longer needed
   QuerySamples samples_;
+  KltRowSource* source_ = nullptr;                     ///< during append_from()
   std::shared_ptr<const std::vector<KltPart>> parts_;  ///< never null
   std::vector<KltHotKeys> hot_keys_;                   ///< [n_head_kv]
 

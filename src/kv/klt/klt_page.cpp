@@ -114,10 +114,9 @@ int64_t KltPart::bytes() const {
 
 // --- writing
 
-KltEncoder::Forward::Forward(KltTransform of, int64_t ldz)
-    : transform(std::move(of)), project(static_cast<size_t>(transform.width * ldz), 0.0F) {
-  const KltTransform& t = transform;
+std::vector<float> make_project(const KltTransform& t, int64_t ldz) {
   // decode^T, then times the weight, block by block.
+  std::vector<float> project(static_cast<size_t>(t.width * ldz), 0.0F);
   std::vector<float> turned(project.size(), 0.0F);
   std::vector<float> row(static_cast<size_t>(t.width));
   for (int64_t c = 0; c < t.n_coord; ++c) {
@@ -131,7 +130,11 @@ KltEncoder::Forward::Forward(KltTransform of, int64_t ldz)
     ops().gemm(t.block, ldz, t.block, weight.data() + b * t.block, t.block, turned.data() + b * ldz, ldz,
                project.data() + b * ldz, ldz, false);
   }
+  return project;
 }
+
+KltEncoder::Forward::Forward(KltTransform of, int64_t ldz)
+    : transform(std::move(of)), project(make_project(transform, ldz)) {}
 
 KltEncoder::KltEncoder(const KltPart& part)
     : part_(part),

@@ -136,6 +136,10 @@ class KltPart {
   std::vector<float> full_step_, full_centre_;  ///< [n_index] of all bits
 };
 
+/// What a transform does to a centred row: z = (x - mean) project, [width, ldz], a column a coordinate; 0
+/// beyond n_coord.
+std::vector<float> make_project(const KltTransform& transform, int64_t ldz);
+
 /// Writes pages of a part. Holds what only writing needs, some times the size of the transforms: made for a
 /// run of pages, not kept.
 class KltEncoder {

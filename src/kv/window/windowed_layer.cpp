@@ -14,6 +14,22 @@ Status WindowedLayer::append(const float* k, const float* v, int64_t n) {
     retract(n_tokens());
     return s;
   }
+  return append_checked({k, v, n});
+}
+
+WindowedLayer::Rows WindowedLayer::rows_of(const Incoming& incoming, int64_t first, int64_t n) const {
+  const int64_t width = shape().width();
+  if (incoming.rows == nullptr) return {incoming.k + first * width, incoming.v + first * width};
+  Rows rows;
+  rows.own_k.resize(static_cast<size_t>(n * width));
+  rows.own_v.resize(rows.own_k.size());
+  if (n > 0) incoming.rows->read(first, n, rows.own_k.data(), rows.own_v.data());
+  rows.k = rows.own_k.data();
+  rows.v = rows.own_v.data();
+  return rows;
+}
+
+Status WindowedLayer::append_checked(const Incoming& incoming) {
   const bool had_codec = has_codec();
   const int64_t n_sink_before = sinks_.size();
   const int64_t n_window_before = window_.size();
@@ -21,9 +37,9 @@ Status WindowedLayer::append(const float* k, const float* v, int64_t n) {
   window_.expect_nothing();
   Status status;
   try {
-    status = append_unguarded({k, v, n});
+    status = append_unguarded(incoming);
   } catch (const std::bad_alloc&) {
-    status = no_memory_for_tokens(n_tokens() + n);
+    status = no_memory_for_tokens(n_tokens() + incoming.n);
   }
   if (!status.ok()) {
     sinks_.truncate(n_sink_before);  // gives reserved blocks back
@@ -60,12 +76,15 @@ Status WindowedLayer::append_unguarded(const Incoming& incoming) {
       !window_.reserve_blocks(n_block_leaving + ceil_div(n_window_after, kWindowBlock))) {
     return no_memory_for_tokens(n_after);
   }
+  const Rows to_sinks = rows_of(incoming, 0, n_to_sinks),
+             to_window = rows_of(incoming, window_begin - n_held, n_to_window);
+  if (incoming.rows != nullptr) {
+    if (Status s = incoming.rows->status(); !s.ok()) return s;
+  }
   window_.pop_blocks(n_block_leaving);
-  const int64_t width = shape().width();
-  sinks_.push(n_held, incoming.k, incoming.v, n_to_sinks);
+  sinks_.push(n_held, to_sinks.k, to_sinks.v, n_to_sinks);
   commit_pages(target, kept);
-  const int64_t skip = (window_begin - n_held) * width;
-  window_.push(window_begin, incoming.k + skip, incoming.v + skip, n_to_window);
+  window_.push(window_begin, to_window.k, to_window.v, n_to_window);
   return {};
 }
 
@@ -278,15 +297,14 @@ void WindowedLayer::gather(int64_t first, int64_t n, const Incoming& incoming, K
     window_.read(first - n_in_pages_, n_held, k, v);
     if (form == KeyForm::plain) rotate_keys(shape(), rope(), pos, n_held, /*inverse=*/true, k, k);
   }
-  const int64_t skip = (pos + n_held - n_tokens()) * width;  // within the incoming tokens
   const int64_t n_new = n - n_held;
   if (n_new == 0) return;
-  const float* new_k = incoming.k + skip;
-  std::copy(incoming.v + skip, incoming.v + skip + n_new * width, v + n_held * width);
+  const Rows come = rows_of(incoming, pos + n_held - n_tokens(), n_new);
+  std::copy(come.v, come.v + n_new * width, v + n_held * width);
   if (form == KeyForm::plain) {
-    std::copy(new_k, new_k + n_new * width, k + n_held * width);
+    std::copy(come.k, come.k + n_new * width, k + n_held * width);
   } else {
-    rotate_keys(shape(), rope(), pos + n_held, n_new, /*inverse=*/false, new_k, k + n_held * width);
+    rotate_keys(shape(), rope(), pos + n_held, n_new, /*inverse=*/false, come.k, k + n_held * width);
   }
 }
 

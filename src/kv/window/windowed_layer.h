@@ -13,6 +13,16 @@
 
 namespace narrows {
 
+/// Tokens that are to be added and lie elsewhere than in the host's memory.
+class RowSource {
+ public:
+  virtual ~RowSource() = default;
+  /// Keys before RoPE and values of new tokens [first, first + n), [n, D] each; zeros once status() is an
+  /// error.
+  virtual void read(int64_t first, int64_t n, float* k, float* v) = 0;
+  virtual Status status() const = 0;
+};
+
 class WindowedLayer : public KvLayer {
  public:
   Status append(const float* k, const float* v, int64_t n) final;
@@ -68,7 +78,18 @@ class WindowedLayer : public KvLayer {
     const float* k = nullptr;
     const float* v = nullptr;
     int64_t n = 0;
+    RowSource* rows = nullptr;  ///< not null: k and v are null, and the tokens are its
   };
+  /// Some of them: where they lie, or what was read.
+  struct Rows {
+    const float* k = nullptr;
+    const float* v = nullptr;
+    std::vector<float> own_k = {}, own_v = {};
+  };
+  /// [first, first + n) of what comes in.
+  Rows rows_of(const Incoming& incoming, int64_t first, int64_t n) const;
+  /// append() of n tokens of a source that has checked them. Its errors are passed on.
+  Status append_rows(RowSource& rows, int64_t n) { return append_checked({nullptr, nullptr, n, &rows}); }
 
   /// Before tokens are encoded: may make what the codec needs out of the tokens held and incoming.
   virtual Status make_codec(const Incoming& /*incoming*/) { return {}; }
@@ -121,6 +142,7 @@ class WindowedLayer : public KvLayer {
     std::vector<float> k, v;
   };
 
+  Status append_checked(const Incoming& incoming);
   Status append_unguarded(const Incoming& incoming);
   Status encode_up_to(int64_t target, const Incoming& incoming, Kept& kept);
   /// Makes pages up to `target` and the kept tokens count. Cannot fail: their room is reserved.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kv/klt/cuda/klt_rows.h"
 #include "kv/step/stages.h"
 
 namespace narrows {
@@ -58,6 +59,29 @@ Status CudaKltLayer::append(const float* k, const float* v, int64_t n) {
   if (on_->bad_token() >= 0) return non_finite_token(on_->bad_token());
   host_->use_workers(workers());
   return after(host_->append(k, v, n));
+}
+
+Status CudaKltLayer::append_from(KltRows& rows, Workers& lent) {
+  rows.codec = codec_;
+  rows.page_pool = page_pool_;
+  rows.use_workers(&lent);
+  // Those of the session may be at work for another layer.
+  Workers* const own = workers();
+  use_workers(&lent);
+  host_->use_workers(&lent);
+  const Status status = host_->append_from(rows, rows.n_new());
+  host_has_all();
+  trim();
+  if (status.ok()) {
+    codec_ = rows.codec;
+    // Pages of before that the device has not been sent: send() sees to all of them.
+    if (std::ssize(pages_) + std::ssize(rows.pages) == host_->n_page())
+      pages_.insert(pages_.end(), rows.pages.begin(), rows.pages.end());
+    static_cast<void>(send(rows.stream()));  // begin_step() tries again
+  }
+  use_workers(own);
+  host_->use_workers(own);
+  return status;
 }
 
 Status CudaKltLayer::seal(int64_t* changed_from) {
@@ -180,16 +204,19 @@ void CudaKltLayer::trim() {
 Status CudaKltLayer::send() {
   trim();
   Result<device::Stream*> stream = on_->stream();
-  if (!stream.ok()) return stream.status();
+  return stream.ok() ? send(**stream) : stream.status();
+}
+
+Status CudaKltLayer::send(device::Stream& stream) {
   if (!host_->parts().empty() && codec_ == nullptr) {
     Result<std::shared_ptr<const KltCodec>> made =
-        KltCodec::make(host_->shared_parts(), page_bytes_, on_->card().device(), **stream);
+        KltCodec::make(host_->shared_parts(), page_bytes_, on_->card().device(), stream);
     if (!made.ok()) return made.status();
     codec_ = std::move(*made);
   }
-  if (Status s = send_pages(**stream); !s.ok()) return s;
-  if (Status s = send_exact(host_->sinks(), sinks_, **stream); !s.ok()) return s;
-  return send_exact(host_->window(), window_, **stream);
+  if (Status s = send_pages(stream); !s.ok()) return s;
+  if (Status s = send_exact(host_->sinks(), sinks_, stream); !s.ok()) return s;
+  return send_exact(host_->window(), window_, stream);
 }
 
 Status CudaKltLayer::send_pages(device::Stream& stream) {

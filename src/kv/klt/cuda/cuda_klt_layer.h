@@ -14,6 +14,8 @@
 
 namespace narrows {
 
+class KltRows;  // kv/klt/cuda/klt_rows.h
+
 /// What a step's kernels are told of one layer of one sequence; device pointers unless said.
 struct KltStepView {
   int64_t index = 0;                 ///< of the new token, counted over exact blocks
@@ -39,6 +41,9 @@ class CudaKltLayer final : public KvLayer {
   static bool can_be_on_device(const KvProfile& profile, const AttentionShape& shape, int64_t n_rot);
 
   Status append(const float* k, const float* v, int64_t n) override;
+  /// append() of a prompt's rows that the device has; with host().can_append_from(). May be called for
+  /// several layers of a cache at once.
+  Status append_from(KltRows& rows, Workers& lent);
   Status make_room(bool may_convert) override;
   void store_step(const float* /*k*/, const float* /*v*/) override {}
   void count_step() override;
@@ -91,6 +96,7 @@ class CudaKltLayer final : public KvLayer {
   void trim();
   void forget();
   Status send();
+  Status send(device::Stream& stream);
   Status send_pages(device::Stream& stream);
   Status send_exact(const ExactStore& store, Blocks& to, device::Stream& stream);
   Status fetch_exact(bool of_window, device::Stream& stream) const;

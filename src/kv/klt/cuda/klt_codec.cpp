@@ -65,8 +65,30 @@ void turn_index(const KltPart& part, const uint8_t* from, const narrows_cuda_pla
   }
 }
 
-void copy_rows(const uint8_t* from, int64_t bytes, int64_t stride, uint8_t* to) {
-  for (int64_t t = 0; t < kPageTokens; ++t) std::copy_n(from + t * bytes, bytes, to + t * stride);
+/// The other way round.
+void turn_index_back(const KltPart& part, const uint8_t* rows, const narrows_cuda_planes& planes,
+                     uint8_t* to) {
+  static const std::array<int, kPageTokens> kTokenOfSlot = make_token_of_slot();
+  for (int64_t o = 0; o < part.layout().n_index / kOctet; ++o) {
+    const int bits = part.key().octet_bits[static_cast<size_t>(o)];
+    for (int j = 0; j < bits; ++j) {
+      for (int64_t eight = 0; eight < kPageTokens / 8; ++eight) {
+        uint64_t x = 0;
+        for (int64_t k = 0; k < 8; ++k)
+          x |= static_cast<uint64_t>(rows[kTokenOfSlot[static_cast<size_t>(8 * eight + k)] * planes.stride +
+                                          planes.offset[j] + o])
+               << 8 * k;
+        x = turn_bits(x);
+        for (int64_t c = 0; c < kOctet; ++c, x >>= 8)
+          to[(c * bits + j) * (kPageTokens / 8) + eight] = static_cast<uint8_t>(x);
+      }
+    }
+    to += static_cast<int64_t>(bits) * kOctet * (kPageTokens / 8);
+  }
+}
+
+void copy_rows(const uint8_t* from, int64_t from_stride, int64_t bytes, uint8_t* to, int64_t to_stride) {
+  for (int64_t t = 0; t < kPageTokens; ++t) std::copy_n(from + t * from_stride, bytes, to + t * to_stride);
 }
 
 }  // namespace
@@ -164,9 +186,51 @@ void KltCodec::convert(const std::byte* page, std::byte* to) const {
     std::copy_n(from.key_scales(page), layout.n_key, bytes + part.key_scale_at);
     std::copy_n(from.value_scales(page), layout.n_value, bytes + part.value_scale_at);
     turn_index(from, from.index(page), part.index, bytes + part.index.at);
-    copy_rows(from.rest_row(page, 0), layout.rest.bytes, part.rest.stride, bytes + part.rest.at);
-    copy_rows(from.value_row(page, 0), layout.value.bytes, part.value.stride, bytes + part.value.at);
+    copy_rows(from.rest_row(page, 0), layout.rest.bytes, layout.rest.bytes, bytes + part.rest.at,
+              part.rest.stride);
+    copy_rows(from.value_row(page, 0), layout.value.bytes, layout.value.bytes, bytes + part.value.at,
+              part.value.stride);
   }
+}
+
+void KltCodec::restore(const std::byte* page, std::byte* to) const {
+  std::memcpy(to, page, sizeof(AnchorBits));
+  const auto* bytes = reinterpret_cast<const uint8_t*>(page);
+  auto* out = reinterpret_cast<uint8_t*>(to);
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    const KltPart& part = (*of_)[i];
+    const narrows_cuda_klt_part& from = parts_[i];
+    const KltLayout& layout = part.layout();
+    std::copy_n(bytes + from.key_scale_at, layout.n_key, out + layout.scale_offset());
+    std::copy_n(bytes + from.value_scale_at, layout.n_value, out + layout.scale_offset() + layout.n_key);
+    turn_index_back(part, bytes + from.index.at, from.index, out + layout.index_offset());
+    copy_rows(bytes + from.rest.at, from.rest.stride, layout.rest.bytes, out + layout.rest_offset(),
+              layout.rest.bytes);
+    copy_rows(bytes + from.value.at, from.value.stride, layout.value.bytes, out + layout.value_offset(),
+              layout.value.bytes);
+  }
+}
+
+Status KltForward::set(const KltCodec& codec, const std::shared_ptr<device::Device>& device,
+                       device::Stream& stream) {
+  constexpr int64_t kOctets = 32;  // of the widest part
+  const auto n = std::ssize(*codec.of());
+  const int64_t width = codec.of()->front().width();
+  bits_at_ = 2 * n * width * width * int64_t{sizeof(float)};
+  const int64_t all = bits_at_ + 2 * n * kOctets;
+  if (Status s = device->grow(there_, all, "what encodes a prompt"); !s.ok()) return s;
+  std::vector<uint8_t> bits(static_cast<size_t>(2 * n * kOctets), 0);
+  char* to = there_.data<char>();
+  for (int64_t i = 0; i < 2 * n; ++i, to += width * width * int64_t{sizeof(float)}) {
+    const KltPart& part = (*codec.of())[static_cast<size_t>(i / 2)];
+    const KltTransform of = i % 2 == 0 ? part.key_transform() : part.value();
+    std::copy_n(of.octet_bits.begin(), of.n_coord / kOctet, bits.begin() + i * kOctets);
+    const std::vector<float> project = make_project(of, width);
+    stream.upload(to, project.data(), std::ssize(project) * int64_t{sizeof(float)});
+  }
+  stream.upload(to, bits.data(), std::ssize(bits));
+  stream.wait();
+  return stream.take_error();
 }
 
 }  // namespace narrows

@@ -32,6 +32,8 @@ class KltCodec {
 
   /// Page of the CPU's -> [page_bytes]; writes all bytes. Thread-safe.
   void convert(const std::byte* page, std::byte* to) const;
+  /// And back: all bytes of the CPU's page. Thread-safe.
+  void restore(const std::byte* page, std::byte* to) const;
 
  private:
   KltCodec(Parts parts, int64_t page_bytes) : of_(std::move(parts)), page_bytes_(page_bytes) {}
@@ -42,6 +44,20 @@ class KltCodec {
   int64_t page_bytes_;
   std::vector<narrows_cuda_klt_part> parts_;
   device::Buffer there_;  ///< parts_, then the transforms
+};
+
+/// What only writing pages there needs: some times the transforms, made for a prompt and not kept.
+class KltForward {
+ public:
+  /// Of these transforms, in place of others. out_of_memory, internal.
+  Status set(const KltCodec& codec, const std::shared_ptr<device::Device>& device, device::Stream& stream);
+  /// As device::KltEncodeArgs has them.
+  const float* project() const { return there_.data<const float>(); }
+  const uint8_t* bits() const { return there_.data<const uint8_t>() + bits_at_; }
+
+ private:
+  device::Buffer there_;
+  int64_t bits_at_ = 0;
 };
 
 }  // namespace narrows
