@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the order is the point; ninja uses the cores
-.PHONY: help deps build cuda program install model model-qwen demo test asan tsan clients arm64 lint clean
+.PHONY: help deps build cuda program install model model-qwen demo test asan tsan clients llama-suite arm64 lint clean
 
 smollm2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 qwen := models/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
@@ -82,6 +82,9 @@ endif
 
 clients: program model model-qwen ## a session with each of nine Python clients (openai, anthropic, ollama, litellm, ...)
 	@tools/client_tests.sh build/narrows $(smollm2)
+
+llama-suite: program model model-qwen ## llama.cpp's own server tests against `narrows serve` (docs/llama_suite.md)
+	@tools/llama_suite.sh build/narrows $(smollm2)
 
 arm64: deps ## src/kernels and its tests for 64-bit ARM, cross-compiled, under qemu-user
 	@tools/arm64_kernels.sh

@@ -48,6 +48,7 @@ struct ModelInfo {           ///< what the file says of the model; sizes in GGUF
   int64_t n_vocab = 0;
   int64_t n_ctx_train = 0;   ///< context the model was made for
   int64_t weight_bytes = 0;  ///< tensor data in the file
+  std::string pooling;       ///< "none", "mean", "cls", "last", "rank": of embeddings; "": it does not say
   RopeOverrides rope;        ///< that it was loaded with
   std::string device;        ///< the GPU that holds the weights, "cuda:0 (NVIDIA H100)"; empty: the CPU
   /// What about the file makes results worse than they should be, or is left out of it, in sentences.
@@ -141,6 +142,15 @@ struct CacheStats {
 /// Called now and then during prefill with the share done in [0, 1]; return false to cancel.
 using ProgressFn = std::function<bool(double done)>;
 
+/// What is wanted of a prompt's tokens beside the logits after the last one; either may be empty. `index`:
+/// the token's place in the prompt.
+struct PromptRows {
+  /// Hidden states behind the model's last norm, [n_embd]; in order, one at a time.
+  std::function<void(int64_t index, std::span<const float> hidden)> hidden;
+  /// Logits after the token, [n_vocab]; in any order, on several threads at once.
+  std::function<void(int64_t index, std::span<const float> logits)> logits;
+};
+
 class Session {
  public:
   /// invalid_argument: n_ctx or threads out of range; invalid_file: the basis; out_of_memory: the cache at
@@ -158,8 +168,9 @@ class Session {
 
   /// prefill() in pieces of some tens of milliseconds, between which other sessions may work: prefill_step()
   /// until prefill_done() is 1. The tokens are copied. Errors as prefill(); begin_prefill() refuses, and
-  /// leaves the session untouched; after an error of a step, or to give up, reset() or go_back().
-  Status begin_prefill(std::span<const Token> tokens);
+  /// leaves the session untouched; after an error of a step, or to give up, reset() or go_back(). rows:
+  /// called within prefill_step(); unsupported where the model is on a GPU.
+  Status begin_prefill(std::span<const Token> tokens, PromptRows rows = {});
   Status prefill_step();
   double prefill_done() const;  ///< share of the prompt that has been begun, in [0, 1]
 

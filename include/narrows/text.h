@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -71,6 +72,9 @@ class Tokenizer {
 
   /// True for every end-of-generation token (EOS, EOT, <|im_end|>, ...).
   bool is_end(Token token) const;
+  /// The end token that the file wants behind whole texts, where they are to be embedded; encode() writes
+  /// none.
+  std::optional<Token> end_behind_texts() const;
   int64_t n_vocab() const;
   /// Bytes of text that one token covers at most; 0 if there is no bound (vocabularies that drop characters).
   int64_t max_token_bytes() const;

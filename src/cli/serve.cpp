@@ -33,7 +33,7 @@ constexpr int64_t kMegabyte = 1'000'000;
 constexpr std::chrono::seconds kPatience{10};
 
 constexpr const char* kFooter =
-    R"(Serves /v1/chat/completions (with tools), /v1/completions, /v1/models, /health, /metrics, /props, /tokenize, /detokenize,
+    R"(Serves /v1/chat/completions (with tools), /v1/completions, /v1/embeddings, /v1/models, /health, /metrics, /props, /tokenize, /detokenize,
 /apply-template, /slots, and a chat page at /. docs/server_api.md has the fields. One line of JSON a request goes to standard error.
 SIGTERM or Ctrl-C ends it: requests at work have 10 seconds to finish, new ones are refused. A second one ends it at once,
 as one while the model is loaded does.
@@ -55,6 +55,7 @@ struct ServeFlags {
   std::string api_key_file;
   std::string alias;
   std::optional<int64_t> n_predict;
+  std::string pooling;
   std::optional<int64_t> cache_mb;
   std::optional<int64_t> prefix_mb;
   int64_t body_mb = 64;
@@ -180,6 +181,8 @@ Outcome serve(const ServeFlags& flags) {
   http.model_name =
       flags.alias.empty() ? std::filesystem::path(flags.model.path).stem().string() : flags.alias;
   http.defaults.sampling = flags.sampler.resolve();
+  if (!flags.pooling.empty())
+    http.pooling = flags.pooling == "mean" ? server::Pooling::mean : server::Pooling::last;
   http.defaults.has_seed = flags.sampler.seed.has_value();
   if (flags.n_predict && *flags.n_predict >= 0) http.defaults.max_tokens = flags.n_predict;
   if (const auto good = Sampler::create(http.defaults.sampling); !good.ok()) return good.status();
@@ -260,6 +263,12 @@ Command make_serve_command(CLI::App& app) {
           "most tokens of an answer whose request does not say; -1: until the context is full (default)")
       ->type_name("N")
       ->check(whole_number(-1, 1'000'000'000));
+  command
+      ->add_option("--pooling", flags->pooling,
+                   "how embeddings are made of a text's hidden states: mean, or last (of its last token) "
+                   "(default: as the file says, else mean)")
+      ->type_name("WHICH")
+      ->check(CLI::IsMember({"mean", "last"}));
   flags->sampler.add_to(*command);
   command
       ->add_option("--cache-mb", flags->cache_mb,

@@ -1,6 +1,7 @@
 // Model::load: file -> spec -> weights -> plan, and the tokenizer of the same file.
 #include <fmt/format.h>
 
+#include <array>
 #include <mutex>
 
 #include "base/checksum.h"
@@ -69,6 +70,17 @@ Status place(const std::string& asked, ModelParts& parts, std::string& name) {
   return {};
 }
 
+/// How the file wants its hidden states pooled, by llama.cpp's numbers; "" if it does not say.
+Result<std::string> pooling_of(const GgufFile& file, const std::string& architecture) {
+  const Result<std::optional<int64_t>> type = file.integer(architecture + ".pooling_type");
+  if (!type.ok()) return type.status();
+  constexpr std::array kNames = {"none", "mean", "cls", "last", "rank"};
+  const int64_t n = type->value_or(-1);
+  if (n < 0) return std::string();
+  return n < static_cast<int64_t>(kNames.size()) ? std::string(kNames[static_cast<size_t>(n)])
+                                                 : std::to_string(n);
+}
+
 }  // namespace
 
 Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const LoadOptions& options) {
@@ -84,6 +96,9 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   if (Status s = override_rope(options.rope, *spec); !s.ok()) return s;
   Result<std::string> fingerprint = file->fingerprint();
   if (!fingerprint.ok()) return fingerprint.status();
+
+  const Result<std::string> pooling = pooling_of(*file, spec->architecture);
+  if (!pooling.ok()) return pooling.status();
 
   auto model = std::make_unique<Impl>();
   model->path = file->path();
@@ -109,6 +124,7 @@ Result<std::shared_ptr<const Model>> Model::load(const std::string& path, const 
   info.head_dim = attention.head_dim;
   info.n_vocab = spec->n_vocab;
   info.n_ctx_train = spec->n_ctx_train;
+  info.pooling = *pooling;
   for (const TensorEntry& t : file->tensors()) info.weight_bytes += t.bytes;
 
   Result<std::unique_ptr<ModelWeights>> weights = ModelWeights::load(std::move(*file), *spec, options);

@@ -57,8 +57,8 @@ struct ModelParts {
   const Plan plan;
   std::unique_ptr<CudaWeights> on_device;  ///< null: the CPU computes
   DeviceStores stores;                     ///< of caches there; none: caches are the host's
-  mutable ValueWeights value_weights;      ///< of klt caches that make their transforms; has a lock of its own
-  mutable ExecutorPool executors;          ///< has a lock of its own
+  mutable ValueWeights value_weights;  ///< of klt caches that make their transforms; has a lock of its own
+  mutable ExecutorPool executors;      ///< has a lock of its own
 
   const ModelSpec& spec() const { return weights->spec(); }
 };

@@ -26,7 +26,7 @@ std::shared_ptr<KltPrompt> Session::Impl::encodes_there(int64_t n_new) {
     if (s.ok()) parts.value_weights.put(layer, weight);
     return s;
   };
-  auto made = KltPrompt::create(parts.klt, n_threads, layer_of, parts.value_weights, weigh);
+  auto made = KltPrompt::create(parts.stores.klt, n_threads, layer_of, parts.value_weights, weigh);
   return made.ok() ? std::move(*made) : nullptr;
 }
 
@@ -73,6 +73,16 @@ PrefillHooks Session::Impl::hooks_for(std::span<Session* const> list, int64_t n_
       return alike ? stride : int64_t{1};
     };
     if (sessions.size() == 1) hooks.klt = encodes_there(n_new);
+  }
+  if (prompt_rows.hidden) {
+    hooks.hidden = [this](int64_t index, std::span<const float> row) {
+      prompt_rows.hidden(stripe_begin + index, row);
+    };
+  }
+  if (prompt_rows.logits) {
+    hooks.logits = [this](int64_t index, std::span<const float> row) {
+      prompt_rows.logits(stripe_begin + index, row);
+    };
   }
   if (!in_segments(n_past)) return hooks;
   const int64_t last = goes_on ? n_past + n_new - kSegmentTokens : segment_end(options.kv, n_past + n_new);

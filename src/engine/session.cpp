@@ -212,10 +212,10 @@ Status Session::Impl::begin_stripe(Session* self) {
   return prefill->begin(tokens, past, hooks_for({&self, 1}, n, stripe_end < n_all), own_logits.data());
 }
 
-Status Session::begin_prefill(std::span<const Token> tokens) {
+Status Session::begin_prefill(std::span<const Token> tokens, PromptRows rows) {
   Impl& m = *impl_;
   const bool was_reading = m.prefill != nullptr;
-  Status status = guarded("the prompt", [&] { return m.begin_prefill(this, tokens); });
+  Status status = guarded("the prompt", [&] { return m.begin_prefill(this, tokens, std::move(rows)); });
   if (!status.ok() && !was_reading) {
     m.stop_reading();
     m.spare.reset();
@@ -224,10 +224,14 @@ Status Session::begin_prefill(std::span<const Token> tokens) {
   return status;
 }
 
-Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens) {
+Status Session::Impl::begin_prefill(Session* self, std::span<const Token> tokens, PromptRows rows) {
   Impl& m = *this;
   if (tokens.empty()) return {StatusCode::invalid_argument, "the prompt is empty, give at least one token"};
   if (Status s = m.check_usable(); !s.ok()) return s;
+  if ((rows.hidden || rows.logits) && !model->info().device.empty())
+    return {StatusCode::unsupported,
+            "embeddings and the log probabilities of a prompt are not computed on a GPU; take --device cpu"};
+  m.prompt_rows = std::move(rows);
   if (Status s = m.claim_prompt(static_cast<int64_t>(tokens.size())); !s.ok()) return s;
   m.prefill_tokens.assign(tokens.begin(), tokens.end());
   m.stripe_begin = 0;
@@ -400,6 +404,7 @@ Status Session::Impl::run_step() {
 
 void Session::Impl::stop_reading() {
   prefill.reset();
+  prompt_rows = {};
   give_executor_back();
   prompt_claim.resize(0);
 }

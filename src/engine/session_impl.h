@@ -70,7 +70,7 @@ class Session::Impl {
   /// that fails here is as it was.
   Status begin_step(Token token, float* embedding, Executor& by);
   Status prepare_step(Token token, float* embedding);
-  Status begin_prefill(Session* self, std::span<const Token> tokens);
+  Status begin_prefill(Session* self, std::span<const Token> tokens, PromptRows rows);
   void measure_steps(bool on) {
     measures = on;
     step_times = {};
@@ -102,6 +102,7 @@ class Session::Impl {
   Executor::Times step_times{};
   std::unique_ptr<Prefill> prefill;  ///< while one is on its way; after `executor`, which it uses to the last
   std::vector<Token> prefill_tokens;
+  PromptRows prompt_rows;    ///< of the running prompt
   int64_t stripe_begin = 0;  ///< of the running prompt's tokens, those before the running stripe
   int64_t stripe_end = 0;
   int64_t stripe_past = 0;         ///< tokens that all layers held before the running stripe, or prompt

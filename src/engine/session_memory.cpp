@@ -119,7 +119,8 @@ Status Session::Impl::claim_prompt(int64_t n_new) {
   const int64_t at_once =
       in_segments(n_past) ? std::min(n_new, options.kv.n_sink + kStripeTokens / 2 * 3) : n_new;
   const int64_t work = Prefill::bytes_needed(parts_of(*model).spec(), parts_of(*model).plan, at_once,
-                                             n_past + n_new - at_once, n_threads, options.prompt);
+                                             n_past + n_new - at_once, n_threads, options.prompt) +
+                       (prompt_rows.logits ? Prefill::row_bytes(parts_of(*model).spec()) : 0);
   const int64_t have = MemoryLedger::process().free_bytes(), had = n_claimed;
   if (claim_cache(n_past + n_new)) {
     if (prompt_claim.resize(work)) return {};

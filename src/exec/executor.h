@@ -75,7 +75,7 @@ inline constexpr size_t kRunStages = 9;
 constexpr bool is_product(RunStage s) { return s < RunStage::score || s > RunStage::attend; }
 
 struct Run {
-  std::span<const LayerPlan> layers;
+  std::span<const LayerPlan> layers;  ///< none, on the CPU: the output of rows that have been through all
   float* x = nullptr;  ///< [n, n_embd] residual stream, updated (after all of the model's layers maybe not)
   int64_t n = 0;
   /// Rows before it end with the mix stage of the last layer: only their keys and values are wanted.

@@ -10,7 +10,6 @@
 #include <cstring>
 #include <optional>
 
-#include "base/aligned.h"
 #include "base/guarded.h"
 #include "base/part.h"
 #include "exec/cpu/cpu_executor.h"
@@ -37,6 +36,9 @@ AttentionSizes sizes_of(const AttentionSpec& a) { return {a.n_head, a.n_head_kv,
 bool long_enough(PrefillProducts how, int64_t n) {
   return how == PrefillProducts::bf16 || (how != PrefillProducts::int8 && n >= kBf16Rows);
 }
+
+/// Rows whose logits are computed in one pass over the weights, where those of all tokens are wanted.
+constexpr int64_t kRowsAtOnce = 16;
 
 /// What a thread of a recurrent layer works in.
 int64_t recurrent_floats(const Plan& plan) {
@@ -218,9 +220,10 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
   LayerBuffers& b = *buffers_;
   const LayerPlan& layer = plan_.layers[static_cast<size_t>(b.layer)];
   const AttentionSpec& a = layer.mix.attention;
-  // Of the last layer only the last row is wanted, and keys and values.
-  const bool last_layer = &layer == &plan_.layers.back(), gives_logits = last_layer && first + n == b.n;
-  const int64_t from = gives_logits ? n - 1 : last_layer ? n : 0;
+  // Of the last layer only the last row is wanted, and keys and values; but where all rows are asked for.
+  const bool last_layer = &layer == &plan_.layers.back(), all_rows = last_layer && wants_rows();
+  const bool gives_logits = last_layer && !all_rows && first + n == b.n;
+  const int64_t from = all_rows ? 0 : gives_logits ? n - 1 : last_layer ? n : 0;
   Run run;
   run.layers = {&layer, 1};
   run.n = n;
@@ -235,8 +238,9 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
   if (is_recurrent()) {
     RecurrentMixer mixer(hooks_, b.recurrent.data());
     run.mixer = &mixer;
-    const Status begun = hooks_.begin_rows(b.layer, n);
-    return begun.ok() ? executor_.run(run) : begun;
+    Status status = hooks_.begin_rows(b.layer, n);
+    if (status.ok()) status = executor_.run(run);
+    return status.ok() && all_rows ? give_rows(first, n) : status;
   }
   ChunkMixer mixer(b, ropes_[static_cast<size_t>(a.rope)], first, n, from);
   run.mixer = &mixer;
@@ -249,7 +253,44 @@ Status Prefill::run_chunk(int64_t first, int64_t n) {
     status = not_finite(b.layer, bad < 0 ? bad : b.n_past + bad, options_.attention);
   }
   if (status.ok() && hooks_.queries) hooks_.queries(b.layer, b.q_raw.data(), n);
-  return status;
+  return status.ok() && all_rows ? give_rows(first, n) : status;
+}
+
+/// Rows of the residual stream that have been through all layers: what is asked of them, and the logits after
+/// the last one.
+Status Prefill::give_rows(int64_t first, int64_t n) {
+  LayerBuffers& b = *buffers_;
+  const int64_t d = weights_.spec().n_embd, n_vocab = weights_.spec().n_vocab;
+  float* const x = b.hidden.data() + first * d;
+  if (hooks_.hidden) {
+    std::vector<float> row(static_cast<size_t>(d));
+    for (int64_t r = 0; r < n; ++r) {
+      norm_row(plan_.output.norm, x + r * d, d, row.data());
+      hooks_.hidden(first + r, row);
+    }
+  }
+  if (Status s = executor_.reserve(kRowsAtOnce, false); !s.ok()) return s;
+  const auto multiply = [&](int64_t begin, int64_t rows, float* logits) {
+    Run run;
+    run.x = x + begin * d;
+    run.n = rows;
+    run.output = &plan_.output;
+    run.logits = logits;
+    return executor_.run(run);
+  };
+  for (int64_t begin = 0; hooks_.logits && begin < n; begin += kRowsAtOnce) {
+    const int64_t rows = std::min(kRowsAtOnce, n - begin);
+    if (Status s = multiply(begin, rows, row_logits_.data()); !s.ok()) return s;
+    executor_.for_each(rows, [&](int64_t r) {
+      hooks_.logits(first + begin + r,
+                    std::span(row_logits_.data() + r * n_vocab, static_cast<size_t>(n_vocab)));
+    });
+  }
+  return first + n == b.n ? multiply(n - 1, 1, logits_) : Status();
+}
+
+int64_t Prefill::row_bytes(const ModelSpec& spec) {
+  return kRowsAtOnce * spec.n_vocab * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t Prefill::chunk_tokens() const { return hooks_.blocks != nullptr ? kDeviceChunk : kChunk; }
@@ -284,6 +325,9 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
   hooks_ = std::move(hooks);
   logits_ = logits;
   Status status;
+  if (wants_rows() && hooks_.blocks != nullptr)
+    return {StatusCode::internal, "rows of a prompt that is read on a device"};
+  if (hooks_.logits) row_logits_ = AlignedArray<float>(kRowsAtOnce * weights_.spec().n_vocab);
   if (recurrent_floats(plan_) > 0 && (!hooks_.begin_rows || !hooks_.run_rows))
     return {StatusCode::internal, "a prompt of recurrent layers without their states"};
   if (hooks_.blocks != nullptr) {
@@ -295,7 +339,8 @@ Status Prefill::begin(std::span<const Token> tokens, int64_t n_past, PrefillHook
     buffers_ = std::make_unique<LayerBuffers>(weights_.spec(), n, n_past, static_cast<bool>(hooks_.queries));
     const int64_t work = recurrent_floats(plan_) * executor_.n_threads();
     if (work > 0) buffers_->recurrent = AlignedArray<float>(work);
-    const bool ok = buffers_->ok() && (work == 0 || buffers_->recurrent.ok());
+    const bool ok =
+        buffers_->ok() && (work == 0 || buffers_->recurrent.ok()) && (!hooks_.logits || row_logits_.ok());
     status = ok ? make_attention() : no_room();
     if (status.ok()) status = weights_.embed(tokens, buffers_->hidden.data());
   }

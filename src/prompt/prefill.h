@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "base/aligned.h"
 #include "exec/executor.h"
 #include "kernels/rope_table.h"
 #include "kv/kv_layer.h"
@@ -56,6 +57,10 @@ struct PrefillHooks {
   std::shared_ptr<KltPrompt> klt = {};
   /// Of `queries`, with scratch: only those at positions that this divides are looked at. Empty: all.
   std::function<int64_t(int64_t layer)> query_stride = {};
+  /// Of each new token, by its index among them (host only): the hidden state after the last norm, [n_embd],
+  /// in order; the logits, [n_vocab], in any order and on all threads at once.
+  std::function<void(int64_t index, std::span<const float> row)> hidden = {};
+  std::function<void(int64_t index, std::span<const float> row)> logits = {};
 };
 
 class Prefill {
@@ -94,6 +99,8 @@ class Prefill {
   /// activations.
   static int64_t bytes_needed(const ModelSpec& spec, const Plan& plan, int64_t n, int64_t n_past,
                               int n_threads, const PromptOptions& options);
+  /// What PrefillHooks::logits takes beside that.
+  static int64_t row_bytes(const ModelSpec& spec);
 
  private:
   struct LayerBuffers;
@@ -111,6 +118,8 @@ class Prefill {
   Status begin_on_device(std::span<const Token> tokens);
   Status run_chunk(int64_t first, int64_t n);
   Status run_chunk_on_device(Run run, int64_t first);
+  bool wants_rows() const { return hooks_.hidden || hooks_.logits; }
+  Status give_rows(int64_t first, int64_t n);
   Status open_layer();
   Status make_attention();
   void count_tiles();
@@ -126,6 +135,7 @@ class Prefill {
   std::unique_ptr<LayerBuffers> buffers_;
   PrefillHooks hooks_;
   float* logits_ = nullptr;
+  AlignedArray<float> row_logits_;  ///< of PrefillHooks::logits, [kRowsAtOnce, n_vocab]
   int64_t tiles_seen_ = 0;
   int64_t tiles_read_ = 0;
 };

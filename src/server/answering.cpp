@@ -1,5 +1,7 @@
 // What a slot does with its turns: from the prompt to the last token of the answer.
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 
 #include "base/guarded.h"
 #include "server/scheduler.h"
@@ -17,7 +19,41 @@ Event event_of(Event::Kind kind, int choice) {
   return event;
 }
 
+std::vector<float> of_length_1(const std::vector<double>& x) {
+  const double length = std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0));
+  std::vector<float> out;
+  for (const double v : x) out.push_back(static_cast<float>(length > 0 ? v / length : v));
+  return out;
+}
+
 }  // namespace
+
+/// What the slot wants of its prompt's tokens, which `waiting` has.
+PromptRows Scheduler::rows_wanted(Slot& slot, const Waiting& waiting) const {
+  PromptRows rows;
+  slot.pooled.clear();
+  slot.prompt_logprobs.clear();
+  if (waiting.job->embeds) {
+    slot.pooled.assign(static_cast<size_t>(model_->info().n_embd), 0);
+    const bool adds = *waiting.job->embeds == Pooling::mean;
+    rows.hidden = [&sum = slot.pooled, adds](int64_t /*index*/, std::span<const float> hidden) {
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] = double{hidden[i]} + (adds ? sum[i] : 0);
+    };
+  }
+  const GenerationRequest& request = waiting.job->request;
+  if (request.echo && request.logprobs) {
+    const std::vector<Token>& prompt = waiting.job->prompt_of(waiting.choice);
+    slot.prompt_logprobs.resize(prompt.size());
+    slot.prompt_logprobs[0].piece = model_->tokenizer().piece(prompt[0], true);
+    slot.prompt_logprobs[0].is_first = true;
+    rows.logits = [this, &all = slot.prompt_logprobs, &prompt, n_top = *request.logprobs](
+                      int64_t index, std::span<const float> logits) {
+      const auto next = static_cast<size_t>(index) + 1;
+      if (next < prompt.size()) all[next] = logprob_of(model_->tokenizer(), prompt[next], logits, n_top);
+    };
+  }
+  return rows;
+}
 
 /// The session of the slot holds n_cached tokens of the prompt. A failure leaves the slot idle.
 Status Scheduler::begin(Slot& slot, const Waiting& waiting, int64_t n_cached) {
@@ -30,7 +66,8 @@ Status Scheduler::begin(Slot& slot, const Waiting& waiting, int64_t n_cached) {
   Result<std::unique_ptr<Sampler>> sampler = Sampler::create(sampling, &model_->tokenizer());
   if (!sampler.ok()) return sampler.status();
   const std::vector<Token>& prompt = waiting.job->prompt_of(waiting.choice);
-  if (Status s = slot.held.session->begin_prefill(std::span(prompt).subspan(static_cast<size_t>(n_cached)));
+  if (Status s = slot.held.session->begin_prefill(std::span(prompt).subspan(static_cast<size_t>(n_cached)),
+                                                  rows_wanted(slot, waiting));
       !s.ok())
     return s;
 
@@ -71,6 +108,11 @@ void Scheduler::prompt_is_read(Slot& slot) {
   slot.begun = Clock::now();
   slot.state = SlotState::writing;
   for (const Token token : slot.prompt()) slot.sampler->accept_prompt(token);
+  if (!slot.prompt_logprobs.empty()) {
+    Event event = event_of(Event::Kind::text, slot.choice);
+    event.logprobs = std::move(slot.prompt_logprobs);
+    slot.job->channel.push(std::move(event));
+  }
   if (slot.job->request.max_tokens == 0) {
     finish(slot, "length");
   } else {
@@ -148,10 +190,11 @@ void Scheduler::finish(Slot& slot, const char* reason) {
   slot.result.n_read = sparse && kv.budget != KvProfile::kBudgetAll
                            ? std::min(n, kv.n_sink + kv.budget_at(n) + kv.n_recent)
                            : n;
+  if (slot.job->embeds) slot.result.embedding = of_length_1(slot.pooled);
   event.result = slot.result;
   const std::shared_ptr<Job> job = slot.job;
-  leave(slot, true);
-  show();  // before the client knows
+  leave(slot, !job->embeds);  // a text that was embedded is no beginning of anything
+  show();                     // before the client knows
   const Status told = guarded("the end", [&] { job->channel.push(std::move(event)); });
   if (!told.ok()) job->channel.break_off();  // the slot is no longer the job's
 }

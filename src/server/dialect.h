@@ -46,7 +46,7 @@ class Replies {
     std::vector<TokenLogprob> logprobs;
     ChoiceResult result;
     bool begun = false;
-    size_t n_bytes = 0;  ///< text_offset of completions
+    int64_t n_bytes = 0;  ///< text_offset of completions
     bool calls() const { return !answer.message().tool_calls.empty(); }
   };
   struct Usage {

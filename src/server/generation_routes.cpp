@@ -123,6 +123,7 @@ RequestDefaults HttpServer::Impl::defaults() const {
   RequestDefaults d = options.defaults;
   d.n_vocab = model->tokenizer().n_vocab();
   d.n_ctx = scheduler.load()->n_ctx();
+  d.n_slots = scheduler.load()->options().n_slots;
   return d;
 }
 
@@ -147,6 +148,11 @@ bool HttpServer::Impl::prepare(const httplib::Request& req, Job& job, ApiError& 
   if (!request.chat) {
     for (Prompt& prompt : request.prompts) {  // its text stays for echo
       if (prompt.is_tokens) {
+        if (request.echo) {
+          Utf8Stream text;
+          prompt.text = text.push(tokenizer.decode(prompt.tokens, true));
+          prompt.text += text.flush();
+        }
         job.prompts.push_back(std::move(prompt.tokens));
       } else if (!take({prompt.text, {}})) {
         return false;

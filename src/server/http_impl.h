@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <regex>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -61,6 +62,20 @@ struct HttpServer::Impl {
   void log_request(const httplib::Request& req, const httplib::Response& res);
   void log(Json fields) const;
   std::string next_id(const char* prefix);
+
+  // embedding_routes.cpp
+  void add_embedding_routes();
+  enum class EmbeddingForm { openai, native };
+  void embed(const httplib::Request& req, httplib::Response& res, EmbeddingForm form);
+  /// Of the options, else of the file; nothing: error says why.
+  std::optional<Pooling> pooling(ApiError& error) const;
+  std::optional<std::vector<std::vector<Token>>> embedding_tokens(const EmbeddingRequest& request,
+                                                                  const TokenLimits& limits,
+                                                                  ApiError& error) const;
+  /// Vectors of the prompts, a few at a time; nothing: error says why.
+  std::optional<std::vector<std::vector<float>>> vectors_of(std::span<const std::vector<Token>> prompts,
+                                                            Pooling pooling, const TokenLimits& limits,
+                                                            ApiError& error);
 
   // generation_routes.cpp, dialect_routes.cpp, small_routes.cpp, slot_routes.cpp
   void add_generation_routes();

@@ -290,6 +290,7 @@ void HttpServer::Impl::set_up() {
   http.set_logger(
       [this](const httplib::Request& req, const httplib::Response& res) { log_request(req, res); });
   add_generation_routes();
+  add_embedding_routes();
   add_dialect_routes();
   add_small_routes();
   add_slot_routes();

@@ -29,6 +29,7 @@ struct HttpOptions {
   /// Of a body, and of one write; 1 s more for each 100 kB of it.
   std::chrono::milliseconds io_timeout{30'000};
   std::chrono::seconds request_timeout{3600};  ///< of a whole generation
+  std::optional<Pooling> pooling;              ///< of embeddings; nothing: as the file says, else the mean
   bool log_prompts = false;                    ///< prompts and answers in the log: off, they are the users'
   RequestDefaults defaults;                    ///< of what a request does not say
 };

@@ -33,7 +33,11 @@ struct TokenLogprob {
   std::string piece;
   double logprob = 0;
   std::vector<Alternative> top;
+  bool is_first = false;  ///< of a prompt: nothing comes before it, so it has no probability
 };
+
+/// How the hidden states of a text become one vector.
+enum class Pooling { mean, last };
 
 /// Counts and times of one choice.
 struct ChoiceResult {
@@ -50,6 +54,7 @@ struct ChoiceResult {
   int64_t budget = 0;  ///< tokens read of the compressed ones at the end; -2: all
   int64_t n_read = 0;  ///< tokens that the last step attended to
   CacheStats cache;
+  std::vector<float> embedding;  ///< [n_embd], of length 1; where a job asks for it
 };
 
 struct Event {
@@ -102,6 +107,7 @@ struct Job {
   GenerationRequest request;
   std::shared_ptr<const AnswerFormat> format;  ///< null: all of an answer is its content
   KvProfile profile;
+  std::optional<Pooling> embeds;  ///< a vector of each prompt is wanted, and no answer
   std::vector<std::vector<Token>> prompts;
   Clock::time_point arrived = Clock::now();
   Channel channel;

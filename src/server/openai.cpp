@@ -1,4 +1,6 @@
 // OpenAI's dialect: /v1/chat/completions and /v1/completions.
+#include <algorithm>
+
 #include "base/utf8.h"
 #include "server/dialect.h"
 #include "server/replies.h"
@@ -58,7 +60,10 @@ class OpenAiReplies : public Replies {
  private:
   Json head(const char* object) const;
   Json usage_json() const;
-  Json logprobs(const std::vector<TokenLogprob>& tokens, size_t offset) const;
+  Json logprobs(const std::vector<TokenLogprob>& tokens, int64_t offset) const;
+  /// Where the tokens of a choice begin in its text. A prompt's may have more bytes than it (a token that the
+  /// file puts before it, a space): they end where it ends.
+  int64_t first_offset(size_t choice, const std::vector<TokenLogprob>& tokens) const;
   const char* reason(const Choice& c) const;
   Json chunk(int index, Choice& c, Json choice);
   Json progress(const Event& event) const;
@@ -89,7 +94,15 @@ const char* OpenAiReplies::reason(const Choice& c) const {
   return stopped && c.calls() ? "tool_calls" : c.result.finish_reason;
 }
 
-Json OpenAiReplies::logprobs(const std::vector<TokenLogprob>& tokens, size_t offset) const {
+int64_t OpenAiReplies::first_offset(size_t choice, const std::vector<TokenLogprob>& tokens) const {
+  if (!job_.request.echo || tokens.empty() || !tokens.front().is_first) return 0;
+  auto offset = static_cast<int64_t>(prompt_text(choice).size());
+  for (size_t i = 0; i < job_.prompt_of(static_cast<int>(choice)).size(); ++i)
+    offset -= static_cast<int64_t>(tokens[i].piece.size());
+  return offset;
+}
+
+Json OpenAiReplies::logprobs(const std::vector<TokenLogprob>& tokens, int64_t offset) const {
   if (!job_.request.logprobs) return nullptr;
   if (chat()) {
     Json content = Json::array();
@@ -110,12 +123,12 @@ Json OpenAiReplies::logprobs(const std::vector<TokenLogprob>& tokens, size_t off
   Json offsets = Json::array();
   for (const TokenLogprob& t : tokens) {
     names.push_back(as_text(t.piece));
-    values.push_back(t.logprob);
-    Json top = Json::object();
+    values.push_back(t.is_first ? Json() : Json(t.logprob));
+    Json top = t.is_first ? Json() : Json::object();
     for (const auto& a : t.top) top[as_text(a.piece)] = a.logprob;
     tops.push_back(std::move(top));
-    offsets.push_back(offset);
-    offset += t.piece.size();
+    offsets.push_back(std::max<int64_t>(offset, 0));
+    offset += static_cast<int64_t>(t.piece.size());
   }
   return {{"tokens", std::move(names)},
           {"token_logprobs", std::move(values)},
@@ -140,7 +153,7 @@ Json OpenAiReplies::whole() {
     } else {
       choice["text"] = job_.request.echo ? prompt_text(i) + said.content : said.content;
     }
-    choice["logprobs"] = logprobs(c.logprobs, 0);
+    choice["logprobs"] = logprobs(c.logprobs, first_offset(i, c.logprobs));
     choice["finish_reason"] = reason(c);
     list.push_back(std::move(choice));
     ours.push_back(extras_of(job_, c.result));
@@ -199,9 +212,10 @@ std::string OpenAiReplies::stream(const Event& event) {
       const bool echo = !c.begun && job_.request.echo;
       choice["text"] = echo ? prompt_text(static_cast<size_t>(event.choice)) + delta.content : delta.content;
     }
+    if (!c.begun) c.n_bytes = first_offset(static_cast<size_t>(event.choice), event.logprobs);
     choice["logprobs"] = logprobs(event.logprobs, c.n_bytes);
     choice["finish_reason"] = nullptr;
-    for (const TokenLogprob& t : event.logprobs) c.n_bytes += t.piece.size();
+    for (const TokenLogprob& t : event.logprobs) c.n_bytes += static_cast<int64_t>(t.piece.size());
     out += sse(chunk(event.choice, c, std::move(choice)));
   }
   if (event.kind != Event::Kind::finished) return out;

@@ -141,6 +141,7 @@ Scheduler::Placing Scheduler::place(const Waiting& w) {
   Slot* target = nullptr;
   for (Slot& slot : slots_) {
     if (slot.state != SlotState::idle) continue;
+    if (w.job->request.id_slot >= 0 && w.job->request.id_slot != slot.id) continue;
     const auto rank = [&](const Slot& s) {
       const bool goes_on = &s == source_slot && s.held.session->kept_prefix(s.held.session->n_past()) == n;
       return goes_on ? 2 : s.held.session == nullptr || s.held.session->n_past() == 0 ? 1 : 0;

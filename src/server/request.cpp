@@ -30,33 +30,32 @@ namespace {
 
 constexpr int64_t kMaxTokens = 1'000'000'000;
 
-std::vector<Prompt> read_prompts(Fields& f, int64_t n_vocab) {
-  const Json* value = f.find("prompt");
+std::vector<Prompt> read_prompts(Fields& f, int64_t n_vocab, const char* name = "prompt",
+                                 size_t most = kMaxPrompts) {
+  const Json* value = f.find(name);
   if (value == nullptr) {
-    f.fail("prompt", "is missing");
+    f.fail(name, "is missing");
     return {};
   }
   if (value->is_string()) return {{value->get<std::string>(), {}, false}};
   if (!value->is_array() || value->empty()) {
-    f.fail("prompt", "must be a string, an array of token ids, or an array of them");
+    f.fail(name, "must be a string, an array of token ids, or an array of them");
     return {};
   }
   std::vector<Prompt> prompts;
   if (value->front().is_number()) {
-    if (auto tokens = token_list(*value, n_vocab, f, "prompt"))
-      prompts.push_back({{}, std::move(*tokens), true});
+    if (auto tokens = token_list(*value, n_vocab, f, name)) prompts.push_back({{}, std::move(*tokens), true});
     return prompts;
   }
-  if (value->size() > kMaxPrompts) f.fail("prompt", fmt::format("has more than {} items", kMaxPrompts));
+  if (value->size() > most) f.fail(name, fmt::format("has more than {} items", most));
   for (const Json& item : *value) {
     if (!f.ok()) break;
     if (item.is_string()) {
       prompts.push_back({item.get<std::string>(), {}, false});
     } else if (item.is_array()) {
-      if (auto tokens = token_list(item, n_vocab, f, "prompt"))
-        prompts.push_back({{}, std::move(*tokens), true});
+      if (auto tokens = token_list(item, n_vocab, f, name)) prompts.push_back({{}, std::move(*tokens), true});
     } else {
-      f.fail("prompt", fmt::format("holds {}, it must hold strings or arrays of token ids", kind_of(item)));
+      f.fail(name, fmt::format("holds {}, it must hold strings or arrays of token ids", kind_of(item)));
     }
   }
   return prompts;
@@ -145,6 +144,7 @@ void read_common(Fields& f, const RequestDefaults& defaults, GenerationRequest& 
   r.show_special = !f.boolean("skip_special_tokens").value_or(true);
   r.ignore_eos = f.boolean("ignore_eos").value_or(false);
   r.cache_prompt = f.boolean("cache_prompt").value_or(true);
+  if (const auto slot = f.integer("id_slot", -1, defaults.n_slots - 1)) r.id_slot = static_cast<int>(*slot);
   r.stream = f.boolean("stream").value_or(false);
   r.return_progress = f.boolean("return_progress").value_or(false);
   if (const Json* options = f.object("stream_options")) {
@@ -195,7 +195,25 @@ std::optional<GenerationRequest> parse_completion(std::string_view body, const R
     r.echo = f.boolean("echo").value_or(false);
     if (const auto n = f.integer("n_probs", 0, kMaxTopLogprobs); n && *n > 0)
       r.logprobs = static_cast<int>(*n);
-    if (r.echo && r.logprobs) f.fail("echo", "and logprobs cannot be given together");
+    // What is cached has no logits.
+    if (r.echo && r.logprobs) r.cache_prompt = false;
+  });
+}
+
+std::optional<EmbeddingRequest> parse_embedding(std::string_view body, int64_t n_vocab, int64_t n_embd,
+                                                ApiError& error) {
+  return read_body<EmbeddingRequest>(body, error, [&](Fields& f, EmbeddingRequest& r) {
+    // llama.cpp's /embedding calls it content.
+    r.inputs =
+        read_prompts(f, n_vocab, f.has("content") && !f.has("input") ? "content" : "input", kMaxInputs);
+    const std::string format = f.text("encoding_format", 64).value_or("float");
+    r.base64 = format == "base64";
+    if (!r.base64 && format != "float") f.fail("encoding_format", "must be float or base64");
+    if (const auto n = f.integer("dimensions", 1, std::numeric_limits<int32_t>::max()); n && *n != n_embd)
+      f.fail("dimensions", fmt::format("must be {}, which is what this model gives", n_embd));
+    if (const auto norm = f.integer("embd_normalize", -1, 2); norm && *norm != 2)
+      f.fail("embd_normalize", "is not supported by this server but for 2");
+    for (const char* name : {"model", "user"}) f.pass(name);
   });
 }
 

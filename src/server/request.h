@@ -56,6 +56,7 @@ struct GenerationRequest {
   bool echo = false;               ///< completion: the prompt comes before the answer
   bool ignore_eos = false;         ///< goes on where the model would end
   bool cache_prompt = true;        ///< may use what other requests left
+  int id_slot = -1;                ///< the slot that it must have; -1: any
   bool stream = false;
   bool include_usage = false;         ///< stream: one more chunk with the counts
   bool return_progress = false;       ///< stream: events while the prompt is read
@@ -70,6 +71,7 @@ struct RequestDefaults {
   std::optional<int64_t> max_tokens;  ///< of requests that say none
   int64_t n_vocab = 0;
   int64_t n_ctx = 0;
+  int n_slots = 1;
 };
 
 /// nothing: error says what is wrong. Seeds that are not given are drawn here.
@@ -77,6 +79,17 @@ std::optional<GenerationRequest> parse_chat(std::string_view body, const Request
                                             ApiError& error);
 std::optional<GenerationRequest> parse_completion(std::string_view body, const RequestDefaults& defaults,
                                                   ApiError& error);
+
+/// Of /v1/embeddings.
+inline constexpr size_t kMaxInputs = 2048;
+struct EmbeddingRequest {
+  std::vector<Prompt> inputs;
+  bool base64 = false;  ///< float32, little end first, in place of a list of numbers
+  std::vector<std::string> warnings;
+};
+/// n_embd: what the model gives; other dimensions are refused.
+std::optional<EmbeddingRequest> parse_embedding(std::string_view body, int64_t n_vocab, int64_t n_embd,
+                                                ApiError& error);
 
 /// Of /tokenize: some hundred bytes of memory are needed for each.
 inline constexpr size_t kMaxTokenizeBytes = size_t{2} << 20;

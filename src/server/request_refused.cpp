@@ -31,7 +31,6 @@ constexpr Refused kRefused[] = {
     {"generation_prompt", nullptr},
     {"grammar_lazy", "false"},
     {"grammar_triggers", "[]"},
-    {"id_slot", "-1"},
     {"image_data", "[]"},
     {"input_extra", "[]"},
     {"lora", "[]"},

@@ -121,6 +121,7 @@ class Scheduler {
   std::optional<ApiError> refusal(const Job& job) const;
 
   // answering.cpp: what a slot does with its turn
+  PromptRows rows_wanted(Slot& slot, const Waiting& waiting) const;
   Status begin(Slot& slot, const Waiting& waiting, int64_t n_cached);
   void prompt_is_read(Slot& slot);
   /// What a slot's turn drew.

@@ -18,6 +18,30 @@ int64_t Held::usable(std::span<const Token> prompt, const KvProfile& profile) co
   return session->kept_prefix(std::min(most, common_prefix(tokens, prompt)));
 }
 
+TokenLogprob logprob_of(const Tokenizer& tokenizer, Token token, std::span<const float> logits, int n_top) {
+  const double top = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
+  const double log_sum = top + std::log(sum);
+  const auto logprob = [&](int32_t t) {
+    return static_cast<double>(logits[static_cast<size_t>(t)]) - log_sum;
+  };
+  TokenLogprob result{tokenizer.piece(token, true), logprob(token), {}, false};
+  if (n_top == 0) return result;
+  std::vector<int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  const auto n = std::min<std::ptrdiff_t>(n_top, static_cast<std::ptrdiff_t>(ids.size()));
+  std::partial_sort(ids.begin(), ids.begin() + n, ids.end(), [&](int32_t a, int32_t b) {
+    const float x = logits[static_cast<size_t>(a)], y = logits[static_cast<size_t>(b)];
+    return x != y ? x > y : a < b;
+  });
+  for (std::ptrdiff_t i = 0; i < n; ++i) {
+    const int32_t id = ids[static_cast<size_t>(i)];
+    result.top.push_back({tokenizer.piece(id, true), logprob(id)});
+  }
+  return result;
+}
+
 Writer::Writer(const Tokenizer& tokenizer, const Job& job)
     : tokenizer_(tokenizer), job_(job), n_logprobs_(job.request.logprobs), stops_(job.request.stops) {}
 
@@ -26,30 +50,6 @@ bool Writer::is_shown(Token token) const {
   if (job_.request.show_special) return true;
   return job_.format != nullptr &&
          std::find(job_.format->shown.begin(), job_.format->shown.end(), token) != job_.format->shown.end();
-}
-
-TokenLogprob Writer::logprob_of(Token token, std::span<const float> logits) const {
-  const double top = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
-  const double log_sum = top + std::log(sum);
-  const auto logprob = [&](int32_t t) {
-    return static_cast<double>(logits[static_cast<size_t>(t)]) - log_sum;
-  };
-  TokenLogprob result{tokenizer_.piece(token, true), logprob(token), {}};
-  if (*n_logprobs_ == 0) return result;
-  std::vector<int32_t> ids(logits.size());
-  std::iota(ids.begin(), ids.end(), 0);
-  const auto n = std::min<std::ptrdiff_t>(*n_logprobs_, static_cast<std::ptrdiff_t>(ids.size()));
-  std::partial_sort(ids.begin(), ids.begin() + n, ids.end(), [&](int32_t a, int32_t b) {
-    const float x = logits[static_cast<size_t>(a)], y = logits[static_cast<size_t>(b)];
-    return x != y ? x > y : a < b;
-  });
-  for (std::ptrdiff_t i = 0; i < n; ++i) {
-    const int32_t id = ids[static_cast<size_t>(i)];
-    result.top.push_back({tokenizer_.piece(id, true), logprob(id)});
-  }
-  return result;
 }
 
 void Writer::show(std::string text, Event& event) {
@@ -65,7 +65,7 @@ void Writer::show(std::string text, Event& event) {
 
 bool Writer::add(Token token, std::span<const float> logits, Event& event) {
   const std::string piece = tokenizer_.piece(token, is_shown(token));
-  if (n_logprobs_) waiting_.push_back({n_read_, logprob_of(token, logits)});
+  if (n_logprobs_) waiting_.push_back({n_read_, logprob_of(tokenizer_, token, logits, *n_logprobs_)});
   n_read_ += piece.size();
   show(stops_.push(characters_.push(piece)), event);
   return !stops_.stopped();

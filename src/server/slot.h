@@ -27,6 +27,9 @@ struct Held {
 /// Length of the common beginning.
 int64_t common_prefix(std::span<const Token> a, std::span<const Token> b);
 
+/// The token's part of the distribution that the logits mean, with the n_top likeliest tokens beside it.
+TokenLogprob logprob_of(const Tokenizer& tokenizer, Token token, std::span<const float> logits, int n_top);
+
 /// Turns the tokens of one choice into the text that is shown, and knows when it ends.
 class Writer {
  public:
@@ -43,7 +46,6 @@ class Writer {
  private:
   bool is_shown(Token token) const;
   void show(std::string text, Event& event);
-  TokenLogprob logprob_of(Token token, std::span<const float> logits) const;
 
   const Tokenizer& tokenizer_;
   const Job& job_;
@@ -79,7 +81,9 @@ struct Slot {
   ChoiceResult result;
   std::unique_ptr<Sampler> sampler;
   std::unique_ptr<Writer> writer;
-  Token next = 0;     ///< writing: drawn, not yet decoded
+  std::vector<double> pooled;                 ///< Job::embeds: sum of hidden states, or the last one
+  std::vector<TokenLogprob> prompt_logprobs;  ///< of a prompt that is echoed with them
+  Token next = 0;                             ///< writing: drawn, not yet decoded
   int n_put_off = 0;  ///< writing: steps since the last token was decoded, in which none could be drawn
   int64_t reserved_bytes = 0;  ///< what its cache may come to
   Clock::time_point begun;     ///< of reading, then of writing

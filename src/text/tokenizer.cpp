@@ -85,6 +85,12 @@ bool Tokenizer::is_end(Token token) const {
 
 int64_t Tokenizer::n_vocab() const { return impl_->n_vocab; }
 
+std::optional<Token> Tokenizer::end_behind_texts() const {
+  if (!llama_vocab_get_add_eos(impl_->vocab)) return std::nullopt;
+  const Token end = llama_vocab_eos(impl_->vocab);
+  return end >= 0 && end < impl_->n_vocab ? std::optional<Token>(end) : std::nullopt;
+}
+
 int64_t Tokenizer::max_token_bytes() const { return impl_->max_token_bytes; }
 
 bool Tokenizer::has_chat_template() const { return impl_->has_template; }

@@ -23,7 +23,6 @@ TEST(Fields, KnownOnesThatAreNotDoneAreRefusedByName) {
                             R"("modalities":["audio"])",
                             R"("verbosity":"low")",
                             R"("web_search_options":{})",
-                            R"("id_slot":1)",
                             R"("lora":[{"id":0}])",
                             R"("grammar_lazy":true)",
                             R"("response_fields":["content"])",

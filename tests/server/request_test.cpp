@@ -245,7 +245,9 @@ TEST(CompletionRequest, Prompts) {
     expect_refused(parse_completion(body, kDefaults, error), error, "prompt", body);
   }
   ApiError error;
-  EXPECT_FALSE(parse_completion(R"({"prompt":"x","echo":true,"logprobs":1})", kDefaults, error));
+  const auto echoed = parse_completion(R"({"prompt":"x","echo":true,"logprobs":1})", kDefaults, error);
+  ASSERT_TRUE(echoed);
+  EXPECT_FALSE(echoed->cache_prompt);
 }
 
 TEST(SmallRequests, ReadAndRefuse) {

@@ -16,7 +16,7 @@ HI = {"messages": [{"role": "user", "content": "Say hello."}], "temperature": 0,
 # What the document says without promising it: pointers, reasons, advice.
 NO_PROMISES = [
     "Guarded by", "| code | type", "| field | what", "Written by action=save", "cache_layout.md says why", "let only those you trust",
-    "Embeddings, logprobs of a prompt (echo", "there is no TLS: put a proxy before it", "layers, one after another", "One thread owns the engine", "One thread (src/server/front.cpp)", "As OpenAI's, with",
+    "Several models, TLS, speculative decoding", "there is no TLS: put a proxy before it", "layers, one after another", "One thread owns the engine", "One thread (src/server/front.cpp)", "As OpenAI's, with",
 ]
 
 

@@ -26,6 +26,12 @@ enum class LlamaWay {
   f16_flash,  ///< f16 cache, flash attention: how its users run it, and src/peer
 };
 
+/// How libllama makes one vector of a text, of the hidden states after the last norm; not normalised.
+enum class LlamaPooling { mean, last };
+/// [n_embd], computed as LlamaWay::exact.
+std::vector<float> llama_embedding(const std::string& gguf_path, std::span<const Token> tokens,
+                                   LlamaPooling pooling);
+
 /// Rows after tokens 0, 1, ...; ends the test program with the reason if libllama refuses the file.
 LogitRows llama_logits(const std::string& gguf_path, std::span<const Token> tokens, LlamaWay way);
 
