@@ -30,6 +30,8 @@ inline void* take_or_fail(size_t n, size_t alignment) {
 
 }  // namespace narrows::testing
 
+// Out of line: inlined, GCC takes free() for a mismatch of new.
+#define NARROWS_OUT_OF_LINE [[gnu::noinline]]
 void* operator new(size_t n) { return narrows::testing::take_or_fail(n, 0); }
 void* operator new[](size_t n) { return narrows::testing::take_or_fail(n, 0); }
 void* operator new(size_t n, std::align_val_t a) {
@@ -38,14 +40,15 @@ void* operator new(size_t n, std::align_val_t a) {
 void* operator new[](size_t n, std::align_val_t a) {
   return narrows::testing::take_or_fail(n, static_cast<size_t>(a));
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete(void* p) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete[](void* p) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete(void* p, size_t) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete[](void* p, size_t) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+NARROWS_OUT_OF_LINE void operator delete[](void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+#undef NARROWS_OUT_OF_LINE
 
 // ggml's C code loses what it holds when the C++ that it calls throws, and oneDNN a primitive that it cannot
 // finish (dnnl_primitive_create): those are no leaks of ours. Our own would be seen in the other tests.
