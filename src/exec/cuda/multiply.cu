@@ -46,8 +46,14 @@ __device__ inline void ask_for(const uint8_t* from, int64_t bytes) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
+#if __CUDA_ARCH__ >= 1000
+#define NARROWS_BOUNDS __launch_bounds__(32 * kWarps, 1)  // left to choose, the compiler spills there
+#else
+#define NARROWS_BOUNDS __launch_bounds__(32 * kWarps)
+#endif
+
 template <Packing p, int N>
-__global__ __launch_bounds__(32 * kWarps) void multiply_tiles(const __grid_constant__ Rows a) {
+__global__ NARROWS_BOUNDS void multiply_tiles(const __grid_constant__ Rows a) {
   constexpr int kRecord = static_cast<int>(kernels::record_bytes(p));
   constexpr int kScales = static_cast<int>(kernels::scale_bytes(p));
   constexpr int kCodes = static_cast<int>(kernels::group_code_bytes(p));

@@ -10,6 +10,13 @@ namespace narrows::cuda {
 
 namespace {
 
+/// Blocks an SM: with two, compute capability 12 spills.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kBlocksOfSelect = 1;
+#else
+constexpr int kBlocksOfSelect = 2;
+#endif
+
 /// Keys are the bits of positive floats up to 8 (a group has at most 8 heads, and its probabilities' sum no
 /// more): bins of 1 / 128 octave below that, and one for all under 2^-29.
 constexpr uint32_t kTopKey = 0x41000000;
@@ -122,8 +129,9 @@ __device__ void finish(const KltParams& p, SelectShared& s, const ChooseList& fr
 
 /// Scores of a list's share of tokens to probabilities, pooled; their keys and a histogram of them. The block
 /// that comes last of a list decides; where a list has one block, that one does all.
-__global__ __launch_bounds__(kSelectThreads, 2) void klt_pool(const __grid_constant__ KltParams p,
-                                                              const int share) {
+__global__ __launch_bounds__(kSelectThreads,
+                             kBlocksOfSelect) void klt_pool(const __grid_constant__ KltParams p,
+                                                            const int share) {
   extern __shared__ __align__(16) uint32_t used[];
   __shared__ SelectShared s;
   __shared__ float top[kTileHeads], factor[kTileHeads];
@@ -226,8 +234,9 @@ __global__ __launch_bounds__(kSelectThreads, 2) void klt_pool(const __grid_const
 }
 
 /// What was decided, token by token; the block that comes last of a list finishes it.
-__global__ __launch_bounds__(kSelectThreads, 2) void klt_choose(const __grid_constant__ KltParams p,
-                                                                const int share) {
+__global__ __launch_bounds__(kSelectThreads,
+                             kBlocksOfSelect) void klt_choose(const __grid_constant__ KltParams p,
+                                                              const int share) {
   extern __shared__ __align__(16) uint32_t used[];
   __shared__ SelectShared s;
   const int kv = blockIdx.y, seq = blockIdx.z;
