@@ -237,7 +237,8 @@ __global__ __launch_bounds__(kThreads,
                              kBatch <= 2 ? 2 : 1) void klt_score(const __grid_constant__ KltParams p) {
   extern __shared__ __align__(16) char shared[];
   const int seq = blockIdx.z, hop = p.plan.heads_of_part;
-  // In this order: what is complete before a step's attention is so for the kernels that follow, even before they wait.
+  // In this order: what is complete before a step's attention is so for the kernels that follow, even before
+  // they wait.
   after_previous();
   let_next_begin();
   if (static_cast<int>(blockIdx.x) < hop) {
